@@ -1,0 +1,87 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+/// House settings: Swift 6 language mode comes with the tools version; any warning is an error.
+let house: [SwiftSetting] = [
+  .enableUpcomingFeature("ExistentialAny"),
+  .enableUpcomingFeature("InternalImportsByDefault"),
+  .treatAllWarnings(as: .error),
+]
+
+let log = Target.Dependency.product(name: "Logging", package: "swift-log")
+let arguments = Target.Dependency.product(name: "ArgumentParser", package: "swift-argument-parser")
+
+let package = Package(
+  name: "vxd",
+  products: [
+    .executable(name: "vxd", targets: ["vxd"]),
+    .executable(name: "vxctl", targets: ["vxctl"]),
+  ],
+  dependencies: [
+    .package(url: "https://github.com/apple/swift-argument-parser", exact: "1.8.2"),
+    .package(url: "https://github.com/apple/swift-log", exact: "1.16.2"),
+  ],
+  targets: [
+    // C libraries and shims. Only the targets named in ARCHITECTURE.md import them.
+    .systemLibrary(name: "CXen", path: "Sources/Backends/CModules/CXen"),
+    .systemLibrary(name: "CAIO", path: "Sources/Backends/CModules/CAIO"),
+    .target(name: "CLinux", path: "Sources/Backends/CModules/CLinux"),
+    .systemLibrary(name: "CJSON", path: "Sources/ControlAPI/CModules/CJSON"),
+    .systemLibrary(name: "CSystemd", path: "Sources/Supervisor/CModules/CSystemd"),
+
+    // The data path, one target per stage: the compiler keeps the arrows.
+    .target(name: "Virtqueue", path: "Sources/Backends/Virtqueue", swiftSettings: house),
+    .target(name: "Transport", dependencies: ["Virtqueue"], path: "Sources/Backends/Transport", swiftSettings: house),
+    .target(
+      name: "Devices", dependencies: ["Virtqueue", "Transport"], path: "Sources/Backends/Devices",
+      swiftSettings: house),
+    .target(name: "EventLoop", dependencies: ["CLinux"], path: "Sources/Backends/EventLoop", swiftSettings: house),
+    .target(
+      name: "Engines", dependencies: ["Devices", "EventLoop", "CAIO", "CLinux"], path: "Sources/Backends/Engines",
+      swiftSettings: house),
+    .target(
+      name: "Xen", dependencies: ["Virtqueue", "Transport", "EventLoop", "CXen", "CLinux"],
+      path: "Sources/Backends/Xen", swiftSettings: house),
+    .target(
+      name: "Backends", dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen"],
+      path: "Sources/Backends/Assembly", swiftSettings: house),
+
+    // An in-process Xen with guests that play the virtio driver's side.
+    .target(
+      name: "SimulatedXen", dependencies: ["Virtqueue", "Transport", "EventLoop", "Xen", "CLinux"],
+      swiftSettings: house),
+
+    // The control plane.
+    .target(
+      name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
+    .target(
+      name: "Supervisor", dependencies: ["Backends", "Xen", "EventLoop", "ControlAPI", "CSystemd", "CLinux", log],
+      exclude: ["CModules"], swiftSettings: house),
+
+    .executableTarget(
+      name: "vxd", dependencies: ["Supervisor", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
+      swiftSettings: house),
+    .executableTarget(name: "vxctl", dependencies: ["ControlAPI", "Xen", "CLinux", arguments], swiftSettings: house),
+    .executableTarget(
+      name: "vxd-bench",
+      dependencies: ["Backends", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux"],
+      path: "Benchmarks", swiftSettings: house),
+
+    .target(
+      name: "TestSupport", dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen"],
+      path: "Tests/TestSupport", swiftSettings: house),
+    .testTarget(name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen"], swiftSettings: house),
+    .testTarget(name: "TransportTests", dependencies: ["Transport", "TestSupport"], swiftSettings: house),
+    .testTarget(
+      name: "DevicesTests", dependencies: ["Devices", "Transport", "Virtqueue", "TestSupport", "SimulatedXen"],
+      swiftSettings: house),
+    .testTarget(name: "EnginesTests", dependencies: ["Engines", "Devices", "EventLoop", "TestSupport"], swiftSettings: house),
+    .testTarget(name: "XenTests", dependencies: ["Xen", "SimulatedXen", "TestSupport", "Virtqueue"], swiftSettings: house),
+    .testTarget(name: "ControlAPITests", dependencies: ["ControlAPI", "EventLoop"], swiftSettings: house),
+    .testTarget(
+      name: "SupervisorTests",
+      dependencies: ["Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "TestSupport", "CLinux"],
+      swiftSettings: house),
+    .testTarget(name: "HouseTests", swiftSettings: house),
+  ]
+)

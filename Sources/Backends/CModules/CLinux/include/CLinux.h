@@ -1,0 +1,38 @@
+// What Swift cannot import of Linux' headers: ioctl numbers, variadic calls, structures of the kernel's interface.
+#pragma once
+#include <linux/falloc.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+
+/// Size of a block device in bytes; 0 or an errno.
+int clinux_block_device_size(int fd, uint64_t *bytes);
+/// Logical and physical block size of a block device in bytes; 0 or an errno.
+int clinux_block_device_blocks(int fd, uint32_t *logical, uint32_t *physical);
+/// Discards or zeroes a range of a block device; 0 or an errno.
+int clinux_block_device_discard(int fd, uint64_t offset, uint64_t length);
+int clinux_block_device_zero(int fd, uint64_t offset, uint64_t length);
+/// Locks a whole file through its open file description (F_OFD_SETLK); 0 or an errno.
+int clinux_lock_description(int fd, int exclusive);
+/// The process that holds a conflicting lock on the file: its pid, -1 for a lock of an open file description (which has no
+/// pid), 0 when there is none.
+int clinux_lock_holder(int fd);
+/// Credentials of a Unix socket's peer; 0 or an errno.
+int clinux_peer_credentials(int fd, uint32_t *pid, uint32_t *uid, uint32_t *gid);
+/// Calls of the kernel that glibc has no name for in all versions.
+int clinux_memfd(const char *name);
+/// Names the calling thread, 15 characters at most.
+void clinux_name_thread(const char *name);
+/// CPU time of the calling thread in nanoseconds.
+uint64_t clinux_thread_cpu_nanoseconds(void);
+
+/// fallocate with Linux' modes; 0 or an errno.
+int clinux_fallocate(int fd, int mode, int64_t offset, int64_t length);
+/// The flag O_DIRECT, which only GNU's headers show.
+int clinux_o_direct(void);
+
+static inline int clinux_is_block_device(mode_t mode) { return S_ISBLK(mode); }
+static inline int clinux_is_regular(mode_t mode) { return S_ISREG(mode); }
+static inline int clinux_is_directory(mode_t mode) { return S_ISDIR(mode); }

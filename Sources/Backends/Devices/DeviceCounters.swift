@@ -1,0 +1,43 @@
+package import Synchronization
+
+/// A count that one thread writes and any thread reads: no lock, no read-modify-write.
+package final class Counter: Sendable {
+  private let word = Atomic<UInt64>(0)
+
+  package init() {}
+
+  package var value: UInt64 { word.load(ordering: .relaxed) }
+
+  /// Only the owner thread may call it.
+  @inline(__always)
+  package func add(_ amount: UInt64) {
+    word.store(word.load(ordering: .relaxed) &+ amount, ordering: .relaxed)
+  }
+
+  /// Only the owner thread may call it.
+  package func set(_ value: UInt64) { word.store(value, ordering: .relaxed) }
+}
+
+/// What a block device did since it was created. Written by its data thread alone, once per batch.
+package final class BlockCounters: Sendable {
+  package let reads = Counter()
+  package let writes = Counter()
+  package let flushes = Counter()
+  package let discards = Counter()
+  package let writeZeroes = Counter()
+  package let others = Counter()
+  package let readBytes = Counter()
+  package let writtenBytes = Counter()
+  package let failed = Counter()
+  package let unsupported = Counter()
+  /// Written by the ioreq thread.
+  package let notifications = Counter()
+  package let batches = Counter()
+  /// Guest addresses whose mapping was in the queue's own cache, and those that had to be asked of the pool.
+  package let translationHits = Counter()
+  package let translationMisses = Counter()
+  /// Requests that the engine works on right now.
+  package let inFlight = Atomic<UInt64>(0)
+
+  package init() {}
+}

@@ -1,0 +1,210 @@
+import CAIO
+import CLinux
+package import Devices
+import EventLoop
+import Glibc
+
+/// Block engine over libaio: one context per queue, completions announced by an eventfd.
+///
+/// Confined to the queue's data thread. Each tag has one control block, so that starting an operation allocates nothing.
+package final class AIOEngine: BlockEngine {
+  package let image: RawImage
+  /// Readable when `reap` may have something.
+  package var readiness: Int32 { ready.raw }
+
+  private let ready: EventDescriptor
+  private var context: io_context_t?
+  private let depth: Int
+  private let blocks: UnsafeMutablePointer<iocb>
+  private let pointers: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
+  private let events: UnsafeMutablePointer<io_event>
+  private static let eventCapacity = 64
+  /// Operations that the context did not take yet: their control blocks, first in first out.
+  private var backlog: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
+  private var backlogCount = 0
+  /// Failures that are known without the kernel's completion.
+  private let early: UnsafeMutablePointer<EngineCompletion>
+  private var earlyCount = 0
+  private var outstanding = 0
+  private var worker: StoreWorker?
+  private var workerOutstanding = 0
+  private var flushesByWorker = false
+
+  /// - Parameter depth: operations at a time at most; tags are below it.
+  package init(image: RawImage, depth: Int) throws(ImageFault) {
+    self.image = image
+    self.depth = depth
+    do throws(Errno) {
+      ready = try EventDescriptor()
+    } catch {
+      throw .host(what: "cannot make an eventfd", error)
+    }
+    blocks = .allocate(capacity: depth)
+    blocks.initialize(repeating: iocb(), count: depth)
+    pointers = .allocate(capacity: depth)
+    pointers.initialize(repeating: nil, count: depth)
+    backlog = .allocate(capacity: depth)
+    backlog.initialize(repeating: nil, count: depth)
+    early = .allocate(capacity: depth)
+    events = .allocate(capacity: Self.eventCapacity)
+    events.initialize(repeating: io_event(), count: Self.eventCapacity)
+    let result = io_setup(Int32(clamping: depth), &context)
+    guard result == 0 else {
+      throw .host(what: "cannot make an aio context (fs.aio-max-nr may be too low)", Errno(-result))
+    }
+  }
+
+  deinit {
+    worker?.stop()
+    if let context { io_destroy(context) }
+    blocks.deallocate()
+    pointers.deallocate()
+    backlog.deallocate()
+    early.deallocate()
+    events.deallocate()
+  }
+
+  // MARK: BlockEngine
+
+  package var geometry: BlockGeometry { image.geometry }
+  package var reachesGuestMemory: Bool { true }
+  package var movesDataInSubmit: Bool { !image.isDirect }
+  package var memoryAlignment: Int { image.memoryAlignment }
+
+  package func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
+    var prepared = 0
+    for index in 0..<count {
+      let request = requests + index
+      let tag = Int(request.pointee.tag)
+      guard tag < depth else { continue }
+      let operation = request.pointee.operation
+      if operation == .discard || operation == .writeZeroes || (operation == .flush && flushesByWorker) {
+        startOnWorker(
+          operation, request.pointee.tag, offset: request.pointee.offset, length: request.pointee.length)
+        continue
+      }
+      prepare(blocks + tag, request)
+      pointers[prepared] = blocks + tag
+      prepared &+= 1
+    }
+    if backlogCount > 0 {
+      for index in 0..<prepared { append(toBacklog: pointers[index]) }
+      retryBacklog()
+    } else {
+      start(pointers, prepared)
+    }
+  }
+
+  private func prepare(_ block: UnsafeMutablePointer<iocb>, _ request: UnsafeMutablePointer<EngineRequest>) {
+    let offset = Int64(truncatingIfNeeded: request.pointee.offset)
+    let count = Int32(truncatingIfNeeded: request.pointee.vectorCount)
+    let vectors = UnsafeRawPointer(request.pointee.vectors).assumingMemoryBound(to: iovec.self)
+    switch request.pointee.operation {
+    case .read: io_prep_preadv(block, image.descriptor, vectors, count, offset)
+    case .write: io_prep_pwritev(block, image.descriptor, vectors, count, offset)
+    case .flush, .discard, .writeZeroes: io_prep_fdsync(block, image.descriptor)
+    }
+    block.pointee.data = UnsafeMutableRawPointer(bitPattern: UInt(request.pointee.tag) &+ 1)
+    // Buffered reads and writes are over when io_submit returns: no need to be woken for them.
+    if image.isDirect || request.pointee.operation == .flush { io_set_eventfd(block, ready.raw) }
+  }
+
+  /// Hands control blocks to the kernel; what it cannot take now goes to the backlog.
+  private func start(_ list: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>, _ count: Int) {
+    var done = 0
+    while done < count {
+      let result = Int(io_submit(context, count &- done, list + done))
+      if result > 0 {
+        done &+= result
+        outstanding &+= result
+      } else if result == -Int(EAGAIN) {
+        for index in done..<count { append(toBacklog: list[index]) }
+        if outstanding == 0 { ready.signal() }  // nothing else would bring us back
+        return
+      } else if result != -Int(EINTR) {
+        fail(list[done], result == 0 ? -Int(EIO) : result)
+        done &+= 1
+      }
+    }
+  }
+
+  private func append(toBacklog block: UnsafeMutablePointer<iocb>?) {
+    backlog[backlogCount] = block
+    backlogCount &+= 1
+  }
+
+  private func retryBacklog() {
+    guard backlogCount > 0 else { return }
+    let count = backlogCount
+    for index in 0..<count { pointers[index] = backlog[index] }
+    backlogCount = 0
+    start(pointers, count)
+  }
+
+  private func fail(_ block: UnsafeMutablePointer<iocb>?, _ result: Int) {
+    guard let block else { return }
+    let tag = UInt32(truncatingIfNeeded: UInt(bitPattern: block.pointee.data) &- 1)
+    if result == -Int(EINVAL), block.pointee.aio_lio_opcode == Int16(IO_CMD_FDSYNC.rawValue) {
+      // A kernel or file system without asynchronous fdatasync.
+      flushesByWorker = true
+      startOnWorker(.flush, tag, offset: 0, length: 0)
+      return
+    }
+    early[earlyCount] = EngineCompletion(tag: tag, result: result)
+    earlyCount &+= 1
+    ready.signal()
+  }
+
+  private func startOnWorker(_ operation: BlockOperation, _ tag: UInt32, offset: UInt64, length: UInt64) {
+    if worker == nil { worker = try? StoreWorker(image: image, wakeUp: ready.raw) }
+    guard let worker else {
+      early[earlyCount] = EngineCompletion(tag: tag, result: -Int(EAGAIN))
+      earlyCount &+= 1
+      ready.signal()
+      return
+    }
+    workerOutstanding &+= 1
+    worker.start(operation, tag: tag, offset: offset, length: length)
+  }
+
+  package func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
+    var count = 0
+    while earlyCount > 0, count < capacity {
+      earlyCount &-= 1
+      completions[count] = early[earlyCount]
+      count &+= 1
+    }
+    if workerOutstanding > 0, count < capacity, let worker {
+      let taken = worker.take(into: completions + count, capacity: capacity &- count)
+      workerOutstanding &-= taken
+      count &+= taken
+    }
+    if outstanding > 0, count < capacity {
+      var none = timespec()
+      let wanted = min(capacity &- count, Self.eventCapacity)
+      let result = Int(io_getevents(context, 0, wanted, events, &none))
+      for index in 0..<max(result, 0) {
+        completions[count] = EngineCompletion(
+          tag: UInt32(truncatingIfNeeded: UInt(bitPattern: events[index].data) &- 1),
+          result: Int(bitPattern: events[index].res))
+        count &+= 1
+      }
+      outstanding &-= max(result, 0)
+      if result > 0 { retryBacklog() }
+    } else if backlogCount > 0 {
+      retryBacklog()
+    }
+    return count
+  }
+
+  package func waitForCompletion() {
+    guard earlyCount == 0 else { return }
+    if outstanding > 0 && workerOutstanding == 0 && !image.isDirect { return }
+    var descriptor = pollfd(fd: ready.raw, events: Int16(POLLIN), revents: 0)
+    _ = poll(&descriptor, 1, 1000)
+    ready.drain()
+  }
+
+  /// Takes the wake-ups that have come, before `reap`.
+  package func acknowledgeReadiness() { ready.drain() }
+}

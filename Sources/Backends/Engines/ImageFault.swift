@@ -1,0 +1,20 @@
+package import EventLoop
+
+/// Why an image cannot be opened. The message says what the operator can do.
+package enum ImageFault: Error {
+  case cannotOpen(path: String, Errno)
+  case notAnImage(path: String)
+  case tooSmall(path: String, bytes: UInt64)
+  case locked(path: String, holder: String)
+  case host(what: String, Errno)
+
+  package var message: String {
+    switch self {
+    case .cannotOpen(let path, let errno): "cannot open '\(path)': \(errno)"
+    case .notAnImage(let path): "'\(path)' is neither a regular file nor a block device"
+    case .tooSmall(let path, let bytes): "'\(path)' has \(bytes) bytes; a disk needs at least 512"
+    case .locked(let path, let holder): "'\(path)' is in use by \(holder); two writers would destroy it"
+    case .host(let what, let errno): "\(what): \(errno)"
+    }
+  }
+}

@@ -1,0 +1,79 @@
+import CLinux
+import Devices
+import EventLoop
+import Glibc
+import Synchronization
+
+/// A thread for what libaio cannot do: discard, write zeroes, and flush on kernels without asynchronous fdatasync.
+///
+/// These are rare. The thread is started by the first of them and ends with the engine.
+final class StoreWorker: Sendable {
+  private let image: RawImage
+  private let thread: LoopThread
+  private let wakeUp: Int32
+  private let finished = Mutex<[EngineCompletion]>([])
+
+  /// - Parameter wakeUp: the eventfd to signal when something is finished; it outlives the worker.
+  init(image: RawImage, wakeUp: Int32) throws(Errno) {
+    self.image = image
+    self.wakeUp = wakeUp
+    thread = try LoopThread(name: "vxd-store")
+  }
+
+  func stop() { thread.stopAndJoin() }
+
+  func start(_ operation: BlockOperation, tag: UInt32, offset: UInt64, length: UInt64) {
+    thread.loop.enqueue { [self] in
+      let result = Self.perform(operation, image, offset, length)
+      finished.withLock { $0.append(EngineCompletion(tag: tag, result: result)) }
+      var one: UInt64 = 1
+      while write(wakeUp, &one, 8) == -1 && errno == EINTR {}
+    }
+  }
+
+  /// Takes what is finished, at most `capacity`.
+  func take(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
+    finished.withLock { finished in
+      let count = min(capacity, finished.count)
+      for index in 0..<count { completions[index] = finished[index] }
+      finished.removeFirst(count)
+      return count
+    }
+  }
+
+  /// - Returns: 0 or a negated errno.
+  private static func perform(_ operation: BlockOperation, _ image: RawImage, _ offset: UInt64, _ length: UInt64) -> Int {
+    let descriptor = image.descriptor
+    if operation == .flush { return fdatasync(descriptor) == 0 ? 0 : -Int(errno) }
+    guard length > 0 else { return 0 }
+    if image.isBlockDevice {
+      return -Int(
+        operation == .discard
+          ? clinux_block_device_discard(descriptor, offset, length) : clinux_block_device_zero(descriptor, offset, length))
+    }
+    guard let start = Int64(exactly: offset), let count = Int64(exactly: length) else { return -Int(EINVAL) }
+    if operation == .writeZeroes,
+      clinux_fallocate(descriptor, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, count) == 0
+    {
+      return 0
+    }
+    let failure = clinux_fallocate(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
+    guard operation == .writeZeroes, failure == EOPNOTSUPP else { return -Int(failure) }
+    return writeZeroes(descriptor, off_t(start), off_t(count))
+  }
+
+  private static func writeZeroes(_ descriptor: Int32, _ start: off_t, _ count: off_t) -> Int {
+    let size = 1 << 20
+    let zeroes = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 4096)
+    defer { zeroes.deallocate() }
+    memset(zeroes, 0, size)
+    var done: off_t = 0
+    while done < count {
+      let written = pwrite(descriptor, zeroes, Int(min(off_t(size), count - done)), start + done)
+      if written < 0 && errno == EINTR { continue }
+      guard written > 0 else { return written == 0 ? -Int(EIO) : -Int(errno) }
+      done += off_t(written)
+    }
+    return 0
+  }
+}

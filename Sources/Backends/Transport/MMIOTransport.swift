@@ -1,0 +1,214 @@
+import Synchronization
+package import Virtqueue
+
+/// One virtio-mmio window (virtio 1.2, 4.2): turns register accesses into calls on a device.
+///
+/// `read`, `write` and `remove` are called by one thread, the guest's ioreq thread. The device signals from its own.
+/// Whatever the guest writes, in whatever order and width, is answered; what makes no sense is ignored.
+package final class MMIOTransport: TransportSignals {
+  /// Bytes of a window that are decoded.
+  package static let windowSize: UInt64 = 0x200
+
+  /// What the device's life as the guest sees it consists of; enough to go on with it after a restart of the daemon.
+  package struct Registers: Equatable, Sendable {
+    package var deviceFeaturesSelect: UInt32 = 0
+    package var driverFeaturesSelect: UInt32 = 0
+    package var driverFeatures: UInt64 = 0
+    package var queueSelect: UInt32 = 0
+    package var queues: [QueueLayout] = []
+    package var ready: [Bool] = []
+
+    package init() {}
+  }
+
+  package let device: any VirtioDevice
+  package let interrupts: InterruptState
+  /// Told about each change of the status register, from the ioreq thread.
+  private let onStatus: @Sendable (DeviceStatus) -> Void
+  private let status = Atomic<UInt32>(0)
+  /// Confined to the ioreq thread, see the type's comment.
+  nonisolated(unsafe) private var registers = Registers()
+
+  package init(
+    device: any VirtioDevice, line: any InterruptLine, onStatus: @escaping @Sendable (DeviceStatus) -> Void
+  ) {
+    self.device = device
+    self.onStatus = onStatus
+    interrupts = InterruptState(line: line)
+    clearQueues()
+  }
+
+  package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+
+  // MARK: Reads
+
+  /// The value of a register. Registers have 32 bits; other widths and unaligned offsets read the part they name.
+  package func read(offset: UInt64, width: Int) -> UInt64 {
+    if offset >= MMIORegister.configuration {
+      return device.configuration.read(
+        offset: Int(truncatingIfNeeded: min(offset &- MMIORegister.configuration, 1 << 20)), width: width)
+    }
+    let value = register(offset & ~3) >> (8 &* (offset & 3))
+    return width >= 8 ? value : value & ((1 << (8 &* UInt64(max(width, 1)))) &- 1)
+  }
+
+  private func register(_ offset: UInt64) -> UInt64 {
+    switch offset {
+    case MMIORegister.magicValue: return MMIORegister.magic
+    case MMIORegister.version: return 2
+    case MMIORegister.deviceID: return UInt64(device.deviceID)
+    case MMIORegister.vendorID: return MMIORegister.vendor
+    case MMIORegister.deviceFeatures:
+      let features = device.offeredFeatures.rawValue
+      switch registers.deviceFeaturesSelect {
+      case 0: return features & 0xffff_ffff
+      case 1: return features >> 32
+      default: return 0
+      }
+    case MMIORegister.queueSizeMaximum: return UInt64(selected.map { device.queueSizes[$0] } ?? 0)
+    case MMIORegister.queueReady: return selected.map { registers.ready[$0] ? 1 : 0 } ?? 0
+    case MMIORegister.interruptStatus: return UInt64(interrupts.pending)
+    case MMIORegister.status: return UInt64(status.load(ordering: .acquiring))
+    case MMIORegister.sharedMemoryFirst...MMIORegister.sharedMemoryLast: return 0xffff_ffff
+    case MMIORegister.configurationGeneration: return UInt64(device.configuration.generation)
+    default: return 0
+    }
+  }
+
+  /// The index of the selected queue, if there is one.
+  private var selected: Int? {
+    let index = Int(registers.queueSelect)
+    return index < registers.queues.count ? index : nil
+  }
+
+  // MARK: Writes
+
+  /// Writes a register. Only aligned 32-bit writes reach one; others are dropped, the configuration space excepted.
+  package func write(offset: UInt64, width: Int, value: UInt64) {
+    if offset >= MMIORegister.configuration {
+      let bytes = (0..<min(max(width, 0), 8)).map { UInt8(truncatingIfNeeded: value >> (8 * UInt64($0))) }
+      device.configurationWritten(
+        offset: Int(truncatingIfNeeded: min(offset &- MMIORegister.configuration, 1 << 20)), bytes: bytes)
+      return
+    }
+    guard width == 4, offset & 3 == 0 else { return }
+    let word = UInt32(truncatingIfNeeded: value)
+    switch offset {
+    case MMIORegister.queueNotify:
+      let queue = Int(word & 0xffff)
+      guard currentStatus.contains(.driverOK), queue < registers.ready.count, registers.ready[queue] else { return }
+      device.notify(queue: queue)
+    case MMIORegister.interruptAcknowledge: interrupts.acknowledge(word)
+    case MMIORegister.status: writeStatus(word)
+    case MMIORegister.deviceFeaturesSelect: registers.deviceFeaturesSelect = word
+    case MMIORegister.driverFeaturesSelect: registers.driverFeaturesSelect = word
+    case MMIORegister.driverFeatures: writeDriverFeatures(word)
+    case MMIORegister.queueSelect: registers.queueSelect = word
+    case MMIORegister.queueReady: writeQueueReady(word)
+    default: writeQueue(offset, word)
+    }
+  }
+
+  private func writeDriverFeatures(_ word: UInt32) {
+    // After FEATURES_OK the set is fixed (virtio 1.2, 2.2.1).
+    guard !currentStatus.contains(.featuresOK) else { return }
+    switch registers.driverFeaturesSelect {
+    case 0: registers.driverFeatures = registers.driverFeatures & ~0xffff_ffff | UInt64(word)
+    case 1: registers.driverFeatures = registers.driverFeatures & 0xffff_ffff | UInt64(word) << 32
+    default: break
+    }
+  }
+
+  private func writeQueue(_ offset: UInt64, _ word: UInt32) {
+    // A queue that is ready belongs to the device (virtio 1.2, 4.2.2.2).
+    guard let queue = selected, !registers.ready[queue] else { return }
+    func low(_ value: inout UInt64) { value = value & ~0xffff_ffff | UInt64(word) }
+    func high(_ value: inout UInt64) { value = value & 0xffff_ffff | UInt64(word) << 32 }
+    switch offset {
+    case MMIORegister.queueSize: registers.queues[queue].size = UInt16(exactly: word) ?? 0
+    case MMIORegister.descriptorLow: low(&registers.queues[queue].descriptorArea)
+    case MMIORegister.descriptorHigh: high(&registers.queues[queue].descriptorArea)
+    case MMIORegister.driverLow: low(&registers.queues[queue].driverArea)
+    case MMIORegister.driverHigh: high(&registers.queues[queue].driverArea)
+    case MMIORegister.deviceLow: low(&registers.queues[queue].deviceArea)
+    case MMIORegister.deviceHigh: high(&registers.queues[queue].deviceArea)
+    default: break
+    }
+  }
+
+  private func writeQueueReady(_ word: UInt32) {
+    guard let queue = selected else { return }
+    if word & 1 == 0 {
+      // Linux takes a queue down this way only after a reset; a live queue that goes away takes the device with it.
+      if registers.ready[queue] && currentStatus.contains(.driverOK) { device.reset() }
+      registers.ready[queue] = false
+      return
+    }
+    guard currentStatus.contains(.featuresOK), !currentStatus.contains(.driverOK) else { return }
+    do throws(VirtqueueFault) {
+      try registers.queues[queue].validate(maximum: device.queueSizes[queue])
+      registers.ready[queue] = true
+    } catch {
+      registers.ready[queue] = false
+    }
+  }
+
+  // MARK: Status
+
+  private func writeStatus(_ word: UInt32) {
+    guard word != 0 else { return reset() }
+    let old = currentStatus
+    var new = DeviceStatus(rawValue: word & 0xff).intersection(.driversBits).union(old)
+    if new.contains(.featuresOK), !old.contains(.featuresOK), !featuresAcceptable { new.remove(.featuresOK) }
+    if new.contains(.driverOK), !new.contains(.featuresOK) { new.remove(.driverOK) }
+    let added = new.subtracting(old)
+    status.bitwiseOr(added.rawValue, ordering: .acquiringAndReleasing)
+    if added.contains(.driverOK) { activate() }
+    if !added.isEmpty { onStatus(currentStatus) }
+  }
+
+  private var featuresAcceptable: Bool {
+    let features = FeatureBits(rawValue: registers.driverFeatures)
+    // Version 2 of virtio-mmio has no legacy interface: without VERSION_1 there is nothing to agree on.
+    return features.isSubset(of: device.offeredFeatures) && features.contains(.version1) && device.accepts(features)
+  }
+
+  private func activate() {
+    let layouts = zip(registers.queues, registers.ready).map { $1 ? $0 : nil }
+    device.activate(
+      features: FeatureBits(rawValue: registers.driverFeatures), layouts: layouts, signals: self)
+  }
+
+  private func reset() {
+    let old = currentStatus
+    device.reset()
+    interrupts.clear()
+    registers = Registers()
+    clearQueues()
+    status.store(0, ordering: .releasing)
+    if !old.isEmpty { onStatus([]) }
+  }
+
+  private func clearQueues() {
+    registers.queues = Array(repeating: QueueLayout(), count: device.queueSizes.count)
+    registers.ready = Array(repeating: false, count: device.queueSizes.count)
+  }
+
+  /// The slot loses its device: as a reset, without the guest's asking.
+  package func remove() {
+    device.reset()
+    interrupts.clear()
+  }
+
+  // MARK: TransportSignals
+
+  package func interruptForUsedBuffers() { interrupts.raise(.usedBuffer) }
+
+  package func interruptForConfiguration() { interrupts.raise(.configuration) }
+
+  package func needReset() {
+    let (old, _) = status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing)
+    guard DeviceStatus(rawValue: old).contains(.driverOK) else { return }
+    interrupts.raise(.configuration)
+  }
+}

@@ -1,0 +1,37 @@
+package import Virtqueue
+
+/// What a transport shows to the guest of a device, and what it tells the device.
+///
+/// The transport calls from the thread that answers the guest's register accesses; the device works on a thread of its own.
+/// None of the calls waits for the guest or for storage.
+package protocol VirtioDevice: AnyObject, Sendable {
+  /// The device's number: 1 net, 2 blk, 3 console (virtio 1.2, chapter 5).
+  var deviceID: UInt32 { get }
+  /// Every feature that may be negotiated, transport bits included.
+  var offeredFeatures: FeatureBits { get }
+  /// The largest size of each queue; the count is the number of queues.
+  var queueSizes: [UInt16] { get }
+  /// The configuration space.
+  var configuration: ConfigurationSpace { get }
+
+  /// Whether the device can serve this subset of what it offered.
+  func accepts(_ features: FeatureBits) -> Bool
+  /// The driver set DRIVER_OK: the queues in `layouts` (nil where not ready) are live from now on.
+  func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals)
+  /// The driver made buffers available in a queue, whose index is below the number of queues.
+  func notify(queue: Int)
+  /// The driver resets the device: when this returns, no guest memory is touched and no interrupt sent any more.
+  func reset()
+  /// The driver wrote to the configuration space.
+  func configurationWritten(offset: Int, bytes: [UInt8])
+}
+
+/// What a device tells its transport, from any thread.
+package protocol TransportSignals: AnyObject, Sendable {
+  /// Used buffers are published: interrupt the driver.
+  func interruptForUsedBuffers()
+  /// The configuration space changed: interrupt the driver.
+  func interruptForConfiguration()
+  /// The device cannot go on until the driver resets it: sets DEVICE_NEEDS_RESET and interrupts (virtio 1.2, 2.1.2).
+  func needReset()
+}

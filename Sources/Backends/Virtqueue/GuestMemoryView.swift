@@ -1,0 +1,153 @@
+import Synchronization
+
+/// One data thread's window on a guest's memory: a small cache of translations in front of the shared pool.
+///
+/// Confined to one thread. Between `enter` and `leave` the pointers that it hands out stay mapped; afterwards they must not
+/// be kept. A hit costs no lock, no allocation and no call out of this module.
+package struct GuestMemoryView: ~Copyable {
+  private struct Entry {
+    /// Bucket number plus one; 0 when the entry is empty.
+    var tag: UInt64
+    var base: UnsafeMutableRawPointer?
+    var validPages: UnsafePointer<UInt64>?
+    var stamp: UnsafeMutablePointer<UInt64>?
+  }
+
+  private static var entryCount: Int { 64 }
+  private static var pageShift: UInt64 { 12 }
+
+  private let source: any GuestMemorySource
+  private let generation: MappingGeneration
+  private let viewer = MemoryViewer()
+  private let entries: UnsafeMutablePointer<Entry>
+  private let bucketShift: UInt64
+  private let bucketSize: Int
+  private var seenGeneration: UInt64 = 0
+  private var clock: UInt64 = 0
+  /// Lookups answered by the cache, and those that went to the pool.
+  package private(set) var hits: UInt64 = 0
+  package private(set) var misses: UInt64 = 0
+
+  package init(source: any GuestMemorySource) {
+    self.source = source
+    generation = source.generation
+    bucketShift = UInt64(source.bucketShift)
+    bucketSize = 1 << source.bucketShift
+    entries = .allocate(capacity: Self.entryCount)
+    entries.initialize(repeating: Entry(tag: 0), count: Self.entryCount)
+    source.add(viewer: viewer)
+  }
+
+  deinit {
+    viewer.epoch.store(0, ordering: .releasing)
+    source.remove(viewer: viewer)
+    entries.deallocate()
+  }
+
+  /// Starts a batch.
+  ///
+  /// - Returns: the count of invalidations: when it differs from the one seen before, rings must be mapped again.
+  package mutating func enter() -> UInt64 {
+    // The store of the epoch must be visible before the generation is read a second time: the side that withdraws mappings
+    // bumps the generation first and reads the epochs then, so one of the two always sees the other.
+    var now = generation.current.load(ordering: .acquiring)
+    while true {
+      viewer.epoch.store(now, ordering: .sequentiallyConsistent)
+      let again = generation.current.load(ordering: .sequentiallyConsistent)
+      if again == now { break }
+      now = again
+    }
+    if now != seenGeneration {
+      for index in 0..<Self.entryCount { entries[index].tag = 0 }
+      seenGeneration = now
+    }
+    clock = generation.clock.load(ordering: .relaxed)
+    return generation.invalidations.load(ordering: .acquiring)
+  }
+
+  /// Ends a batch: no pointer obtained in it is used any more.
+  package mutating func leave() {
+    viewer.epoch.store(0, ordering: .releasing)
+  }
+
+  /// The host address of a guest address, and how many bytes from there on are contiguous and backed, at most `length`.
+  ///
+  /// - Throws: `unmapped` when the first byte's page is not backed.
+  package mutating func translate(
+    _ address: UInt64, _ length: Int
+  ) throws(GuestMemoryFault) -> (pointer: UnsafeMutableRawPointer, length: Int) {
+    let number = address >> bucketShift
+    let offset = Int(truncatingIfNeeded: address & UInt64(truncatingIfNeeded: bucketSize &- 1))
+    let index = Int(truncatingIfNeeded: number & UInt64(truncatingIfNeeded: Self.entryCount &- 1))
+    let run = min(length, bucketSize &- offset)
+    if entries[index].tag == number &+ 1, let base = entries[index].base {
+      hits &+= 1
+      entries[index].stamp?.pointee = clock
+      guard let valid = entries[index].validPages else { return (base + offset, run) }
+      let backed = Self.backedRun(valid, offset, run)
+      if backed > 0 { return (base + offset, backed) }
+    }
+    return try translateSlowly(address, number, offset, run, index)
+  }
+
+  private mutating func translateSlowly(
+    _ address: UInt64, _ number: UInt64, _ offset: Int, _ run: Int, _ index: Int
+  ) throws(GuestMemoryFault) -> (pointer: UnsafeMutableRawPointer, length: Int) {
+    misses &+= 1
+    let known = entries[index].tag == number &+ 1
+    var mapping = known ? try source.refreshedBucket(number) : try source.bucket(number)
+    var backed = run
+    if let valid = mapping.validPages {
+      backed = Self.backedRun(valid, offset, run)
+      if backed == 0 && !known {
+        mapping = try source.refreshedBucket(number)
+        backed = mapping.validPages.map { Self.backedRun($0, offset, run) } ?? run
+      }
+    }
+    mapping.stamp.pointee = clock
+    entries[index] = Entry(
+      tag: number &+ 1, base: mapping.base, validPages: mapping.validPages, stamp: mapping.stamp)
+    guard backed > 0 else { throw .unmapped(address: address) }
+    return (mapping.base + offset, backed)
+  }
+
+  /// Bytes from `offset` on, at most `run`, whose pages are all marked valid.
+  private static func backedRun(_ valid: UnsafePointer<UInt64>, _ offset: Int, _ run: Int) -> Int {
+    guard run > 0 else { return 0 }
+    var page = offset >> 12
+    let last = (offset &+ run &- 1) >> 12
+    while page <= last {
+      if valid[page >> 6] & (1 << UInt64(truncatingIfNeeded: page & 63)) == 0 {
+        return max(0, (page << 12) &- offset)
+      }
+      page &+= 1
+    }
+    return run
+  }
+
+  /// Copies bytes out of the guest.
+  package mutating func copyIn(
+    from address: UInt64, to destination: UnsafeMutableRawPointer, count: Int
+  ) throws(GuestMemoryFault) {
+    guard !address.addingReportingOverflow(UInt64(truncatingIfNeeded: count)).overflow else { throw .addressOverflow }
+    var done = 0
+    while done < count {
+      let (pointer, length) = try translate(address &+ UInt64(truncatingIfNeeded: done), count &- done)
+      (destination + done).copyMemory(from: pointer, byteCount: length)
+      done &+= length
+    }
+  }
+
+  /// Copies bytes into the guest.
+  package mutating func copyOut(
+    from origin: UnsafeRawPointer, to address: UInt64, count: Int
+  ) throws(GuestMemoryFault) {
+    guard !address.addingReportingOverflow(UInt64(truncatingIfNeeded: count)).overflow else { throw .addressOverflow }
+    var done = 0
+    while done < count {
+      let (pointer, length) = try translate(address &+ UInt64(truncatingIfNeeded: done), count &- done)
+      pointer.copyMemory(from: origin + done, byteCount: length)
+      done &+= length
+    }
+  }
+}

@@ -1,0 +1,269 @@
+import EventLoop
+import Synchronization
+package import Virtqueue
+
+/// What a pool holds and did; pages have 4096 bytes.
+package struct PoolStatistics: Equatable, Sendable {
+  package var mappedPages = 0
+  package var budgetPages = 0
+  package var buckets = 0
+  /// Pages that a bucket spans but the guest does not back.
+  package var holePages = 0
+  package var rangePages = 0
+  package var misses: UInt64 = 0
+  package var evictions: UInt64 = 0
+  package var invalidations: UInt64 = 0
+  package var mapCalls: UInt64 = 0
+  package var unmapCalls: UInt64 = 0
+
+  package init() {}
+}
+
+/// One guest's memory as foreign mappings: buckets mapped on first use, evicted least recently used first under a budget, and
+/// all withdrawn on an invalidation.
+///
+/// Mappings are withdrawn in two steps, so that no thread ever follows a pointer into the void: they leave the pool while the
+/// generation is bumped, and are unmapped when no viewer works with an older generation any more (see `MemoryViewer`). An
+/// invalidation waits for that, since it may be answered only when the mappings are gone; an eviction does not.
+package final class ForeignMappingPool: GuestMemorySource {
+  /// A mapping and its bookkeeping. Lives until it is unmapped.
+  private struct Mapping {
+    var base: UnsafeMutableRawPointer
+    var pages: Int
+    /// A bit per page; nil when every page is backed.
+    var valid: UnsafeMutablePointer<UInt64>?
+    var holes: Int
+    var stamp: UnsafeMutablePointer<UInt64>
+
+    var bucket: BucketMapping {
+      BucketMapping(base: base, validPages: valid.map { UnsafePointer($0) }, stamp: stamp)
+    }
+  }
+
+  private struct State: ~Copyable {
+    var buckets: [UInt64: Mapping] = [:]
+    var ranges: [UInt64: Mapping] = [:]
+    var nextRange: UInt64 = 1
+    /// Left the pool, still mapped: with the generation that viewers must have reached.
+    var limbo: [(mapping: Mapping, generation: UInt64)] = []
+    var viewers: [MemoryViewer] = []
+    var statistics = PoolStatistics()
+    var isClosed = false
+  }
+
+  package let bucketShift: Int
+  package let isStable: Bool
+  package let generation = MappingGeneration()
+  private let guest: any GuestHandle
+  private let budgetBuckets: Int
+  private let state: Mutex<State>
+
+  /// - Parameters:
+  ///   - bucketShift: bytes of a bucket as a power of two, 12 to 30.
+  ///   - budgetBytes: memory mapped by buckets at most; at least two buckets are allowed. Rings come on top.
+  ///   - isStable: see `GuestMemorySource.isStable`; true only in the simulator's benchmarks.
+  package init(
+    guest: any GuestHandle, bucketShift: Int = 21, budgetBytes: UInt64 = 1 << 30, isStable: Bool = false
+  ) {
+    self.guest = guest
+    self.bucketShift = bucketShift
+    self.isStable = isStable
+    budgetBuckets = max(2, Int(clamping: budgetBytes >> UInt64(bucketShift)))
+    state = Mutex(State())
+  }
+
+  deinit { close() }
+
+  package var statistics: PoolStatistics {
+    state.withLock { state in
+      var statistics = state.statistics
+      statistics.buckets = state.buckets.count
+      statistics.budgetPages = budgetBuckets << (bucketShift - 12)
+      statistics.holePages = state.buckets.values.reduce(0) { $0 + $1.holes }
+      statistics.rangePages = state.ranges.values.reduce(0) { $0 + $1.pages }
+      return statistics
+    }
+  }
+
+  // MARK: GuestMemorySource
+
+  package func add(viewer: MemoryViewer) {
+    state.withLock { $0.viewers.append(viewer) }
+  }
+
+  package func remove(viewer: MemoryViewer) {
+    state.withLock { state in
+      state.viewers.removeAll { $0 === viewer }
+      reclaim(&state)
+    }
+  }
+
+  package func bucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping {
+    try bucket(number, afresh: false)
+  }
+
+  package func refreshedBucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping {
+    try bucket(number, afresh: true)
+  }
+
+  private func bucket(_ number: UInt64, afresh: Bool) throws(GuestMemoryFault) -> BucketMapping {
+    let result: Result<BucketMapping, GuestMemoryFault> = state.withLock { state in
+      guard !state.isClosed else { return .failure(.mappingFailed) }
+      reclaim(&state)
+      state.statistics.misses &+= 1
+      generation.clock.wrappingAdd(1, ordering: .relaxed)
+      if let known = state.buckets[number] {
+        if !afresh || known.valid == nil { return .success(known.bucket) }
+        withdraw(number, &state)
+      }
+      if state.buckets.count >= budgetBuckets {
+        if let oldest = state.buckets.min(by: { $0.value.stamp.pointee < $1.value.stamp.pointee }) {
+          withdraw(oldest.key, &state)
+          state.statistics.evictions &+= 1
+        }
+      }
+      let pages = 1 << (bucketShift - 12)
+      guard let mapping = map(first: number << UInt64(bucketShift - 12), pages: pages, &state) else {
+        return .failure(.unmapped(address: number << UInt64(bucketShift)))
+      }
+      mapping.stamp.pointee = generation.clock.load(ordering: .relaxed)
+      state.buckets[number] = mapping
+      return .success(mapping.bucket)
+    }
+    return try result.get()
+  }
+
+  package func mapRange(address: UInt64, length: Int) throws(GuestMemoryFault) -> RangeMapping {
+    let first = address >> 12
+    let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1) - 1))
+    guard !overflow else { throw .addressOverflow }
+    let pages = Int(truncatingIfNeeded: (end >> 12) &- first) &+ 1
+    let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
+      guard !state.isClosed else { return .failure(.mappingFailed) }
+      reclaim(&state)
+      guard let mapping = map(first: first, pages: pages, &state) else { return .failure(.unmapped(address: address)) }
+      guard mapping.holes == 0 else {
+        unmap(mapping, &state)
+        return .failure(.unmapped(address: address))
+      }
+      let identifier = state.nextRange
+      state.nextRange &+= 1
+      state.ranges[identifier] = mapping
+      return .success(
+        RangeMapping(start: mapping.base + Int(truncatingIfNeeded: address & 0xfff), identifier: identifier))
+    }
+    return try result.get()
+  }
+
+  package func unmapRange(_ range: RangeMapping) {
+    state.withLock { state in
+      // Gone already after an invalidation: then there is nothing to do.
+      if let mapping = state.ranges.removeValue(forKey: range.identifier) { unmap(mapping, &state) }
+    }
+  }
+
+  // MARK: Withdrawal
+
+  /// Drops every mapping and returns when none is left: Xen says that the guest gave pages back.
+  ///
+  /// Called by the ioreq thread, outside any batch of its own view.
+  package func invalidate() { withdrawAll(closing: false) }
+
+  /// Drops every mapping for good: the guest is gone, or its last device is.
+  package func close() { withdrawAll(closing: true) }
+
+  private func withdrawAll(closing: Bool) {
+    let target: UInt64? = state.withLock { state in
+      if closing { state.isClosed = true }
+      if !closing { state.statistics.invalidations &+= 1 }
+      // Linux balloons in batches, with one invalidation each: the empty case must be cheap.
+      if state.buckets.isEmpty && state.ranges.isEmpty && state.limbo.isEmpty { return nil }
+      let next = bumpGeneration()
+      generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
+      for mapping in state.buckets.values { state.limbo.append((mapping, next)) }
+      for mapping in state.ranges.values { state.limbo.append((mapping, next)) }
+      state.buckets.removeAll(keepingCapacity: true)
+      state.ranges.removeAll(keepingCapacity: true)
+      return next
+    }
+    guard target != nil else { return }
+    // A batch lasts microseconds, so yielding is enough; the vCPU that gave the pages back waits meanwhile.
+    while true {
+      let left = state.withLock { state in
+        reclaim(&state)
+        return state.limbo.count
+      }
+      if left == 0 { return }
+      yieldThread()
+    }
+  }
+
+  private func bumpGeneration() -> UInt64 {
+    generation.current.wrappingAdd(1, ordering: .sequentiallyConsistent).newValue
+  }
+
+  private func withdraw(_ number: UInt64, _ state: inout State) {
+    guard let mapping = state.buckets.removeValue(forKey: number) else { return }
+    state.limbo.append((mapping, bumpGeneration()))
+  }
+
+  /// Unmaps what left the pool and is used by nobody any more.
+  private func reclaim(_ state: inout State) {
+    guard !state.limbo.isEmpty else { return }
+    var oldest = UInt64.max
+    for viewer in state.viewers {
+      let epoch = viewer.epoch.load(ordering: .sequentiallyConsistent)
+      if epoch != 0 { oldest = min(oldest, epoch) }
+    }
+    var kept: [(mapping: Mapping, generation: UInt64)] = []
+    for entry in state.limbo {
+      if entry.generation <= oldest { unmap(entry.mapping, &state) } else { kept.append(entry) }
+    }
+    state.limbo = kept
+  }
+
+  // MARK: Mapping calls
+
+  private func map(first: UInt64, pages: Int, _ state: inout State) -> Mapping? {
+    let frames = UnsafeMutablePointer<UInt64>.allocate(capacity: pages)
+    let errors = UnsafeMutablePointer<Int32>.allocate(capacity: pages)
+    defer {
+      frames.deallocate()
+      errors.deallocate()
+    }
+    for index in 0..<pages {
+      frames[index] = first &+ UInt64(index)
+      errors[index] = 0
+    }
+    state.statistics.mapCalls &+= 1
+    guard let base = guest.map(frames: frames, count: pages, errors: errors) else { return nil }
+    state.statistics.mappedPages += pages
+    let words = (pages + 63) / 64
+    let valid = UnsafeMutablePointer<UInt64>.allocate(capacity: words)
+    valid.initialize(repeating: 0, count: words)
+    var holes = 0
+    for index in 0..<pages {
+      if errors[index] == 0 { valid[index >> 6] |= 1 << UInt64(index & 63) } else { holes += 1 }
+    }
+    let stamp = UnsafeMutablePointer<UInt64>.allocate(capacity: 1)
+    stamp.initialize(to: 0)
+    var mapping = Mapping(base: base, pages: pages, valid: valid, holes: holes, stamp: stamp)
+    if holes == 0 {
+      valid.deallocate()
+      mapping.valid = nil
+    }
+    if holes == pages {
+      unmap(mapping, &state)
+      return nil
+    }
+    return mapping
+  }
+
+  private func unmap(_ mapping: Mapping, _ state: inout State) {
+    state.statistics.unmapCalls &+= 1
+    state.statistics.mappedPages -= mapping.pages
+    guest.unmap(mapping.base, count: mapping.pages)
+    mapping.valid?.deallocate()
+    mapping.stamp.deallocate()
+  }
+}

@@ -1,0 +1,209 @@
+package import EventLoop
+package import Synchronization
+package import Transport
+import Virtqueue
+
+/// A guest's ioreq server: one per guest, however many devices. Answers every access to its slots' windows.
+///
+/// Confined to the guest's ioreq thread, whose loop calls `ready` for event channels. A notification of a queue is handed to
+/// the device's thread before the slot is answered, so the vCPU goes on at once.
+package final class IOReqServer: EventSource {
+  /// What the server did, readable from any thread.
+  package final class Counters: Sendable {
+    package let accesses = Atomic<UInt64>(0)
+    package let invalidations = Atomic<UInt64>(0)
+    package let strays = Atomic<UInt64>(0)
+  }
+
+  /// The server's number in Xen.
+  package let identifier: UInt16
+  package let counters = Counters()
+  private let guest: any GuestHandle
+  private let pool: ForeignMappingPool
+  private let page: IOReqPage
+  private let loop: EventLoop
+  private var memory: GuestMemoryView
+  private var token: EventLoop.Token?
+  /// Our port of each vCPU, and back.
+  private var ports: [UInt32] = []
+  private var vcpuOfPort: [UInt32: Int] = [:]
+  /// Windows that are answered, by slot; nil where a slot is empty.
+  private var windows: [(slot: DeviceSlot, transport: MMIOTransport?)] = []
+  private var mapped: [(first: UInt64, last: UInt64)] = []
+  private var isClosed = false
+
+  /// Creates, maps, enables and binds: in the order in which Xen fills in the ports.
+  package init(
+    guest: any GuestHandle, pool: ForeignMappingPool, loop: EventLoop
+  ) throws(XenError) {
+    self.guest = guest
+    self.pool = pool
+    self.loop = loop
+    memory = GuestMemoryView(source: pool)
+    identifier = try guest.createIOReqServer()
+    do throws(XenError) {
+      page = IOReqPage(try guest.mapIOReqPage(identifier))
+      try guest.setIOReqServer(identifier, enabled: true)
+      for vcpu in 0..<IOReqPage.slotCount {
+        let remote = page.port(vcpu)
+        guard remote != 0 else { break }
+        let port = try guest.bind(remotePort: remote)
+        ports.append(port)
+        vcpuOfPort[port] = vcpu
+      }
+      do throws(Errno) {
+        token = try loop.add(guest.eventDescriptor, events: 1 /* EPOLLIN */, source: self)
+      } catch {
+        throw XenError("epoll of the event channels", error)
+      }
+    } catch {
+      for port in ports { guest.unbind(port) }
+      guest.unmapIOReqPage()
+      try? guest.destroyIOReqServer(identifier)
+      throw error
+    }
+  }
+
+  /// vCPUs of the guest.
+  package var vcpuCount: Int { ports.count }
+
+  // MARK: Windows
+
+  /// Claims a run of addresses of the guest for this server. Ends are inclusive.
+  package func claim(first: UInt64, last: UInt64) throws(XenError) {
+    try guest.mapMMIO(identifier, first: first, last: last)
+    mapped.append((first, last))
+  }
+
+  /// Puts a device into a slot; one that is claimed already (x86), or claims the slot's window (Arm).
+  package func attach(_ transport: MMIOTransport, to slot: DeviceSlot) throws(XenError) {
+    if !mapped.contains(where: { $0.first <= slot.base && slot.base &+ (MMIOTransport.windowSize - 1) <= $0.last }) {
+      try claim(first: slot.base, last: slot.base &+ (MMIOTransport.windowSize - 1))
+    }
+    windows.removeAll { $0.slot.base == slot.base }
+    windows.append((slot, transport))
+  }
+
+  /// Empties a slot. The window stays claimed and reads as a slot without a device.
+  package func detach(_ slot: DeviceSlot) {
+    for index in windows.indices where windows[index].slot.base == slot.base {
+      windows[index].transport?.remove()
+      windows[index].transport = nil
+    }
+  }
+
+  // MARK: Events
+
+  package func ready(events: UInt32) {
+    while let port = guest.nextEvent() {
+      guest.unmask(port)
+      if let vcpu = vcpuOfPort[port] { serve(vcpu) }
+    }
+  }
+
+  private func serve(_ vcpu: Int) {
+    guard let request = page.take(vcpu) else { return }
+    page.answer(vcpu, data: perform(request))
+    guest.notify(ports[vcpu])
+  }
+
+  /// - Returns: what goes into the slot's data field.
+  private func perform(_ request: IOReq) -> UInt64 {
+    counters.accesses.wrappingAdd(1, ordering: .relaxed)
+    switch request.kind {
+    case .invalidate:
+      counters.invalidations.wrappingAdd(1, ordering: .relaxed)
+      pool.invalidate()
+      return request.data
+    case .memory:
+      if request.dataIsPointer {
+        repeatAccess(request)
+        return request.data
+      }
+      let width = Int(clamping: min(request.size, 8))
+      if request.isRead { return read(request.address, width) }
+      write(request.address, width, request.data)
+      return request.data
+    case .portIO, .pciConfiguration, .timeOffset, nil:
+      counters.strays.wrappingAdd(1, ordering: .relaxed)
+      return request.isRead ? .max : request.data
+    }
+  }
+
+  private func transport(at address: UInt64) -> (transport: MMIOTransport?, offset: UInt64)? {
+    for window in windows
+    where address >= window.slot.base && address &- window.slot.base < MMIOTransport.windowSize {
+      return (window.transport, address &- window.slot.base)
+    }
+    return nil
+  }
+
+  private func read(_ address: UInt64, _ width: Int) -> UInt64 {
+    guard let (transport, offset) = transport(at: address), let transport else {
+      return Self.emptySlot(address, width)
+    }
+    return transport.read(offset: offset, width: width)
+  }
+
+  /// A slot without a device: magic and version are there, the device's number is 0 (virtio 1.2, 4.2.3.1.1), the rest is 0.
+  private static func emptySlot(_ address: UInt64, _ width: Int) -> UInt64 {
+    guard width == 4 else { return 0 }
+    switch address & 0x1ff {
+    case 0x000: return 0x7472_6976
+    case 0x004: return 2
+    default: return 0
+    }
+  }
+
+  private func write(_ address: UInt64, _ width: Int, _ value: UInt64) {
+    guard let (transport, offset) = transport(at: address) else { return }
+    transport?.write(offset: offset, width: width, value: value)
+  }
+
+  /// REP MOVS and the like on the window: the data is in guest memory, `count` elements of `size` bytes. Xen keeps one request
+  /// within a page; a count beyond that is cut.
+  private func repeatAccess(_ request: IOReq) {
+    let size = UInt64(min(max(request.size, 1), 8))
+    let count = min(UInt64(request.count), 4096 / size)
+    _ = memory.enter()
+    defer { memory.leave() }
+    for step in 0..<count {
+      let distance = size &* step
+      let address = request.stepsDown ? request.address &- distance : request.address &+ distance
+      let buffer = request.stepsDown ? request.data &- distance : request.data &+ distance
+      var value: UInt64 = 0
+      do throws(GuestMemoryFault) {
+        if request.isRead {
+          value = read(address, Int(size))
+          try memory.copyOut(from: &value, to: buffer, count: Int(size))
+        } else {
+          try memory.copyIn(from: buffer, to: &value, count: Int(size))
+          write(address, Int(size), value)
+        }
+      } catch {
+        return
+      }
+    }
+  }
+
+  // MARK: End
+
+  /// Ends the server: no new access is taken, those under way are answered, then everything is given back to Xen.
+  ///
+  /// Errors are expected when the guest is being destroyed: Xen has taken the server down by itself then.
+  package func close() {
+    guard !isClosed else { return }
+    isClosed = true
+    for window in windows { window.transport?.remove() }
+    windows = []
+    try? guest.setIOReqServer(identifier, enabled: false)
+    // Whoever got in before the server was disabled waits for an answer; destroying the server would not wake it.
+    for vcpu in ports.indices { serve(vcpu) }
+    for range in mapped { try? guest.unmapMMIO(identifier, first: range.first, last: range.last) }
+    if let token { loop.remove(token) }
+    for port in ports { guest.unbind(port) }
+    guest.unmapIOReqPage()
+    try? guest.destroyIOReqServer(identifier)
+    pool.close()
+  }
+}

@@ -1,0 +1,103 @@
+import CXen
+import EventLoop
+import Glibc
+import Synchronization
+
+/// A connection to xenstored through libxenstore. Confined to one thread, which may block for as long as xenstored takes.
+///
+/// Paths may be relative: they start at the own domain's directory (/local/domain/0 for dom0), whose number therefore need
+/// not be known.
+package final class XenStore {
+  private let handle: OpaquePointer
+  /// Watches that are set.
+  package private(set) var watchCount = 0
+
+  /// - Parameter socketPath: the socket of a simulated xenstored; nil for the real one (socket or /dev/xen/xenbus).
+  package init(socketPath: String? = nil) throws(XenError) {
+    // libxenstore takes the path from the environment only, which the whole process shares.
+    handle = try Self.opening.withLock { _ throws(XenError) in
+      if let socketPath { setenv("XENSTORED_PATH", socketPath, 1) }
+      defer { if socketPath != nil { unsetenv("XENSTORED_PATH") } }
+      guard let handle = xs_open(0) else { throw XenError("xs_open", Errno.last) }
+      return handle
+    }
+  }
+
+  private static let opening = Mutex(())
+
+  deinit { xs_close(handle) }
+
+  // MARK: Nodes
+
+  /// The value of a node; nil when there is none, or it may not be read.
+  package func read(_ path: String, in transaction: UInt32 = 0) -> String? {
+    var length: UInt32 = 0
+    guard let value = xs_read(handle, transaction, path, &length) else { return nil }
+    defer { free(value) }
+    return String(decoding: UnsafeRawBufferPointer(start: value, count: Int(length)), as: UTF8.self)
+  }
+
+  /// Names of the nodes below one; nil when there is none.
+  package func list(_ path: String, in transaction: UInt32 = 0) -> [String]? {
+    var count: UInt32 = 0
+    guard let names = xs_directory(handle, transaction, path, &count) else { return nil }
+    defer { free(names) }
+    return (0..<Int(count)).compactMap { names[$0].map { String(cString: $0) } }
+  }
+
+  package func exists(_ path: String) -> Bool { read(path) != nil || list(path) != nil }
+
+  package func write(_ path: String, _ value: String, in transaction: UInt32 = 0) throws(XenError) {
+    guard xs_write(handle, transaction, path, value, UInt32(value.utf8.count)) else {
+      throw XenError("xs_write \(path)", Errno.last)
+    }
+  }
+
+  /// Removes a node and what is below it; one that is not there is no error.
+  package func remove(_ path: String, in transaction: UInt32 = 0) throws(XenError) {
+    guard xs_rm(handle, transaction, path) || errno == ENOENT else { throw XenError("xs_rm \(path)", Errno.last) }
+  }
+
+  /// Runs `body` as one transaction, again when another one got in between, at most eight times.
+  package func transaction<Result>(_ body: (UInt32) throws(XenError) -> Result) throws(XenError) -> Result {
+    for _ in 0..<8 {
+      let transaction = xs_transaction_start(handle)
+      guard transaction != 0 else { throw XenError("xs_transaction_start", Errno.last) }
+      let result: Result
+      do throws(XenError) {
+        result = try body(transaction)
+      } catch {
+        xs_transaction_end(handle, transaction, true)
+        throw error
+      }
+      if xs_transaction_end(handle, transaction, false) { return result }
+      guard errno == EAGAIN else { throw XenError("xs_transaction_end", Errno.last) }
+    }
+    throw XenError("xs_transaction_end", Errno(EAGAIN))
+  }
+
+  // MARK: Watches
+
+  /// Watches a node and what is below it. Fires once at once.
+  package func watch(_ path: String, token: String) throws(XenError) {
+    guard xs_watch(handle, path, token) else { throw XenError("xs_watch \(path)", Errno.last) }
+    watchCount += 1
+  }
+
+  package func unwatch(_ path: String, token: String) {
+    if xs_unwatch(handle, path, token) { watchCount -= 1 }
+  }
+
+  /// Readable when a watch has fired.
+  package var eventDescriptor: Int32 { xs_fileno(handle) }
+
+  /// The next event that is there: the path that changed, in the form in which it was watched, and the token.
+  ///
+  /// Events may be spurious and merged: whoever gets one reads the state again.
+  package func nextEvent() -> (path: String, token: String)? {
+    guard let event = xs_check_watch(handle) else { return nil }
+    defer { free(event) }
+    guard let path = event[0], let token = event[1] else { return nil }  // XS_WATCH_PATH, XS_WATCH_TOKEN
+    return (String(cString: path), String(cString: token))
+  }
+}

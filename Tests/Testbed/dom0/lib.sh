@@ -1,0 +1,137 @@
+# What a scenario is written with; sourced by dom0's init before the scenario.
+# Each check prints one line, "ok - ..." or "not ok - ...", and the verdict counts them.
+
+PASSED=0
+FAILED=0
+VXD_LOG=/var/log/vxd.log
+
+step() { echo "STEP $*"; }
+passed() { PASSED=$((PASSED + 1)); echo "ok - $*"; }
+failed() { FAILED=$((FAILED + 1)); echo "not ok - $*"; }
+
+check() { # WHAT COMMAND... : one claim, and the command that is true when it holds
+  what=$1
+  shift
+  if "$@" >/tmp/check.out 2>&1; then passed "$what"; else
+    failed "$what"
+    sed 's/^/    /' /tmp/check.out
+  fi
+}
+
+equal() { [ "$1" = "$2" ] || { echo "expected '$2', got '$1'"; return 1; }; }
+not() { ! "$@"; }
+
+wait_until() { # SECONDS COMMAND... : polls a condition of this small machine, with a limit
+  deadline=$(($(date +%s) + $1))
+  shift
+  until "$@" >/dev/null 2>&1; do
+    [ "$(date +%s)" -lt $deadline ] || { echo "not within the limit: $*"; return 1; }
+    usleep 100000
+  done
+}
+
+show_logs() {
+  for log in $VXD_LOG /var/log/xen/guest-*.log /var/log/xen/qemu-dm-*.log /var/log/xen/xl-*.log /tmp/xl-*.out; do
+    [ -s "$log" ] || continue
+    echo "LOG $log"
+    tail -n 150 "$log"
+    echo "LOG end"
+  done
+  xl list 2>&1 | sed 's/^/LOG xl list: /'
+  xl dmesg 2>/dev/null | tail -n 15 | sed 's/^/LOG xen: /'
+}
+
+verdict() {
+  [ $FAILED -eq 0 ] && [ $PASSED -gt 0 ] || show_logs
+  echo "TESTBED VERDICT $PASSED passed, $FAILED failed"
+}
+
+# vxd
+
+vxd_pid() { cat /run/vxd.pid 2>/dev/null; }
+vxd_runs() { [ -n "$(vxd_pid)" ] && [ -d "/proc/$(vxd_pid)" ] && ! grep -q '^State:.Z' "/proc/$(vxd_pid)/status"; }
+
+start_vxd() { # OPTION... : starts the daemon and waits until its control socket answers
+  vxd "$@" 2>>$VXD_LOG &
+  echo $! >/run/vxd.pid
+  wait_until 20 vxctl status --json || { failed "vxd starts and answers its control socket"; show_logs; verdict; poweroff -f; }
+}
+
+stop_vxd() {
+  kill -TERM "$(vxd_pid)"
+  wait "$(vxd_pid)"
+}
+
+threads_of_vxd() { ls "/proc/$(vxd_pid)/task" | wc -l; }
+descriptors_of_vxd() { ls "/proc/$(vxd_pid)/fd" | wc -l; }
+mappings_of_vxd() { grep -c -E 'privcmd|gntdev' "/proc/$(vxd_pid)/maps"; }
+
+# One field of `vxctl status --json`, for instance: status_field ioreqServers
+status_field() { vxctl status --json | tr ',{}' '\n\n\n' | sed -n "s/.*\"$1\": *\"\{0,1\}\([^\"]*\)\"\{0,1\} *$/\1/p" | head -n 1; }
+device_state() { vxctl show "$1" --json | tr ',{}' '\n\n\n' | sed -n 's/.*"state": *"\([^"]*\)".*/\1/p' | head -n 1; }
+device_state_is() { equal "$(device_state "$1")" "$2"; }
+
+remember_resources() {
+  THREADS=$(threads_of_vxd)
+  DESCRIPTORS=$(descriptors_of_vxd)
+  WATCHES=$(status_field xenstoreWatches)
+}
+
+no_trace_left() { # every resource that guests cost is back at what remember_resources saw
+  check "no domain but dom0 is left, and no zombie" equal "$(xl list | wc -l)" 2
+  check "no ioreq server is left" equal "$(status_field ioreqServers)" 0
+  check "no guest page is mapped" equal "$(mappings_of_vxd)" 0
+  check "the pools count no mapped page" equal "$(status_field mappedPages)" 0
+  check "no thread is left" equal "$(threads_of_vxd)" "$THREADS"
+  check "no descriptor is left" equal "$(descriptors_of_vxd)" "$DESCRIPTORS"
+  check "no watch is left" equal "$(status_field xenstoreWatches)" "$WATCHES"
+  check "no backend node is left in Xenstore" not xenstore-exists /local/domain/0/backend/virtio_disk
+}
+
+# Guests
+
+make_disk() { # PATH MIB
+  mkdir -p "$(dirname "$1")"
+  dd if=/dev/zero of="$1" bs=1M count=0 seek="$2" 2>/dev/null
+}
+
+disk() { # VDEV PATH [ACCESS] : a disk for write_config
+  echo "\"format=raw, vdev=$1, access=${3:-rw}, backendtype=standalone, specification=virtio, target=$2\""
+}
+
+write_config() { # NAME KERNEL_WORDS DISK... : an ordinary xl configuration of an HVM guest
+  name=$1 words=$2
+  shift 2
+  disks=
+  for entry in "$@"; do disks="$disks${disks:+, }$entry"; done
+  cp /guest/boot.img "/disks/boot-$name.img"
+  printf '%-480s' "console=hvc0 rdinit=/init loglevel=4 $words" |
+    dd of="/disks/boot-$name.img" bs=1 seek="$(cat /guest/boot.img.offset)" conv=notrunc 2>/dev/null
+  cat >"/root/$name.cfg" <<CONFIG
+name = "$name"
+type = "hvm"
+memory = ${GUEST_MEMORY:-200}
+vcpus = ${GUEST_VCPUS:-1}
+device_model_args_hvm = [ "-drive", "if=none,id=boot,format=raw,file=/disks/boot-$name.img",
+  "-device", "ich9-ahci,id=ahci", "-device", "ide-hd,drive=boot,bus=ahci.0" ]
+acpi_firmware = "/etc/vxd/slots.aml"
+vga = "none"
+nographic = 1
+vnc = 0
+usb = 0
+on_poweroff = "destroy"
+on_reboot = "destroy"
+on_crash = "destroy"
+disk = [ $disks ]
+CONFIG
+}
+
+create() { xl create "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1; }
+console_of() { echo "/var/log/xen/guest-$1.log"; }
+console_says() { grep -q "$2" "$(console_of "$1")" 2>/dev/null; }
+wait_console() { # NAME PATTERN SECONDS
+  wait_until "$3" console_says "$1" "$2" || { tail -n 30 "$(console_of "$1")"; return 1; }
+}
+domain_gone() { ! xl list "$1" >/dev/null 2>&1 && ! xl list | grep -q null; }
+wait_gone() { wait_until "$2" domain_gone "$1"; }
+guest_says_nothing_bad() { ! grep -E "GUEST FAIL|I/O error|Oops|BUG:|nobody cared|hung task" "$(console_of "$1")"; }

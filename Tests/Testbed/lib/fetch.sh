@@ -1,0 +1,32 @@
+# Downloads Debian's Xen, kernel and tools into the cache, and unpacks them there. Nothing is installed on this machine.
+# The folder's name is a digest of the package versions, so a new security update gets a folder of its own.
+
+# xen-utils-common is only a wrapper around xen-utils-4.17 and is left out.
+TESTBED_PACKAGES="xen-hypervisor-4.17-amd64 xen-utils-4.17 xenstore-utils libxenmisc4.17 libxenhypfs1 libxenstore4
+  libxentoolcore1 libxentoollog1 libxencall1 libxendevicemodel1 libxenevtchn1 libxenforeignmemory1 libxengnttab1
+  busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools"
+
+fetch_packages() { # sets PACKAGES_ROOT
+  local kernel uris key folder
+  kernel=$(apt-cache depends linux-image-amd64 2>/dev/null | awk '/Depends: linux-image-6\.1/ {print $2; exit}')
+  [ -n "$kernel" ] || die "apt knows no linux-image-6.1 package: run 'apt-get update' on Debian 12 (bookworm) first"
+  # shellcheck disable=SC2086
+  uris=$(apt-get download --print-uris $TESTBED_PACKAGES "$kernel" 2>"$CACHE/apt.err") ||
+    die "apt cannot find a package of the testbed: $(tail -n 1 "$CACHE/apt.err") (run 'apt-get update')"
+  key=$(printf '%s\n' "$uris" | awk '{print $2}' | sort | sha256sum | cut -c1-16)
+  folder=$CACHE/packages-$key
+  PACKAGES_ROOT=$folder/root
+  [ -e "$folder/complete" ] && return
+  say "downloading Debian's Xen and kernel packages into $folder (about 85 MB)"
+  rm -rf "$folder"
+  mkdir -p "$folder/debs" "$PACKAGES_ROOT"
+  # shellcheck disable=SC2086
+  (cd "$folder/debs" && apt-get download $TESTBED_PACKAGES "$kernel" >"$folder/apt.log" 2>&1) ||
+    die "the download failed (is there a network?): $(grep -m 1 '^E:' "$folder/apt.log")"
+  local deb
+  for deb in "$folder"/debs/*.deb; do
+    dpkg -x "$deb" "$PACKAGES_ROOT" || die "cannot unpack $deb (is the disk full?)"
+  done
+  rm -rf "$folder/debs"
+  touch "$folder/complete"
+}

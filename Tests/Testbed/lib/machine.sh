@@ -1,0 +1,72 @@
+# Boots Xen with dom0 in QEMU (pure software emulation) and reads the verdict from its console.
+
+# All of it must lie below 4 GiB, which on q35 means less than 2816 MiB: QEMU 7.2's emulation of SVM truncates the physical
+# address of a VMCB above 4 GiB whenever the guest is not in long mode, and such a guest dies of a triple fault at random.
+MACHINE_MEMORY=2800
+
+overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, the scenario
+  local folder=$1
+  PACKAGES_ROOT=${PACKAGES_ROOT:?}
+  mkdir -p "$folder/bin" "$folder/etc/vxd" "$folder/lib"
+  copy_with_libraries "$folder" "$BINARIES/vxd" /bin/vxd
+  copy_with_libraries "$folder" "$BINARIES/vxctl" /bin/vxctl
+  cp "$REPO/deploy/acpi/slots.aml" "$folder/etc/vxd/"
+  cp "$TESTBED/dom0/lib.sh" "$folder/testbed-lib.sh"
+  [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
+}
+
+boot() { # INITRD : runs the machine in the foreground, its console on standard output
+  qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp 2 -m "$MACHINE_MEMORY" \
+    -nographic -monitor none -serial stdio -no-reboot -nodefaults -display none \
+    -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 loglvl=warning guest_loglvl=warning" \
+    -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$1"
+}
+
+prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
+  local folder
+  folder=$(mktemp -d)
+  overlay "$folder" "$1"
+  pack "$folder" "$2/overlay.cpio.gz"
+  rm -rf "$folder"
+  INITRD=$2/initrd
+  cat "$IMAGES/dom0.cpio.gz" "$2/overlay.cpio.gz" >"$INITRD"
+}
+
+run_scenario() { # NAME SECONDS : true when every check of it held
+  local name=$1 limit=$2 folder=$OUTPUT/$1 line started verdict=
+  mkdir -p "$folder"
+  prepare_initrd "$TESTBED/scenarios/$name.sh" "$folder"
+  started=$SECONDS
+  say "scenario $name (limit $limit s, console in $folder/console.log)"
+  : >"$folder/console.log"
+  set +o pipefail
+  (boot "$INITRD" </dev/null 2>&1 & echo $! >"$folder/qemu.pid"; wait) |
+    tr -d '\r' | tee "$folder/console.log" |
+    grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |DEMO |[│┌├└+|]|GUEST|waited|gone|NAME|DEVICE)' &
+  local reader=$!
+  while kill -0 $reader 2>/dev/null && [ $((SECONDS - started)) -lt "$limit" ]; do
+    grep -q '^TESTBED VERDICT' "$folder/console.log" && break
+    read -r -t 1 <> <(:) || true
+  done
+  local waited=0
+  while kill -0 $reader 2>/dev/null && [ $waited -lt 20 ] && grep -q '^TESTBED VERDICT' "$folder/console.log"; do
+    read -r -t 1 <> <(:) || true
+    waited=$((waited + 1))
+  done
+  kill "$(cat "$folder/qemu.pid")" 2>/dev/null || true
+  wait $reader 2>/dev/null || true
+  rm -f "$folder/initrd" "$folder/overlay.cpio.gz" "$folder/qemu.pid"
+  verdict=$(sed -n 's/^TESTBED VERDICT //p' "$folder/console.log" | head -n 1)
+  if [ -z "$verdict" ]; then
+    say "scenario $name: no verdict within $limit s; the end of its console:"
+    tail -n 60 "$folder/console.log"
+    SCENARIO_VERDICT="no verdict"
+    return 1
+  fi
+  SCENARIO_VERDICT="$verdict in $((SECONDS - started)) s"
+  say "scenario $name: $SCENARIO_VERDICT"
+  case $verdict in
+    *" 0 failed") return 0 ;;
+    *) sed -n '/^LOG/,$p' "$folder/console.log" | tail -n 400; return 1 ;;
+  esac
+}
