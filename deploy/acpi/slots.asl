@@ -76,7 +76,7 @@ DefinitionBlock ("slots.aml", "SSDT", 2, "VXD", "VXDSLOTS", 0x00000001)
             Name (_CRS, ResourceTemplate ()
             {
                 Memory32Fixed (ReadWrite, 0xFEB06000, 0x00000200)
-                Interrupt (ResourceConsumer, Level, ActiveLow, Shared) { 46 }
+                Interrupt (ResourceConsumer, Level, ActiveLow, Shared) { 19 }
             })
         }
         Device (VX07)
@@ -86,7 +86,7 @@ DefinitionBlock ("slots.aml", "SSDT", 2, "VXD", "VXDSLOTS", 0x00000001)
             Name (_CRS, ResourceTemplate ()
             {
                 Memory32Fixed (ReadWrite, 0xFEB07000, 0x00000200)
-                Interrupt (ResourceConsumer, Level, ActiveLow, Shared) { 42 }
+                Interrupt (ResourceConsumer, Level, ActiveLow, Shared) { 46 }
             })
         }
     }

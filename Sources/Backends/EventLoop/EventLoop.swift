@@ -54,6 +54,7 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
   private let wakeUp: EventDescriptor
   private let mailbox = Mutex<[Job]>([])
   private let stopping = Atomic<Bool>(false)
+  private var runner = pthread_t()
   private var registrations: [Registration] = []
   private var timers: [Timer] = []
   private var nextTimer: UInt64 = 1
@@ -196,10 +197,16 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     return Int32(clamping: (first.deadline &- now &+ 999_999) / 1_000_000)
   }
 
+  /// For Swift concurrency: whether the caller runs on the loop's thread.
+  package func checkIsolated() {
+    precondition(pthread_equal(pthread_self(), runner) != 0, "not on the thread of the loop '\(name)'")
+  }
+
   // MARK: Running
 
   /// Runs until `stop`, on the calling thread.
   package func run() {
+    runner = pthread_self()
     while !stopping.load(ordering: .acquiring) {
       let count = epoll_wait(epoll.raw, events, Self.eventCount, timeout)
       var jobs = false

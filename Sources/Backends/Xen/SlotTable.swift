@@ -11,6 +11,12 @@ package struct DeviceSlot: Equatable, Sendable {
   package var index: Int
   package var base: UInt64
   package var interrupt: Interrupt
+
+  package init(index: Int, base: UInt64, interrupt: Interrupt) {
+    self.index = index
+    self.base = base
+    self.interrupt = interrupt
+  }
 }
 
 /// The fixed slots of an x86 HVM guest (libxl allocates none there). The guest learns of them by the SSDT in deploy/acpi.

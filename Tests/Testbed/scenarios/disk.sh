@@ -4,8 +4,10 @@ start_vxd
 remember_resources
 write_config alpha "vx.test=fs" "$(disk xvde /disks/one.img)"
 step "creating the guest"
+T0=$(date +%s)
 check "xl create succeeds" create alpha
-check "the guest's kernel finds the virtio disk" wait_console alpha "GUEST DISK vda" 90
+check "the guest's kernel finds the virtio disk" wait_console alpha "GUEST DISK vda" 150
+step "disk found after $(($(date +%s) - T0)) s"
 vxctl status
 check "the guest reads back equal checksums from a fresh ext4" wait_console alpha "GUEST CHECKSUMS vda 5 equal" 120
 check "the guest is content" guest_says_nothing_bad alpha

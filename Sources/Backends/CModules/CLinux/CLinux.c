@@ -73,3 +73,5 @@ int clinux_fallocate(int fd, int mode, int64_t offset, int64_t length) {
 }
 
 int clinux_o_direct(void) { return O_DIRECT; }
+
+int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); }

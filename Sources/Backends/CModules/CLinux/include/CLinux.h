@@ -30,6 +30,8 @@ uint64_t clinux_thread_cpu_nanoseconds(void);
 
 /// fallocate with Linux' modes; 0 or an errno.
 int clinux_fallocate(int fd, int mode, int64_t offset, int64_t length);
+/// Accepts a connection, non-blocking and closed on exec; the descriptor or -1.
+int clinux_accept(int fd);
 /// The flag O_DIRECT, which only GNU's headers show.
 int clinux_o_direct(void);
 

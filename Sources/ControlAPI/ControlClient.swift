@@ -1,0 +1,98 @@
+import EventLoop
+import Glibc
+
+/// A client of the control socket: one call at a time, each with a deadline.
+package final class ControlClient {
+  /// Why a call has no result.
+  package enum Failure: Error {
+    /// Nobody listens on the socket.
+    case unreachable(path: String, reason: String)
+    /// No answer in time, or one that is no JSON-RPC.
+    case protocolBroken(String)
+    /// The daemon refused.
+    case refused(ControlFault)
+
+    package var message: String {
+      switch self {
+      case .unreachable(let path, let reason):
+        "vxd does not answer on \(path): \(reason). Is it running (systemctl status vxd)? Is --socket right?"
+      case .protocolBroken(let what): "vxd's answer cannot be used: \(what)"
+      case .refused(let fault): fault.message
+      }
+    }
+  }
+
+  private let descriptor: OwnedDescriptor
+  private var reader = FrameReader()
+  private var items: [FrameReader.Item] = []
+  private var nextID: Int64 = 1
+  private let timeoutMilliseconds: Int32
+
+  package init(path: String, timeoutMilliseconds: Int32 = 10_000) throws(Failure) {
+    self.timeoutMilliseconds = timeoutMilliseconds
+    do throws(Errno) {
+      descriptor = OwnedDescriptor(adopting: try UnixSocket.connect(path))
+    } catch {
+      throw .unreachable(path: path, reason: "\(error)")
+    }
+  }
+
+  /// Calls a method.
+  package func call(_ method: String, _ parameters: JSONValue = .object([])) throws(Failure) -> JSONValue {
+    let id = nextID
+    nextID += 1
+    let request: JSONValue = [
+      "jsonrpc": "2.0", "id": .integer(id), "method": .string(method), "params": parameters,
+    ]
+    try send(Array(JSONText.text(request).utf8))
+    while true {
+      let reply = try receive(timeoutMilliseconds)
+      guard reply["id"]?.integerValue == id || reply["id"] == .null else { continue }
+      if let error = reply["error"] {
+        throw .refused(
+          ControlFault(
+            code: error["code"]?.integerValue ?? 0, message: error["message"]?.stringValue ?? "an error without words",
+            data: error["data"] ?? .null))
+      }
+      guard let result = reply["result"] else { throw .protocolBroken("neither result nor error") }
+      return result
+    }
+  }
+
+  /// Sends a line as it is.
+  package func send(_ line: [UInt8]) throws(Failure) {
+    let bytes = line + [0x0a]
+    var sent = 0
+    while sent < bytes.count {
+      let count = bytes.withUnsafeBytes {
+        Glibc.send(descriptor.raw, $0.baseAddress.map { $0 + sent }, bytes.count - sent, Int32(MSG_NOSIGNAL))
+      }
+      if count < 0 && errno == EINTR { continue }
+      guard count > 0 else { throw .protocolBroken("the connection broke: \(Errno.last)") }
+      sent += count
+    }
+  }
+
+  /// The next message, also an event.
+  ///
+  /// - Parameter timeout: milliseconds; negative waits for ever.
+  package func receive(_ timeout: Int32) throws(Failure) -> JSONValue {
+    while items.isEmpty {
+      var poller = pollfd(fd: descriptor.raw, events: Int16(POLLIN), revents: 0)
+      let ready = poll(&poller, 1, timeout)
+      if ready < 0 && errno == EINTR { continue }
+      guard ready > 0 else { throw .protocolBroken("no answer within \(timeout / 1000) s") }
+      var buffer = [UInt8](repeating: 0, count: 65536)
+      let count = read(descriptor.raw, &buffer, buffer.count)
+      if count < 0 && errno == EINTR { continue }
+      guard count > 0 else { throw .protocolBroken("vxd closed the connection") }
+      items = reader.append(buffer[..<count])
+    }
+    guard case .message(let message) = items.removeFirst() else { throw .protocolBroken("a message of over 1 MiB") }
+    do throws(JSONText.Fault) {
+      return try JSONText.parse(message)
+    } catch {
+      throw .protocolBroken("no JSON: \(error)")
+    }
+  }
+}

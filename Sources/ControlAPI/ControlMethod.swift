@@ -1,0 +1,163 @@
+/// A parameter of a method, by name.
+package struct ControlParameter: Sendable {
+  package var name: String
+  package var summary: String
+  /// JSON's name of the type: string, integer, boolean, array.
+  package var type: String
+  package var isRequired: Bool
+
+  package init(_ name: String, _ type: String, required: Bool, _ summary: String) {
+    self.name = name
+    self.type = type
+    isRequired = required
+    self.summary = summary
+  }
+}
+
+/// One method of the control socket: its description is what `rpc.discover` prints and what requests are checked against.
+package struct ControlMethod: Sendable {
+  package var name: String
+  package var summary: String
+  package var parameters: [ControlParameter]
+  /// JSON schema of the result.
+  package var result: JSONValue
+  /// Never waits: it reads what is published.
+  package var body: @Sendable (_ parameters: JSONValue) throws(ControlFault) -> JSONValue
+
+  package init(
+    _ name: String, _ summary: String, parameters: [ControlParameter] = [], result: JSONValue,
+    body: @escaping @Sendable (JSONValue) throws(ControlFault) -> JSONValue
+  ) {
+    self.name = name
+    self.summary = summary
+    self.parameters = parameters
+    self.result = result
+    self.body = body
+  }
+
+  /// Checks parameters by name and type.
+  func check(_ given: JSONValue) throws(ControlFault) {
+    let members = given.objectValue ?? []
+    for member in members {
+      guard let parameter = parameters.first(where: { $0.name == member.name }) else {
+        throw .invalidParameters("'\(name)' has no parameter '\(member.name)'", field: member.name)
+      }
+      guard member.value.kind == parameter.type else {
+        throw .invalidParameters(
+          "'\(member.name)' must be of type \(parameter.type), not \(member.value.kind)", field: member.name)
+      }
+    }
+    for parameter in parameters where parameter.isRequired && given[parameter.name] == nil {
+      throw .invalidParameters("'\(parameter.name)' is missing", field: parameter.name)
+    }
+  }
+
+  /// As a method object of OpenRPC.
+  var description: JSONValue {
+    [
+      "name": .string(name), "summary": .string(summary), "paramStructure": "by-name",
+      "params": .array(
+        parameters.map {
+          [
+            "name": .string($0.name), "summary": .string($0.summary), "required": .bool($0.isRequired),
+            "schema": ["type": .string($0.type)],
+          ]
+        }),
+      "result": ["name": "result", "schema": result],
+    ]
+  }
+}
+
+/// The methods that a socket offers, and the answer to one message.
+package struct ControlMethods: Sendable {
+  private var methods: [String: ControlMethod] = [:]
+  private let order: [String]
+  /// Requests in one batch at most.
+  private static let batchLimit = 64
+
+  package init(_ list: [ControlMethod], version: String) {
+    for method in list { methods[method.name] = method }
+    order = list.map(\.name)
+    let descriptions = list.map(\.description)
+    let discover = ControlMethod(
+      "rpc.discover", "This description of the control socket, in the form of OpenRPC 1.2.",
+      result: ["type": "object"]
+    ) { _ throws(ControlFault) in
+      [
+        "openrpc": "1.2.6", "info": ["title": "vxd control socket", "version": .string(version)],
+        "methods": .array(descriptions),
+      ]
+    }
+    methods[discover.name] = discover
+  }
+
+  /// Answers one message: a request, a notification (no answer) or a batch of them.
+  ///
+  /// - Parameter subscribe: what `event.subscribe` does for the sender.
+  package func answer(_ message: [UInt8], subscribe: (JSONValue) -> Void) -> JSONValue? {
+    let value: JSONValue
+    do throws(JSONText.Fault) {
+      value = try JSONText.parse(message)
+    } catch {
+      let fault: ControlFault =
+        switch error {
+        case .syntax(let words, let offset): .parse("this is no JSON: \(words)", offset: offset)
+        case .tooDeep: .parse("the message is nested deeper than \(JSONText.depthLimit) levels", offset: 0)
+        case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request a line")
+        }
+      return Self.reply(error: fault, id: .null)
+    }
+    guard case .array(let requests) = value else { return one(value, subscribe) }
+    guard !requests.isEmpty, requests.count <= Self.batchLimit else {
+      return Self.reply(
+        error: .invalidRequest(
+          "a batch of \(requests.count) requests", field: "message", remedy: "send 1 to \(Self.batchLimit) requests"),
+        id: .null)
+    }
+    let answers = requests.compactMap { one($0, subscribe) }
+    return answers.isEmpty ? nil : .array(answers)
+  }
+
+  private func one(_ request: JSONValue, _ subscribe: (JSONValue) -> Void) -> JSONValue? {
+    let id = request["id"]
+    do throws(ControlFault) {
+      let result = try perform(request, subscribe)
+      guard let id else { return nil }
+      return ["jsonrpc": "2.0", "result": result, "id": id]
+    } catch {
+      // A request that is none cannot be told from a notification: it is answered.
+      if id == nil && error.code != -32600 { return nil }
+      return Self.reply(error: error, id: id ?? .null)
+    }
+  }
+
+  private func perform(_ request: JSONValue, _ subscribe: (JSONValue) -> Void) throws(ControlFault) -> JSONValue {
+    guard case .object = request else {
+      throw .invalidRequest("a request must be an object", field: "message", remedy: "see JSON-RPC 2.0, section 4")
+    }
+    guard request["jsonrpc"]?.stringValue == "2.0" else {
+      throw .invalidRequest("'jsonrpc' must be \"2.0\"", field: "jsonrpc", remedy: "add \"jsonrpc\": \"2.0\"")
+    }
+    guard let name = request["method"]?.stringValue else {
+      throw .invalidRequest("'method' must be a string", field: "method", remedy: "name a method of rpc.discover")
+    }
+    switch request["id"] {
+    case .some(.array), .some(.object), .some(.bool):
+      throw .invalidRequest("'id' must be a string, a number or null", field: "id", remedy: "use a number")
+    default: break
+    }
+    guard let method = methods[name] else { throw .methodNotFound(name) }
+    let parameters = request["params"] ?? .object([])
+    guard case .object = parameters else {
+      throw .invalidRequest("'params' must be an object", field: "params", remedy: "give parameters by name")
+    }
+    try method.check(parameters)
+    let result = try method.body(parameters)
+    if name == "event.subscribe" { subscribe(parameters) }
+    return result
+  }
+
+  static func reply(error: ControlFault, id: JSONValue) -> JSONValue {
+    ["jsonrpc": "2.0", "error": error.json, "id": id]
+  }
+}

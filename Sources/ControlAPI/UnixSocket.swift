@@ -1,0 +1,59 @@
+package import EventLoop
+import Glibc
+
+/// Unix stream sockets by path.
+package enum UnixSocket {
+  private static func address(_ path: String) throws(Errno) -> sockaddr_un {
+    var address = sockaddr_un()
+    address.sun_family = sa_family_t(AF_UNIX)
+    let bytes = Array(path.utf8)
+    guard bytes.count < MemoryLayout.size(ofValue: address.sun_path) else { throw Errno(ENAMETOOLONG) }
+    withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: bytes) }
+    return address
+  }
+
+  private static func withAddress(
+    _ path: String, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
+  ) throws(Errno) {
+    var address = try address(path)
+    let result = withUnsafePointer(to: &address) {
+      $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { body($0, socklen_t(MemoryLayout<sockaddr_un>.size)) }
+    }
+    guard result == 0 else { throw Errno.last }
+  }
+
+  /// A blocking connection.
+  package static func connect(_ path: String) throws(Errno) -> Int32 {
+    let raw = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+    guard raw >= 0 else { throw Errno.last }
+    do throws(Errno) {
+      try withAddress(path) { Glibc.connect(raw, $0, $1) }
+    } catch {
+      close(raw)
+      throw error
+    }
+    return raw
+  }
+
+  /// A non-blocking listener. A socket file that nobody listens on any more is replaced.
+  package static func listen(_ path: String, mode: UInt32) throws(Errno) -> Int32 {
+    if let other = try? connect(path) {
+      close(other)
+      throw Errno(EADDRINUSE)
+    }
+    unlink(path)
+    let raw = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue), 0)
+    guard raw >= 0 else { throw Errno.last }
+    // The mode must hold from the socket's first moment on.
+    let mask = umask(0o777 & ~mode)
+    defer { umask(mask) }
+    do throws(Errno) {
+      try withAddress(path) { bind(raw, $0, $1) }
+      guard Glibc.listen(raw, 64) == 0 else { throw Errno.last }
+    } catch {
+      close(raw)
+      throw error
+    }
+    return raw
+  }
+}

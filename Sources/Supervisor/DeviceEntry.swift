@@ -1,0 +1,137 @@
+package import Backends
+package import Xen
+
+/// Names one device of the domain: its kind in Xenstore, its guest, its number there.
+package struct DeviceKey: Hashable, Sendable {
+  /// Xenstore's names of the device kinds that libxl writes for virtio.
+  package enum Kind: String, CaseIterable, Sendable {
+    case disk = "virtio_disk"
+    case generic = "virtio"
+  }
+
+  package var kind: Kind
+  package var domain: DomainID
+  package var device: UInt32
+
+  package init(kind: Kind, domain: DomainID, device: UInt32) {
+    self.kind = kind
+    self.domain = domain
+    self.device = device
+  }
+
+  /// The backend directory, relative to the own domain's.
+  package var path: String { "backend/\(kind.rawValue)/\(domain)/\(device)" }
+}
+
+/// What is wrong with a device's entry: the key, and what its value should be.
+package struct EntryFault: Error, Equatable {
+  package var key: String
+  package var reason: String
+
+  package init(_ key: String, _ reason: String) {
+    self.key = key
+    self.reason = reason
+  }
+
+  package var message: String { "\(key): \(reason)" }
+}
+
+/// A `virtio_disk` entry as libxl writes it, checked.
+package struct DeviceEntry: Equatable, Sendable {
+  /// Frontend's directory, absolute.
+  package var frontend: String
+  /// Name of the virtual device: xvde.
+  package var name: String
+  package var settings: BlockSettings
+  /// Where libxl put the device; 0 on x86, where vxd chooses.
+  package var base: UInt64
+  package var irq: UInt32
+
+  /// - Parameter keys: the nodes of the backend directory.
+  package static func parse(_ key: DeviceKey, _ keys: [String: String]) throws(EntryFault) -> DeviceEntry {
+    func required(_ name: String) throws(EntryFault) -> String {
+      guard let value = keys[name] else { throw EntryFault(name, "the key is missing") }
+      guard !value.isEmpty else { throw EntryFault(name, "the value is empty") }
+      return value
+    }
+    guard key.kind == .disk else {
+      let type = try required("type")
+      throw EntryFault("type", "'\(type)' is not served by this version; virtio disks (kind virtio_disk) are")
+    }
+    let type = try required("type")
+    guard type == "standalone" else { throw EntryFault("type", "'\(type)' is not known; 'standalone' is") }
+    let specification = try required("specification")
+    guard specification == "virtio" else {
+      throw EntryFault("specification", "'\(specification)' is not known; 'virtio' is")
+    }
+    let transport = try required("transport")
+    guard transport == "mmio" else { throw EntryFault("transport", "'\(transport)' is not known; 'mmio' is") }
+    let frontend = try required("frontend")
+    guard frontend.hasPrefix("/local/domain/\(key.domain)/") else {
+      throw EntryFault("frontend", "'\(frontend)' is not below /local/domain/\(key.domain)/")
+    }
+    let frontendID = try number("frontend-id", required("frontend-id"))
+    guard frontendID == UInt64(key.domain) else {
+      throw EntryFault("frontend-id", "\(frontendID) is not the domain of the entry's path, \(key.domain)")
+    }
+    let mode = try required("mode")
+    guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
+    let path = try required("params")
+    guard path.hasPrefix("/") else { throw EntryFault("params", "'\(path)' is no absolute path of an image") }
+    let base = try number("base", required("base"))
+    guard base & 0x1ff == 0, base < 1 << 52 else {
+      throw EntryFault("base", "0x\(String(base, radix: 16)) is no multiple of 512 below 2^52")
+    }
+    let irq = try number("irq", required("irq"))
+    guard irq == 0 ? base == 0 : (32...1019).contains(irq) else {
+      throw EntryFault("irq", "\(irq) is no shared peripheral interrupt (32 to 1019), and 0 goes with base 0 only")
+    }
+    let discard = try flag("discard-enable", keys["discard-enable"] ?? "0")
+    let name = keys["dev"] ?? "\(key.device)"
+    return DeviceEntry(
+      frontend: frontend, name: name,
+      settings: BlockSettings(path: path, readOnly: mode == "r", discard: discard, serial: name),
+      base: base, irq: UInt32(irq))
+  }
+
+  /// A number in decimal or, with 0x, hexadecimal: libxl writes `base` in decimal for disks and in hexadecimal for generic
+  /// devices.
+  package static func number(_ key: String, _ text: String) throws(EntryFault) -> UInt64 {
+    let isHexadecimal = text.hasPrefix("0x") || text.hasPrefix("0X")
+    let digits = isHexadecimal ? text.dropFirst(2) : text[...]
+    // The initializer takes a sign too, which no such value has.
+    guard let first = digits.utf8.first, first != UInt8(ascii: "+"), first != UInt8(ascii: "-"),
+      let value = UInt64(digits, radix: isHexadecimal ? 16 : 10)
+    else {
+      throw EntryFault(key, "'\(text)' is no number of at most 64 bits, decimal or hexadecimal with 0x")
+    }
+    return value
+  }
+
+  private static func flag(_ key: String, _ text: String) throws(EntryFault) -> Bool {
+    guard text == "0" || text == "1" else { throw EntryFault(key, "'\(text)' is neither 0 nor 1") }
+    return text == "1"
+  }
+
+  /// Where the device sits: libxl's choice, or the next free x86 slot.
+  ///
+  /// - Parameter taken: indexes of the x86 slots in use.
+  package func slot(_ key: DeviceKey, taken: Set<Int>, count: Int) throws(EntryFault) -> DeviceSlot {
+    guard base == 0 else { return DeviceSlot(index: 0, base: base, interrupt: .spi(irq)) }
+    // The same disk gets the same slot, and so the same name in the guest, whatever else the guest has.
+    if let wanted = Self.diskIndex(key.device).map({ $0 - 4 }), wanted >= 0, wanted < count, !taken.contains(wanted) {
+      return SlotTable.slot(wanted)
+    }
+    guard let free = (0..<count).first(where: { !taken.contains($0) }) else {
+      throw EntryFault("params", "the guest's \(count) virtio-mmio slots are all in use (vxd --slots, vxctl acpi-table)")
+    }
+    return SlotTable.slot(free)
+  }
+
+  /// The letter of a virtual disk's number as an index: xvda is 0 (xen: libxl__device_disk_dev_number).
+  package static func diskIndex(_ device: UInt32) -> Int? {
+    if device >> 8 == 202 { return Int(device & 0xff) >> 4 }
+    if device & (1 << 28) != 0 { return Int((device & 0x0fff_ffff) >> 8) }
+    return nil
+  }
+}

@@ -1,0 +1,49 @@
+/// Where a device is in its life.
+///
+///     opening -> ready -> connected -> closing -> (gone)
+///        |         ^  \       |  ^
+///        v         |   `--> faulted (the guest's reset leads back to ready)
+///      failed -----'   (when the entry is corrected)
+package enum DevicePhase: Equatable, Sendable {
+  /// The image is being opened, the guest's ioreq server prepared.
+  case opening
+  /// The guest can find the device; its driver has not taken it yet. Backend state 2.
+  case ready
+  /// The guest's driver is at work. Backend state 4.
+  case connected
+  /// The device cannot be served: the entry or its image is wrong. The entry's `error` node says the same.
+  case failed(reason: String)
+  /// The guest broke its queue: DEVICE_NEEDS_RESET is set.
+  case faulted(reason: String)
+  /// Requests are drained and everything is given back.
+  case closing
+
+  package var name: String {
+    switch self {
+    case .opening: "opening"
+    case .ready: "ready"
+    case .connected: "connected"
+    case .failed: "failed"
+    case .faulted: "faulted"
+    case .closing: "closing"
+    }
+  }
+
+  /// Why, where there is something to say.
+  package var reason: String? {
+    switch self {
+    case .failed(let reason), .faulted(let reason): reason
+    default: nil
+    }
+  }
+}
+
+/// XenbusState (xen: public/io/xenbus.h), as the `state` nodes hold it.
+package enum XenbusState: String, Sendable {
+  case initialising = "1"
+  case initWait = "2"
+  case initialised = "3"
+  case connected = "4"
+  case closing = "5"
+  case closed = "6"
+}

@@ -1,0 +1,51 @@
+import Backends
+import Devices
+import Synchronization
+import Transport
+import Xen
+
+/// What the supervisor publishes for others to read: the control socket answers from it without waiting for anybody.
+package final class StatusBoard: Sendable {
+  struct Device: Sendable {
+    var key: DeviceKey
+    var name: String
+    var guestName: String
+    var phase: DevicePhase
+    var slot: DeviceSlot?
+    var path: String?
+    var readOnly = false
+    var backend: BlockBackend?
+    var transport: MMIOTransport?
+  }
+
+  struct Guest: Sendable {
+    var domain: DomainID
+    var name: String
+    var uuid: String?
+    var phase: String
+    var reason: String?
+    var vcpus: Int
+    var server: IOReqServerReport?
+    var pool: ForeignMappingPool?
+    var devices: [Device]
+  }
+
+  struct IOReqServerReport: Sendable {
+    var identifier: UInt16
+    var counters: IOReqServer.Counters
+  }
+
+  struct Contents: Sendable {
+    var guests: [DomainID: Guest] = [:]
+    var watches = 0
+    var hypervisor = ""
+  }
+
+  private let contents = Mutex(Contents())
+
+  package init() {}
+
+  func update(_ change: (inout Contents) -> Void) { contents.withLock { change(&$0) } }
+
+  var current: Contents { contents.withLock { $0 } }
+}

@@ -1,0 +1,291 @@
+import Backends
+import Devices
+import EventLoop
+import Transport
+import Xen
+
+/// The devices' side of the supervisor: from entries in Xenstore to running backends, and back.
+extension Supervisor {
+  // MARK: What Xenstore says
+
+  /// Brings one device in line with its entry. May be called at any time, for the same device again and again.
+  func reconcile(_ key: DeviceKey) {
+    guard let store else { return }
+    let keys = read(key, store)
+    guard let keys, !keys.isEmpty else {
+      // The entry is gone: nobody waits for a state any more.
+      if let (session, record) = known(key) { close(record, of: session, wantsClosedState: false) }
+      return
+    }
+    let state = keys["state"].flatMap(XenbusState.init(rawValue:))
+    if state == .closing || keys["online"] == "0" && state != .closed {
+      if let (session, record) = known(key) {
+        close(record, of: session, wantsClosedState: true)
+      } else {
+        writeClosedState(key)
+      }
+      return
+    }
+    if isFrontendGone(key, keys, store) {
+      if let (session, record) = known(key) { close(record, of: session, wantsClosedState: true) }
+      return
+    }
+    guard state != .closed else {
+      if let (session, record) = known(key) { close(record, of: session, wantsClosedState: false) }
+      return
+    }
+    if let (session, record) = known(key) {
+      guard case .failed = record.phase, Self.changed(record.keys, keys) else { return }
+      session.devices[key] = nil  // a refused device holds nothing
+      open(key, keys, of: session)
+      return
+    }
+    do throws(XenError) {
+      if let session = try session(for: key.domain) { open(key, keys, of: session) }
+    } catch {
+      let reason = "frontend-id: the guest cannot be reached: \(error)"
+      guard keys["error"] != reason else { return }
+      log.error("domain \(key.domain): \(reason)")
+      announce(SupervisorEvent(kind: .guestFailed, domain: key.domain, guest: "domain-\(key.domain)", reason: reason))
+      write(key, "error", reason)
+    }
+  }
+
+  /// All keys of an entry as of one moment; nil when there is none.
+  private func read(_ key: DeviceKey, _ store: XenStore) -> [String: String]? {
+    try? store.transaction { transaction throws(XenError) -> [String: String]? in
+      guard let names = store.list(key.path, in: transaction) else { return nil }
+      var keys: [String: String] = [:]
+      for name in names { keys[name] = store.read("\(key.path)/\(name)", in: transaction) }
+      return keys
+    }
+  }
+
+  private func known(_ key: DeviceKey) -> (GuestSession, DeviceRecord)? {
+    guard let session = sessions[key.domain], let record = session.devices[key] else { return nil }
+    return (session, record)
+  }
+
+  /// A toolstack that died halfway leaves entries behind whose guest is no more: the frontend's directory is gone then, or
+  /// belongs to another backend.
+  private func isFrontendGone(_ key: DeviceKey, _ keys: [String: String], _ store: XenStore) -> Bool {
+    guard let frontend = keys["frontend"], !frontend.isEmpty else { return false }  // `parse` names the missing key
+    guard let backend = store.read("\(frontend)/backend") else { return true }
+    return !backend.hasSuffix("/" + key.path)
+  }
+
+  /// Whether keys differ that describe the device, rather than its progress.
+  private static func changed(_ old: [String: String], _ new: [String: String]) -> Bool {
+    func described(_ keys: [String: String]) -> [String: String] {
+      keys.filter { !["state", "error", "online", "hotplug-status"].contains($0.key) }
+    }
+    return described(old) != described(new)
+  }
+
+  // MARK: Opening
+
+  private func open(_ key: DeviceKey, _ keys: [String: String], of session: GuestSession) {
+    let record = DeviceRecord(key: key, keys: keys)
+    session.devices[key] = record
+    do throws(EntryFault) {
+      var entry = try DeviceEntry.parse(key, keys)
+      entry.settings.direct = settings.direct
+      record.entry = entry
+      record.slot = try entry.slot(key, taken: session.takenSlots, count: settings.slots)
+      if case .failed(let reason) = session.phase { return fail(record, of: session, reason) }
+      startBackend(record, entry, of: session)
+    } catch {
+      fail(record, of: session, error.message)
+    }
+    publish(session)
+  }
+
+  private func startBackend(_ record: DeviceRecord, _ entry: DeviceEntry, of session: GuestSession) {
+    let key = record.key
+    let identity = ObjectIdentifier(record)
+    record.thread = BlockBackend.start(
+      entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool,
+      onFault: { [self] fault in onLoop { $0.faulted(key, identity, fault.message) } },
+      completion: { [self] result in
+        // The thread is known to the supervisor by the time that this job runs: it comes behind the present one.
+        onLoop { $0.opened(key, identity, result) }
+      })
+  }
+
+  /// The device that a late report is about, if it is still the same one.
+  private func current(_ key: DeviceKey, _ identity: ObjectIdentifier) -> (GuestSession, DeviceRecord)? {
+    guard let (session, record) = known(key), ObjectIdentifier(record) == identity else { return nil }
+    return (session, record)
+  }
+
+  private func opened(
+    _ key: DeviceKey, _ identity: ObjectIdentifier, _ result: Result<BlockBackend, BlockBackend.StartFault>
+  ) {
+    guard let (session, record) = current(key, identity) else { return }
+    switch result {
+    case .success(let backend):
+      record.backend = backend
+      if record.phase == .closing { return stopBackend(record, of: session) }
+      attachIfReady(record, of: session)
+    case .failure(let fault):
+      record.thread?.stopAndJoin()
+      record.thread = nil
+      if record.phase == .closing { return stopped(key, identity) }
+      fail(record, of: session, "params: \(fault.message)")
+    }
+    publish(session)
+  }
+
+  /// The device cannot be served. The entry says why; the guest and its other devices go on without it.
+  func fail(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
+    record.phase = .failed(reason: reason)
+    record.slot = nil
+    tell(.deviceFailed, session, record, reason: reason)
+    write(record.key, "error", reason)
+    // xl waits for this state and would take the whole guest down without it.
+    if store?.read("\(record.key.path)/state") == XenbusState.initialising.rawValue {
+      write(record.key, "state", XenbusState.initWait.rawValue)
+    }
+    if record.backend != nil { stopBackend(record, of: session) }
+    publish(session)
+  }
+
+  // MARK: Running
+
+  /// Puts a device into its slot when the image is open and the guest's server is there.
+  func attachIfReady(_ record: DeviceRecord, of session: GuestSession) {
+    guard record.phase == .opening, session.phase == .running, let backend = record.backend, let slot = record.slot else {
+      return
+    }
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    let transport = MMIOTransport(device: backend, line: slot.line(of: session.handle)) { [self] status in
+      onLoop { $0.statusChanged(key, identity, status) }
+    }
+    record.transport = transport
+    record.isAttached = true
+    let cell = session.cell
+    session.thread.loop.enqueue { [self] in
+      do throws(XenError) {
+        try cell.server?.attach(transport, to: slot)
+        onLoop { $0.attached(key, identity) }
+      } catch {
+        let reason = "base: \(error)"
+        onLoop { supervisor in
+          guard let (session, record) = supervisor.current(key, identity) else { return }
+          supervisor.fail(record, of: session, reason)
+        }
+      }
+    }
+  }
+
+  private func attached(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+    guard let (session, record) = current(key, identity), record.phase == .opening else { return }
+    record.phase = .ready
+    if store?.read("\(key.path)/error") != nil { try? store?.remove("\(key.path)/error") }
+    // The server, its page, ranges and channels are ready: the guest's first instruction finds the device.
+    if store?.read("\(key.path)/state") == XenbusState.initialising.rawValue {
+      write(key, "state", XenbusState.initWait.rawValue)
+    }
+    let mode = record.backend?.isDirect == true ? "direct I/O" : "buffered I/O: the file system refuses O_DIRECT"
+    tell(.deviceReady, session, record, reason: "\(record.entry?.settings.path ?? "?"), \(mode)")
+    publish(session)
+  }
+
+  private func statusChanged(_ key: DeviceKey, _ identity: ObjectIdentifier, _ status: DeviceStatus) {
+    guard let (session, record) = current(key, identity) else { return }
+    switch record.phase {
+    case .ready where status.contains(.driverOK):
+      record.phase = .connected
+      // The guest runs, so creation is over and nobody waits for state 2 any more.
+      let state = store?.read("\(key.path)/state")
+      if state == XenbusState.initWait.rawValue || state == XenbusState.initialising.rawValue {
+        write(key, "state", XenbusState.connected.rawValue)
+      }
+      tell(.deviceConnected, session, record)
+    case .connected where status.isEmpty, .faulted where status.isEmpty:
+      record.phase = .ready
+      tell(.deviceReset, session, record)
+    default: return
+    }
+    publish(session)
+  }
+
+  private func faulted(_ key: DeviceKey, _ identity: ObjectIdentifier, _ reason: String) {
+    guard let (session, record) = current(key, identity), record.phase != .closing else { return }
+    record.phase = .faulted(reason: reason)
+    tell(.deviceFaulted, session, record, reason: reason)
+    publish(session)
+  }
+
+  // MARK: Closing
+
+  /// Ends a device: out of its slot, requests drained, image closed; then the state is written.
+  func close(_ record: DeviceRecord, of session: GuestSession, wantsClosedState: Bool) {
+    record.wantsClosedState = record.wantsClosedState || wantsClosedState
+    guard record.phase != .closing else { return }
+    record.phase = .closing
+    tell(.deviceClosing, session, record)
+    publish(session)
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    guard record.isAttached, let slot = record.slot else { return released(key, identity) }
+    let cell = session.cell
+    session.thread.loop.enqueue { [self] in
+      cell.server?.detach(slot)
+      onLoop { $0.released(key, identity) }
+    }
+  }
+
+  /// Nothing of the device reaches guest memory any more.
+  private func released(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+    guard let (session, record) = current(key, identity) else { return }
+    record.isReleased = true
+    if record.backend != nil {
+      stopBackend(record, of: session)
+    } else if record.thread == nil {
+      stopped(key, identity)
+    }
+    closeIfUnused(session)
+  }
+
+  private func stopBackend(_ record: DeviceRecord, of session: GuestSession) {
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    guard let backend = record.backend else { return }
+    record.backend = nil
+    record.transport = nil
+    backend.stop { [self] in onLoop { $0.stopped(key, identity) } }
+  }
+
+  private func stopped(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+    guard let (session, record) = current(key, identity) else { return }
+    record.thread?.stopAndJoin()
+    record.thread = nil
+    guard record.phase == .closing else { return }
+    record.isStopped = true
+    finishStopped(session)
+  }
+
+  // MARK: Writing to Xenstore
+
+  func writeClosedState(_ record: DeviceRecord) {
+    if record.wantsClosedState { writeClosedState(record.key) }
+  }
+
+  /// Tells the toolstack that everything of the device is given back.
+  private func writeClosedState(_ key: DeviceKey) {
+    // libxl may have removed the entry meanwhile: a write would bring it back.
+    guard let state = store?.read("\(key.path)/state"), state != XenbusState.closed.rawValue else { return }
+    write(key, "state", XenbusState.closed.rawValue)
+  }
+
+  private func write(_ key: DeviceKey, _ name: String, _ value: String) {
+    do throws(XenError) {
+      try store?.transaction { transaction throws(XenError) in
+        // An entry that was removed meanwhile must not come back by a write of ours.
+        guard let store, store.list(key.path, in: transaction) != nil else { return }
+        try store.write("\(key.path)/\(name)", value, in: transaction)
+      }
+    } catch {
+      log.warning("cannot write \(key.path)/\(name): \(error)")
+    }
+  }
+}

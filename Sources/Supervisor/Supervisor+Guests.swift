@@ -1,0 +1,167 @@
+import Backends
+import EventLoop
+import Logging
+import Xen
+
+/// The guests' side of the supervisor: sessions with their ioreq server.
+extension Supervisor {
+  /// The session of a guest, made when its first device appears.
+  ///
+  /// - Returns: nil while an earlier session of that domain ends; the device is looked at again after that.
+  func session(for domain: DomainID) throws(XenError) -> GuestSession? {
+    if let known = sessions[domain] { return known.phase == .closing ? nil : known }
+    let name = store?.read("/local/domain/\(domain)/name") ?? "domain-\(domain)"
+    let uuid = store?.read("/local/domain/\(domain)/vm").map { $0.split(separator: "/").last.map(String.init) ?? $0 }
+    let handle = try hypervisor.open(domain)
+    let pool = ForeignMappingPool(guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget)
+    let thread: LoopThread
+    do throws(Errno) {
+      thread = try LoopThread(name: "vxd-ioreq-\(domain)")
+    } catch {
+      throw XenError("start of the ioreq thread", error)
+    }
+    let session = GuestSession(domain: domain, name: name, uuid: uuid, handle: handle, pool: pool, thread: thread)
+    sessions[domain] = session
+    startServer(session)
+    tell(.guestAppeared, session)
+    return session
+  }
+
+  private func startServer(_ session: GuestSession) {
+    let domain = session.domain
+    let (cell, handle, pool, loop) = (session.cell, session.handle, session.pool, session.thread.loop)
+    #if arch(x86_64)
+      let window: (UInt64, UInt64)? = (
+        SlotTable.firstBase, SlotTable.firstBase + SlotTable.windowStride * UInt64(settings.slots) - 1
+      )
+    #else
+      let window: (UInt64, UInt64)? = nil
+    #endif
+    loop.enqueue { [self] in
+      do throws(XenError) {
+        let server = try IOReqServer(guest: handle, pool: pool, loop: loop)
+        cell.server = server
+        if let window { try server.claim(first: window.0, last: window.1) }
+        let report = StatusBoard.IOReqServerReport(identifier: server.identifier, counters: server.counters)
+        let vcpus = server.vcpuCount
+        onLoop { $0.serverStarted(domain, report, vcpus) }
+      } catch {
+        cell.server?.close()
+        cell.server = nil
+        let reason = "\(error)"
+        onLoop { $0.serverFailed(domain, reason) }
+      }
+    }
+  }
+
+  private func serverStarted(_ domain: DomainID, _ report: StatusBoard.IOReqServerReport, _ vcpus: Int) {
+    guard let session = sessions[domain] else { return }
+    session.report = report
+    session.vcpus = vcpus
+    if session.phase == .starting { session.phase = .running }
+    log.info(
+      "guest \(session.name): ioreq server \(report.identifier), \(vcpus) vCPUs", metadata: ["GUEST": "\(session.name)"])
+    for record in session.devices.values { attachIfReady(record, of: session) }
+    publish(session)
+  }
+
+  private func serverFailed(_ domain: DomainID, _ reason: String) {
+    guard let session = sessions[domain] else { return }
+    let words = "no ioreq server can be had for the guest (\(reason)); virtio-mmio needs an HVM guest and, on x86, dom0"
+    if session.phase != .closing { session.phase = .failed(reason: words) }
+    tell(.guestFailed, session, reason: words)
+    for record in session.devices.values where record.phase == .opening { fail(record, of: session, words) }
+    publish(session)
+  }
+
+  /// Ends the guest's server and memory once no device of its uses them.
+  func closeIfUnused(_ session: GuestSession) {
+    guard session.phase != .closing, session.devices.values.allSatisfy({ $0.phase == .closing && $0.isReleased }) else {
+      return
+    }
+    session.phase = .closing
+    publish(session)
+    let domain = session.domain
+    let (cell, pool) = (session.cell, session.pool)
+    session.thread.loop.enqueue { [self] in
+      cell.server?.close()
+      cell.server = nil
+      pool.close()
+      onLoop { $0.serverClosed(domain) }
+    }
+  }
+
+  private func serverClosed(_ domain: DomainID) {
+    guard let session = sessions[domain] else { return }
+    session.thread.stopAndJoin()
+    session.isServerClosed = true
+    finishStopped(session)
+  }
+
+  /// Forgets the devices that are at their end, and the guest with the last of them.
+  func finishStopped(_ session: GuestSession) {
+    let isLast = session.devices.values.allSatisfy { $0.phase == .closing }
+    for record in session.devices.values where record.isStopped && (session.isServerClosed || !isLast) {
+      session.devices[record.key] = nil
+      writeClosedState(record)
+      tell(.deviceGone, session, record)
+    }
+    guard session.devices.isEmpty else { return publish(session) }
+    guard session.isServerClosed else {
+      closeIfUnused(session)
+      return
+    }
+    sessions[session.domain] = nil
+    forget(session)
+    tell(.guestGone, session)
+    reconcileDomain(session.domain)
+    stopIfEmpty()
+  }
+
+  /// An entry may have come back while the old session ended.
+  private func reconcileDomain(_ domain: DomainID) {
+    for kind in DeviceKey.Kind.allCases {
+      for device in store?.list("backend/\(kind.rawValue)/\(domain)") ?? [] {
+        if let device = UInt32(device) { reconcile(DeviceKey(kind: kind, domain: domain, device: device)) }
+      }
+    }
+  }
+
+  /// Logs and announces.
+  func tell(
+    _ kind: SupervisorEvent.Kind, _ session: GuestSession, _ record: DeviceRecord? = nil, reason: String? = nil
+  ) {
+    let device = record.map { $0.entry?.name ?? "\($0.key.device)" }
+    var metadata: Logger.Metadata = ["GUEST": "\(session.name)"]
+    if let device { metadata["DEVICE"] = "\(device)" }
+    let subject = device.map { "\(session.name)/\($0)" } ?? "\(session.name) (domain \(session.domain))"
+    log.log(
+      level: kind.isTrouble ? .error : .info, "\(subject): \(kind.rawValue)\(reason.map { ": \($0)" } ?? "")",
+      metadata: metadata)
+    announce(
+      SupervisorEvent(
+        kind: kind, domain: session.domain, guest: session.name, device: device, reason: reason))
+  }
+}
+
+extension GuestSession {
+  /// What the status board shows of it.
+  var snapshot: StatusBoard.Guest {
+    let (phaseName, reason): (String, String?) =
+      switch phase {
+      case .starting: ("starting", nil)
+      case .running: ("running", nil)
+      case .failed(let reason): ("failed", reason)
+      case .closing: ("closing", nil)
+      }
+    return StatusBoard.Guest(
+      domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: vcpus,
+      server: isServerClosed ? nil : report, pool: pool,
+      devices: devices.values.sorted { $0.key.device < $1.key.device }.map { record in
+        StatusBoard.Device(
+          key: record.key, name: record.entry?.name ?? record.keys["dev"] ?? "\(record.key.device)", guestName: name,
+          phase: record.phase, slot: record.slot, path: record.entry?.settings.path ?? record.keys["params"],
+          readOnly: record.entry?.settings.readOnly ?? false, backend: record.backend, transport: record.transport)
+      })
+  }
+}

@@ -1,0 +1,153 @@
+import Backends
+package import EventLoop
+import Glibc
+package import Logging
+package import Xen
+
+/// Watches Xenstore for guests with devices of ours, and runs a backend for each of those.
+///
+/// An actor bound to the daemon's main loop: everything here runs on that loop's thread, in short steps. What takes time runs
+/// elsewhere and reports back: images are opened on the device's own thread, ioreq servers made and ended on the guest's.
+package actor Supervisor {
+  package nonisolated let loop: EventLoop
+  package nonisolated let board: StatusBoard
+  package nonisolated var unownedExecutor: UnownedSerialExecutor { loop.asUnownedSerialExecutor() }
+
+  let hypervisor: any Hypervisor
+  let settings: SupervisorSettings
+  let log: Logger
+  let announce: @Sendable (SupervisorEvent) -> Void
+  var store: XenStore?
+  var sessions: [DomainID: GuestSession] = [:]
+  private var storeToken: EventLoop.Token?
+  private var onStopped: (@Sendable () -> Void)?
+  private var isStopping = false
+  private static let releaseWatch = "@releaseDomain"
+
+  /// - Parameter announce: gets each event; called on the loop's thread.
+  package init(
+    loop: EventLoop, hypervisor: any Hypervisor, settings: SupervisorSettings, log: Logger, board: StatusBoard,
+    announce: @escaping @Sendable (SupervisorEvent) -> Void
+  ) {
+    self.loop = loop
+    self.hypervisor = hypervisor
+    self.settings = settings
+    self.log = log
+    self.board = board
+    self.announce = announce
+  }
+
+  /// Runs `body` on the loop's thread, later.
+  nonisolated func onLoop(_ body: @escaping @Sendable (isolated Supervisor) -> Void) {
+    loop.enqueue { self.assumeIsolated { body($0) } }
+  }
+
+  // MARK: Start and stop
+
+  /// Connects to xenstored and sets the watches. Guests that are there already are found by the watches' first events.
+  ///
+  /// Called on the loop's thread.
+  package func start() throws(XenError) {
+    let store = try XenStore(socketPath: settings.xenstoreSocket)
+    self.store = store
+    for kind in DeviceKey.Kind.allCases { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
+    do throws(XenError) {
+      try store.watch(Self.releaseWatch, token: Self.releaseWatch)
+    } catch {
+      // A driver domain may not watch it before Xen 4.22; it learns of a death by its devices' nodes.
+      log.info("no watch on @releaseDomain: \(error)")
+    }
+    do throws(Errno) {
+      storeToken = try loop.onReadable(store.eventDescriptor) { [unowned self] in assumeIsolated { $0.storeEvents() } }
+    } catch {
+      throw XenError("epoll of xenstore's descriptor", error)
+    }
+    board.update {
+      $0.watches = store.watchCount
+      $0.hypervisor = hypervisor.summary
+    }
+    log.info("watching Xenstore for virtio devices (\(hypervisor.summary))")
+  }
+
+  /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.
+  ///
+  /// The entries' states stay as they are: the toolstack did not ask for the end.
+  package func stop(completion: @escaping @Sendable () -> Void) {
+    isStopping = true
+    onStopped = completion
+    for session in sessions.values {
+      for record in session.devices.values { close(record, of: session, wantsClosedState: false) }
+    }
+    stopIfEmpty()
+  }
+
+  func stopIfEmpty() {
+    guard isStopping, sessions.isEmpty, let completion = onStopped else { return }
+    onStopped = nil
+    if let storeToken { loop.remove(storeToken) }
+    store = nil
+    completion()
+  }
+
+  // MARK: Xenstore events
+
+  private func storeEvents() {
+    guard let store else { return }
+    var keys: Set<DeviceKey> = []
+    var wholeKinds: Set<DeviceKey.Kind> = []
+    var checksDomains = false
+    while let event = store.nextEvent() {
+      if event.token == Self.releaseWatch {
+        checksDomains = true
+      } else if let kind = DeviceKey.Kind(rawValue: event.token) {
+        if let key = Self.key(kind, path: event.path) { keys.insert(key) } else { wholeKinds.insert(kind) }
+      }
+    }
+    for kind in wholeKinds { keys.formUnion(everyKey(kind)) }
+    if checksDomains { keys.formUnion(keysOfDeadDomains()) }
+    // Lower numbers first: disks get their slots in their order.
+    for key in keys.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) { reconcile(key) }
+  }
+
+  /// The device that a changed path belongs to: backend/KIND/DOMAIN/DEVICE/...; nil for a path above that.
+  static func key(_ kind: DeviceKey.Kind, path: String) -> DeviceKey? {
+    let parts = path.split(separator: "/", omittingEmptySubsequences: false)
+    guard parts.count >= 4, let domain = DomainID(parts[2]), let device = UInt32(parts[3]) else { return nil }
+    return DeviceKey(kind: kind, domain: domain, device: device)
+  }
+
+  /// Devices that are in Xenstore or known already.
+  private func everyKey(_ kind: DeviceKey.Kind) -> Set<DeviceKey> {
+    var keys: Set<DeviceKey> = []
+    let root = "backend/\(kind.rawValue)"
+    for domain in store?.list(root) ?? [] {
+      guard let number = DomainID(domain) else { continue }
+      for device in store?.list("\(root)/\(domain)") ?? [] {
+        if let device = UInt32(device) { keys.insert(DeviceKey(kind: kind, domain: number, device: device)) }
+      }
+    }
+    for session in sessions.values { keys.formUnion(session.devices.keys.filter { $0.kind == kind }) }
+    return keys
+  }
+
+  /// Known devices whose guest is no more: what a toolstack that died halfway leaves behind.
+  private func keysOfDeadDomains() -> Set<DeviceKey> {
+    var keys: Set<DeviceKey> = []
+    for session in sessions.values where session.phase != .closing {
+      keys.formUnion(session.devices.keys)
+    }
+    return keys
+  }
+
+  // MARK: Events for others
+
+  func publish(_ session: GuestSession) {
+    let guest = session.snapshot
+    board.update { $0.guests[guest.domain] = guest }
+  }
+
+  func forget(_ session: GuestSession) {
+    let domain = session.domain
+    board.update { $0.guests[domain] = nil }
+  }
+}

@@ -1,0 +1,37 @@
+package import ControlAPI
+package import Xen
+
+/// Something that happened to a guest or a device, for those who subscribed on the control socket and for the log.
+package struct SupervisorEvent: Sendable {
+  package enum Kind: String, Sendable {
+    case guestAppeared = "guest.appeared"
+    case guestGone = "guest.gone"
+    case guestFailed = "guest.failed"
+    case deviceReady = "device.ready"
+    case deviceConnected = "device.connected"
+    case deviceReset = "device.reset"
+    case deviceFailed = "device.failed"
+    case deviceFaulted = "device.faulted"
+    case deviceClosing = "device.closing"
+    case deviceGone = "device.gone"
+
+    /// Whether it deserves an operator's attention.
+    package var isTrouble: Bool { self == .guestFailed || self == .deviceFailed || self == .deviceFaulted }
+  }
+
+  package var kind: Kind
+  package var domain: DomainID
+  package var guest: String
+  package var device: String?
+  package var reason: String?
+
+  package var json: JSONValue {
+    var members: [JSONValue.Member] = [
+      .init(name: "event", value: .string(kind.rawValue)), .init(name: "domain", value: .count(domain)),
+      .init(name: "guest", value: .string(guest)),
+    ]
+    if let device { members.append(.init(name: "device", value: .string(device))) }
+    if let reason { members.append(.init(name: "reason", value: .string(reason))) }
+    return .object(members)
+  }
+}

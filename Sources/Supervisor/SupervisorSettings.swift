@@ -1,0 +1,17 @@
+import Xen
+
+/// How the daemon serves its guests.
+package struct SupervisorSettings: Sendable {
+  /// Socket of a simulated xenstored; nil for the real one.
+  package var xenstoreSocket: String?
+  /// virtio-mmio slots of an x86 guest, 1 to 32; the guest's ACPI table has as many.
+  package var slots = SlotTable.defaultCount
+  /// Guest memory that is kept mapped per guest at most, in bytes.
+  package var mappingBudget: UInt64 = 1 << 30
+  /// Bytes of a mapping bucket as a power of two, 12 to 30.
+  package var bucketShift = 21
+  /// Try O_DIRECT.
+  package var direct = true
+
+  package init() {}
+}

@@ -1,0 +1,38 @@
+import ArgumentParser
+import Glibc
+import Xen
+
+/// `vxctl acpi-table`: the SSDT that tells an x86 HVM guest of its virtio-mmio slots.
+struct ACPITable: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "acpi-table", abstract: "Writes the ACPI table of the virtio-mmio slots, for acpi_firmware= of xl.",
+    discussion: "vxd must run with the same number of slots (vxd --slots).")
+
+  @Option(help: "Number of slots, 1 to \(SlotTable.maximumCount).")
+  var slots = SlotTable.defaultCount
+
+  @Argument(help: "The file to write.")
+  var file: String
+
+  func validate() throws {
+    guard (1...SlotTable.maximumCount).contains(slots) else {
+      throw ValidationError("--slots: \(slots) is not from 1 to \(SlotTable.maximumCount).")
+    }
+  }
+
+  func run() throws {
+    let table = SlotACPITable.compiled(slots: slots)
+    guard let output = fopen(file, "we") else {
+      perror("vxctl: \(file)")
+      throw ExitCode(1)
+    }
+    let written = fwrite(table, 1, table.count, output)
+    guard fclose(output) == 0, written == table.count else {
+      perror("vxctl: \(file)")
+      throw ExitCode(1)
+    }
+  }
+}
+
+/// Sends what was printed on its way, for readers of a pipe.
+func flushOutput() { fflush(nil) }

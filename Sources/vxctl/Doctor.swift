@@ -1,0 +1,71 @@
+import ArgumentParser
+import ControlAPI
+import Glibc
+
+/// `vxctl doctor`: what keeps this host, or a guest on it, from working.
+struct Doctor: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Checks this host and the guests' configuration, and says what to do.")
+
+  @OptionGroup var connection: ConnectionOptions
+
+  private struct Finding {
+    var isGood: Bool
+    var subject: String
+    var words: String
+  }
+
+  func run() throws {
+    var findings = hostFindings()
+    if let client = try? ControlClient(path: connection.socket) {
+      findings.append(Finding(isGood: true, subject: "vxd", words: "answers on \(connection.socket)"))
+      if let devices = try? client.call("device.list") { findings += guestFindings(devices) }
+    } else {
+      findings.append(
+        Finding(isGood: false, subject: "vxd", words: "does not answer on \(connection.socket): systemctl start vxd"))
+    }
+    if connection.json {
+      printJSON(
+        .array(
+          findings.map {
+            ["ok": .bool($0.isGood), "subject": .string($0.subject), "text": .string($0.words)]
+          }))
+    } else {
+      for finding in findings { print("\(finding.isGood ? "ok  " : "BAD ") \(finding.subject): \(finding.words)") }
+    }
+    if findings.contains(where: { !$0.isGood }) { throw ExitCode(1) }
+  }
+
+  private func hostFindings() -> [Finding] {
+    var findings: [Finding] = []
+    let isXen = access("/sys/hypervisor/type", F_OK) == 0
+    findings.append(
+      Finding(
+        isGood: isXen, subject: "hypervisor",
+        words: isXen ? "this system runs on Xen" : "this system does not run on Xen; try 'vxd --simulate'"))
+    let modules = [("evtchn", "xen-evtchn"), ("privcmd", "xen-privcmd"), ("gntdev", "xen-gntdev")]
+    for (node, module) in modules {
+      let isThere = access("/dev/xen/\(node)", R_OK | W_OK) == 0
+      findings.append(
+        Finding(
+          isGood: isThere, subject: "/dev/xen/\(node)",
+          words: isThere ? "can be used" : "cannot be used: modprobe \(module), and run as root"))
+    }
+    return findings
+  }
+
+  private func guestFindings(_ devices: JSONValue) -> [Finding] {
+    (devices.arrayValue ?? []).compactMap { device in
+      let subject = "\(device.cell("guest"))/\(device.cell("device"))"
+      // xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image.
+      if ["xvda", "xvdb", "xvdc", "xvdd"].contains(device.cell("device")), device.cell("kind") == "virtio_disk" {
+        return Finding(
+          isGood: false, subject: subject,
+          words: "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
+            + "use vdev=xvde or later, or name the backend (backend=Domain-0)")
+      }
+      guard let reason = device["reason"]?.stringValue else { return nil }
+      return Finding(isGood: false, subject: subject, words: reason)
+    }
+  }
+}

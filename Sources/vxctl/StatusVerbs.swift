@@ -1,0 +1,138 @@
+import ArgumentParser
+import ControlAPI
+
+/// `vxctl status`: the daemon, its guests and devices at a glance.
+struct Status: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "The daemon, its guests and their devices.")
+
+  @OptionGroup var connection: ConnectionOptions
+
+  func run() throws {
+    try connection.run { client throws(ControlClient.Failure) in
+      let info = try client.call("system.info")
+      let guests = try client.call("guest.list")
+      let devices = try client.call("device.list")
+      if connection.json {
+        return printJSON(["system": info, "guests": guests, "devices": devices])
+      }
+      print("vxd \(info.cell("version")) on \(info.cell("hypervisor")), pid \(info.cell("pid")), up \(info.cell("uptimeSeconds")) s")
+      print(
+        "\(info.cell("guests")) guests, \(info.cell("devices")) devices (\(info.cell("devicesInTrouble")) in trouble), "
+          + "\(info.cell("ioreqServers")) ioreq servers, \(info.cell("mappedPages")) guest pages mapped")
+      print("")
+      print(Status.guestTable(guests))
+      print("")
+      print(List.table(devices))
+      for device in devices.arrayValue ?? [] {
+        if let reason = device["reason"]?.stringValue {
+          print("\n\(device.cell("guest"))/\(device.cell("device")): \(reason)")
+        }
+      }
+    }
+  }
+
+  static func guestTable(_ guests: JSONValue) -> String {
+    var table = Table("GUEST", "DOMAIN", "STATE", "VCPUS", "DEVICES", "IOREQ-SERVER", "ACCESSES")
+    for guest in guests.arrayValue ?? [] {
+      let server = guest["ioreqServer"] ?? .null
+      table.add(
+        guest.cell("name"), guest.cell("domain"), guest.cell("state"), guest.cell("vcpus"), guest.cell("devices"),
+        server.cell("id"), server.cell("accesses"))
+    }
+    return table.text
+  }
+}
+
+/// `vxctl list`: the devices.
+struct List: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "The devices, of all guests or of one.")
+
+  @OptionGroup var connection: ConnectionOptions
+  @Argument(help: "Only this guest's: its name or domain number.")
+  var guest: String?
+
+  func run() throws {
+    try connection.run { client throws(ControlClient.Failure) in
+      var parameters: JSONValue = .object([])
+      if let guest { parameters = ["guest": .string(guest)] }
+      let devices = try client.call("device.list", parameters)
+      if connection.json { printJSON(devices) } else { print(List.table(devices)) }
+    }
+  }
+
+  static func table(_ devices: JSONValue) -> String {
+    var table = Table("DEVICE", "STATE", "SLOT", "SIZE", "ACCESS", "I/O", "REQUESTS", "IN-FLIGHT", "IMAGE")
+    for device in devices.arrayValue ?? [] {
+      let direct = device["directIO"]?.boolValue.map { $0 ? "direct" : "buffered" } ?? "-"
+      table.add(
+        "\(device.cell("guest"))/\(device.cell("device"))", device.cell("state"), device.cell("slot"),
+        device.byteCell("bytes"), device["readOnly"]?.boolValue == true ? "ro" : "rw", direct, device.cell("requests"),
+        device.cell("inFlight"), device.cell("image"))
+    }
+    return table.text
+  }
+}
+
+/// `vxctl show GUEST/DEVICE`: one device in full.
+struct Show: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "One device with its counters.")
+
+  @OptionGroup var connection: ConnectionOptions
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  var device: String
+
+  func validate() throws {
+    guard device.split(separator: "/").count == 2 else {
+      throw ValidationError("'\(device)' is not of the form GUEST/DEVICE, for instance web1/xvde.")
+    }
+  }
+
+  func run() throws {
+    let parts = device.split(separator: "/").map(String.init)
+    try connection.run { client throws(ControlClient.Failure) in
+      let answer = try client.call("device.get", ["guest": .string(parts[0]), "device": .string(parts[1])])
+      if connection.json { return printJSON(answer) }
+      for member in answer.objectValue ?? [] {
+        if case .object(let counters) = member.value {
+          print("\(member.name):")
+          for counter in counters { print("  \(Show.padded(counter.name)) \(answer[member.name]?.cell(counter.name) ?? "-")") }
+        } else {
+          print("\(Show.padded(member.name))   \(answer.cell(member.name))")
+        }
+      }
+    }
+  }
+
+  private static func padded(_ name: String) -> String {
+    name + String(repeating: " ", count: max(0, 18 - name.count))
+  }
+}
+
+/// `vxctl events`: what happens, as it happens.
+struct Events: ParsableCommand {
+  static let configuration = CommandConfiguration(abstract: "Prints events of guests and devices as they happen.")
+
+  @OptionGroup var connection: ConnectionOptions
+  @Option(help: "End after this many events.")
+  var count: Int?
+
+  func run() throws {
+    try connection.run { client throws(ControlClient.Failure) in
+      _ = try client.call("event.subscribe")
+      var left = count ?? .max
+      while left > 0 {
+        let message = try client.receive(-1)
+        guard let event = message["params"] else { continue }
+        if connection.json {
+          print(JSONText.text(event))
+        } else {
+          let subject = event["device"].map { _ in "\(event.cell("guest"))/\(event.cell("device"))" } ?? event.cell("guest")
+          let reason = event["reason"]?.stringValue.map { ": \($0)" } ?? ""
+          print("\(event.cell("event")) \(subject)\(reason)")
+        }
+        flushOutput()
+        left -= 1
+      }
+    }
+  }
+}

@@ -1,0 +1,69 @@
+import EventLoop
+import Glibc
+import Supervisor
+
+/// The command line of vxd.
+struct Options {
+  var socket = "/run/vxd/control.sock"
+  var simulate = false
+  var verbose = false
+  var settings = SupervisorSettings()
+
+  static let usage = """
+    usage: vxd [OPTION...]
+
+    Serves virtio devices to the guests of this Xen host: watches Xenstore and runs a backend for each device whose
+    backend is this domain.
+
+      --socket PATH            control socket (default /run/vxd/control.sock)
+      --slots N                virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
+      --mapping-budget MIB     guest memory kept mapped per guest at most (default 1024)
+      --buffered               do not try O_DIRECT
+      --simulate               run on a simulated Xen with a guest that does I/O, without any Xen at all
+      --verbose                log more
+      --version, --help
+
+    """
+
+  /// - Returns: nil when the options ask for nothing but a text, which is printed.
+  static func parse(_ arguments: [String]) throws(OptionFault) -> Options? {
+    var options = Options()
+    var rest = arguments.dropFirst()[...]
+    func value(_ name: String) throws(OptionFault) -> String {
+      guard let text = rest.popFirst() else { throw OptionFault("\(name) needs a value") }
+      return text
+    }
+    func number(_ name: String, _ range: ClosedRange<UInt64>) throws(OptionFault) -> UInt64 {
+      let text = try value(name)
+      guard let number = UInt64(text), range.contains(number) else {
+        throw OptionFault("\(name): '\(text)' is no number from \(range.lowerBound) to \(range.upperBound)")
+      }
+      return number
+    }
+    while let argument = rest.popFirst() {
+      switch argument {
+      case "--socket": options.socket = try value(argument)
+      case "--slots": options.settings.slots = Int(try number(argument, 1...32))
+      case "--mapping-budget": options.settings.mappingBudget = try number(argument, 4...1_048_576) << 20
+      case "--buffered": options.settings.direct = false
+      case "--simulate": options.simulate = true
+      case "--verbose": options.verbose = true
+      case "--version":
+        print("vxd \(SupervisorControl.version)")
+        return nil
+      case "--help":
+        print(usage, terminator: "")
+        return nil
+      default: throw OptionFault("there is no option '\(argument)' (vxd --help)")
+      }
+    }
+    return options
+  }
+}
+
+/// What is wrong with the command line.
+struct OptionFault: Error {
+  let message: String
+
+  init(_ message: String) { self.message = message }
+}

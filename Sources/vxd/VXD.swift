@@ -1,0 +1,132 @@
+import CLinux
+import ControlAPI
+import EventLoop
+import Glibc
+import Logging
+import SimulatedXen
+import Supervisor
+import Xen
+
+/// The daemon: wires supervisor, control socket and service manager together, and ends them in order.
+@main
+enum VXD {
+  static func main() {
+    do {
+      guard let options = try Options.parse(CommandLine.arguments) else { return }
+      try run(options)
+    } catch let fault as OptionFault {
+      fail(fault.message, status: 2)
+    } catch {
+      fail("\(error)", status: 1)
+    }
+  }
+
+  private static func fail(_ message: String, status: Int32) -> Never {
+    var line = "vxd: \(message)\n"
+    line.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
+    exit(status)
+  }
+
+  private static func run(_ options: Options) throws {
+    signal(SIGPIPE, SIG_IGN)
+    let signals = try SignalDescriptor([SIGTERM, SIGINT])
+    let level: Logger.Level = options.verbose ? .debug : .info
+    let toJournal = ServiceManager.logsToJournal
+    LoggingSystem.bootstrap { _ in
+      let handler: any LogHandler = toJournal ? JournalLogHandler(level: level) : PlainLogHandler(level: level)
+      return handler
+    }
+    let log = Logger(label: "vxd")
+
+    let loop = try EventLoop(name: "vxd")
+    let board = StatusBoard()
+    let methods = SupervisorControl.methods(board: board, isSimulated: options.simulate)
+    let control: ControlServer
+    do throws(Errno) {
+      try makeFolder(of: options.socket)
+      control = try ControlServer(path: options.socket, methods: methods)
+    } catch {
+      throw OptionFault("--socket \(options.socket): \(error)")
+    }
+    var settings = options.settings
+    var simulation: Simulation?
+    if options.simulate {
+      let made = try Simulation.make()
+      settings.xenstoreSocket = made.socketPath
+      simulation = made
+    }
+    let hypervisor: any Hypervisor = simulation?.hypervisor ?? LibxenHypervisor()
+    let supervisor = Supervisor(
+      loop: loop, hypervisor: hypervisor, settings: settings, log: log, board: board,
+      announce: { control.publish($0.json) })
+
+    loop.enqueue {
+      supervisor.assumeIsolated { supervisor in
+        do throws(XenError) {
+          try supervisor.start()
+        } catch {
+          control.stop()
+          fail(
+            "cannot reach Xen: \(error). vxd runs in dom0 or a driver domain with xenstored; 'vxd --simulate' needs neither",
+            status: 1)
+        }
+      }
+      ServiceManager.ready()
+      ServiceManager.status("Serving virtio devices")
+      log.info("listening on \(options.socket)")
+    }
+    let ending = Ending(loop: loop, supervisor: supervisor, log: log)
+    let token = try loop.onReadable(signals.raw) {
+      signals.drain()
+      ending.begin()
+    }
+    if let period = ServiceManager.watchdogPeriod { feedWatchdog(loop, period) }
+    simulation?.play(log: log)
+    loop.run()
+    loop.remove(token)
+    simulation?.stop()
+    control.stop()
+    log.info("ended")
+  }
+
+  /// The loop itself feeds the watchdog: when the supervisor hangs, systemd learns of it.
+  private static func feedWatchdog(_ loop: EventLoop, _ period: UInt64) {
+    loop.schedule(afterMilliseconds: period) {
+      ServiceManager.alive()
+      feedWatchdog(loop, period)
+    }
+  }
+
+  private static func makeFolder(of path: String) throws(Errno) {
+    guard let slash = path.lastIndex(of: "/"), slash != path.startIndex else { return }
+    guard mkdir(String(path[..<slash]), 0o755) == 0 || errno == EEXIST else { throw Errno.last }
+  }
+}
+
+/// The end of the daemon after a signal.
+private final class Ending: @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: used on the main loop's thread only.
+  private let loop: EventLoop
+  private let supervisor: Supervisor
+  private let log: Logger
+  private var hasBegun = false
+
+  init(loop: EventLoop, supervisor: Supervisor, log: Logger) {
+    self.loop = loop
+    self.supervisor = supervisor
+    self.log = log
+  }
+
+  func begin() {
+    guard !hasBegun else { return }
+    hasBegun = true
+    log.info("ending the devices")
+    ServiceManager.stopping()
+    let (loop, log) = (loop, log)
+    loop.schedule(afterMilliseconds: 15_000) {
+      log.error("a device did not end within 15 s")
+      loop.stop()
+    }
+    supervisor.assumeIsolated { $0.stop { loop.stop() } }
+  }
+}
