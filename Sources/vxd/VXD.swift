@@ -51,7 +51,7 @@ enum VXD {
     var settings = options.settings
     var simulation: Simulation?
     if options.simulate {
-      let made = try Simulation.make()
+      let made = try Simulation()
       settings.xenstoreSocket = made.socketPath
       simulation = made
     }
@@ -75,7 +75,7 @@ enum VXD {
       ServiceManager.status("Serving virtio devices")
       log.info("listening on \(options.socket)")
     }
-    let ending = Ending(loop: loop, supervisor: supervisor, log: log)
+    let ending = Ending(loop: loop, supervisor: supervisor, log: log, simulation: simulation)
     let token = try loop.onReadable(signals.raw) {
       signals.drain()
       ending.begin()
@@ -109,12 +109,16 @@ private final class Ending: @unchecked Sendable {
   private let loop: EventLoop
   private let supervisor: Supervisor
   private let log: Logger
+  private let simulation: Simulation?
   private var hasBegun = false
+  /// Ends the simulated guest while the supervisor goes on serving it.
+  private var helper: LoopThread?
 
-  init(loop: EventLoop, supervisor: Supervisor, log: Logger) {
+  init(loop: EventLoop, supervisor: Supervisor, log: Logger, simulation: Simulation?) {
     self.loop = loop
     self.supervisor = supervisor
     self.log = log
+    self.simulation = simulation
   }
 
   func begin() {
@@ -127,6 +131,19 @@ private final class Ending: @unchecked Sendable {
       log.error("a device did not end within 15 s")
       loop.stop()
     }
+    guard let simulation, let helper = try? LoopThread(name: "sim-ending") else { return stopSupervisor() }
+    self.helper = helper
+    helper.loop.enqueue { [self] in
+      simulation.endGuest()
+      loop.enqueue { [self] in
+        helper.stopAndJoin()
+        stopSupervisor()
+      }
+    }
+  }
+
+  private func stopSupervisor() {
+    let loop = loop
     supervisor.assumeIsolated { $0.stop { loop.stop() } }
   }
 }

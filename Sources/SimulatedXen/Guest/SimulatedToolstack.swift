@@ -1,0 +1,122 @@
+package import EventLoop
+import Glibc
+package import Xen
+
+/// Plays xl: writes a domain's entries as libxl does, waits for what libxl waits for, takes them away again.
+package final class SimulatedToolstack {
+  private let store: XenStore
+  private let hypervisor: SimulatedHypervisor
+  private let server: XenstoreServer
+
+  package init(server: XenstoreServer, hypervisor: SimulatedHypervisor) throws(XenError) {
+    self.server = server
+    self.hypervisor = hypervisor
+    store = try XenStore(socketPath: server.path)
+  }
+
+  /// The disk's number of a name such as xvde (xen: libxl__device_disk_dev_number).
+  package static func deviceNumber(_ name: String) -> UInt32 {
+    let index = UInt32((name.utf8.last ?? 97) - 97)
+    return index < 16 ? 202 << 8 | index << 4 : 1 << 28 | index << 8
+  }
+
+  package static func backendPath(_ domain: DomainID, _ disk: String) -> String {
+    "/local/domain/0/backend/virtio_disk/\(domain)/\(deviceNumber(disk))"
+  }
+
+  /// Makes a domain without devices.
+  package func create(_ domain: SimulatedDomain, name: String) throws(XenError) {
+    hypervisor.add(domain)
+    let path = "/local/domain/\(domain.identifier)"
+    try store.transaction { transaction throws(XenError) in
+      try store.write("\(path)/name", name, in: transaction)
+      try store.write("\(path)/vm", "/vm/00000000-0000-4000-8000-00000000\(1000 + domain.identifier)", in: transaction)
+      try store.write("\(path)/device", "", in: transaction)
+    }
+    server.fire(special: "@introduceDomain")
+  }
+
+  /// Adds a disk's three directories in one transaction, as libxl's device_disk_add.
+  ///
+  /// - Parameter changes: keys to write otherwise; nil leaves one out.
+  package func attach(
+    disk: String, image: String, to domain: DomainID, readOnly: Bool = false, discard: Bool = true,
+    changes: [String: String?] = [:]
+  ) throws(XenError) {
+    let frontend = "/local/domain/\(domain)/device/virtio_disk/\(Self.deviceNumber(disk))"
+    let backend = Self.backendPath(domain, disk)
+    var keys: [String: String] = [
+      "frontend": frontend, "frontend-id": "\(domain)", "online": "1", "state": "1", "params": image,
+      "type": "standalone", "specification": "virtio", "transport": "mmio", "dev": disk, "device-type": "disk",
+      "mode": readOnly ? "r" : "w", "removable": "0", "bootable": "1", "discard-enable": discard ? "1" : "0",
+      "base": "0", "irq": "0",
+    ]
+    for (key, value) in changes { keys[key] = value }
+    try store.transaction { transaction throws(XenError) in
+      try store.write("\(frontend)/backend", backend, in: transaction)
+      try store.write("\(frontend)/backend-id", "0", in: transaction)
+      try store.write("\(frontend)/state", "1", in: transaction)
+      for (key, value) in keys { try store.write("\(backend)/\(key)", value, in: transaction) }
+    }
+  }
+
+  /// Changes a key of an entry.
+  package func set(_ key: String, _ value: String, disk: String, of domain: DomainID) throws(XenError) {
+    try store.write("\(Self.backendPath(domain, disk))/\(key)", value)
+  }
+
+  package func value(_ key: String, disk: String, of domain: DomainID) -> String? {
+    store.read("\(Self.backendPath(domain, disk))/\(key)")
+  }
+
+  /// Waits until an entry's key has a value, as libxl waits for states; false when the time is over.
+  package func wait(for value: String, of key: String, disk: String, domain: DomainID, seconds: Int = 10) -> Bool {
+    let path = "\(Self.backendPath(domain, disk))/\(key)"
+    guard (try? store.watch(path, token: "wait")) != nil else { return false }
+    defer { store.unwatch(path, token: "wait") }
+    let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
+    while true {
+      while store.nextEvent() != nil {}
+      if store.read(path) == value { return true }
+      let now = EventLoop.now()
+      guard now < deadline else { return false }
+      var poller = pollfd(fd: store.eventDescriptor, events: Int16(POLLIN), revents: 0)
+      _ = poll(&poller, 1, Int32((deadline - now) / 1_000_000 + 1))
+    }
+  }
+
+  /// Takes the devices away as `xl destroy` does: frontend deleted, online 0, state 5; waits for state 6; deletes the rest.
+  ///
+  /// - Returns: whether every backend reached state 6 in time.
+  package func destroy(_ domain: DomainID, disks: [String], seconds: Int = 10) throws(XenError) -> Bool {
+    for disk in disks {
+      try store.transaction { transaction throws(XenError) in
+        try store.remove(
+          "/local/domain/\(domain)/device/virtio_disk/\(Self.deviceNumber(disk))", in: transaction)
+        try store.write("\(Self.backendPath(domain, disk))/online", "0", in: transaction)
+        try store.write("\(Self.backendPath(domain, disk))/state", "5", in: transaction)
+      }
+    }
+    var allClosed = true
+    for disk in disks where !wait(for: "6", of: "state", disk: disk, domain: domain, seconds: seconds) {
+      allClosed = false
+    }
+    try store.remove("/local/domain/0/backend/virtio_disk/\(domain)")
+    try store.remove("/local/domain/\(domain)")
+    hypervisor.remove(domain)
+    server.fire(special: "@releaseDomain")
+    return allClosed
+  }
+
+  /// The domain dies without its toolstack: Xen's view is gone, and xenstored removes the nodes that it owned.
+  package func crash(_ domain: DomainID) throws(XenError) {
+    try store.remove("/local/domain/\(domain)/device")
+    hypervisor.remove(domain)
+    server.fire(special: "@releaseDomain")
+  }
+
+  /// Removes an entry without any ceremony.
+  package func removeEntry(disk: String, of domain: DomainID) throws(XenError) {
+    try store.remove(Self.backendPath(domain, disk))
+  }
+}

@@ -1,0 +1,138 @@
+package import EventLoop
+import Glibc
+package import Synchronization
+package import Xen
+
+/// A simulated guest as the hypervisor sees it: memory, vCPUs, ioreq servers, interrupt lines, and what backends have mapped.
+package final class SimulatedDomain: @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: `state` is under a lock; the ioreq page is shared memory, accessed as Xen and an
+  // ioreq server access theirs.
+
+  /// What backends hold of the domain. All of it must be 0 when they are done with it.
+  package struct Usage: Equatable, Sendable {
+    package var ioreqServers = 0
+    package var mappings = 0
+    package var ports = 0
+    package var handles = 0
+    package var ioreqPages = 0
+  }
+
+  struct Server {
+    var isEnabled = false
+    var ranges: [(first: UInt64, last: UInt64)] = []
+    let page: UnsafeMutableRawPointer
+    /// Our end's channel of each vCPU, once bound.
+    var channels: [Int: SimulatedChannel] = [:]
+  }
+
+  struct State {
+    var servers: [UInt16: Server] = [:]
+    var levels: [UInt32: Bool] = [:]
+    var usage = Usage()
+    var isDestroyed = false
+  }
+
+  package let identifier: DomainID
+  package let memory: SimulatedMemory
+  package let vcpuCount: Int
+  /// How often an interrupt line rose, and how often backends sent mapping calls.
+  package let interrupts = Atomic<UInt64>(0)
+  package let mapCalls = Atomic<UInt64>(0)
+  let state = Mutex(State())
+  /// Opened whenever a line rises.
+  private let interruptGate = Latch()
+  /// What each vCPU waits at for its answer.
+  let answers: [Latch]
+
+  package init(identifier: DomainID, memoryBytes: Int, vcpuCount: Int = 1) throws(Errno) {
+    self.identifier = identifier
+    self.vcpuCount = vcpuCount
+    memory = try SimulatedMemory(bytes: memoryBytes)
+    answers = (0..<vcpuCount).map { _ in Latch() }
+  }
+
+  deinit {
+    state.withLock { for server in $0.servers.values { server.page.deallocate() } }
+  }
+
+  package var usage: Usage { state.withLock { $0.usage } }
+
+  /// The level of an interrupt line: slot * 4 + pin of a PCI pin.
+  package func level(_ line: UInt32) -> Bool { state.withLock { $0.levels[line] ?? false } }
+
+  func setLevel(_ line: UInt32, _ high: Bool) {
+    let rose = state.withLock { state in
+      let old = state.levels.updateValue(high, forKey: line) ?? false
+      return high && !old
+    }
+    guard rose else { return }
+    interrupts.wrappingAdd(1, ordering: .relaxed)
+    interruptGate.open()
+  }
+
+  /// Waits until a line has risen since the last wait; false when the time is over.
+  package func waitForInterrupt(seconds: Int) -> Bool { interruptGate.wait(seconds: seconds) }
+
+  func destroy() { state.withLock { $0.isDestroyed = true } }
+
+  // MARK: The guest's side
+
+  /// An access of a vCPU to an address that is no memory. Blocks that vCPU until a server has answered; addresses that nobody
+  /// claims read as ones and drop writes, as on x86.
+  package func access(
+    vcpu: Int, address: UInt64, size: Int, write value: UInt64? = nil, count: UInt32 = 1, buffer: UInt64? = nil,
+    stepsDown: Bool = false
+  ) -> UInt64 {
+    let last = address &+ UInt64(size - 1)
+    let found: (page: UnsafeMutableRawPointer, channel: SimulatedChannel)? = state.withLock { state in
+      // From the highest number down, as Xen selects.
+      for (_, server) in state.servers.sorted(by: { $0.key > $1.key }) where server.isEnabled {
+        if server.ranges.contains(where: { $0.first <= address && last <= $0.last }), let channel = server.channels[vcpu] {
+          return (server.page, channel)
+        }
+      }
+      return nil
+    }
+    guard let (page, channel) = found else { return .max }
+    return exchange(
+      page, channel, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size), count: count,
+      isRead: value == nil, isPointer: buffer != nil, stepsDown: stepsDown)
+  }
+
+  /// What Xen sends after a guest gave pages back; returns when every server has answered.
+  package func sendInvalidate(vcpu: Int = 0) {
+    let targets: [(UnsafeMutableRawPointer, SimulatedChannel)] = state.withLock { state in
+      state.servers.values.compactMap { server in
+        guard server.isEnabled, let channel = server.channels[vcpu] else { return nil }
+        return (server.page, channel)
+      }
+    }
+    for (page, channel) in targets {
+      _ = exchange(
+        page, channel, vcpu, kind: .invalidate, address: 0, data: .max, size: 4, count: 1, isRead: false, isPointer: false,
+        stepsDown: false)
+    }
+  }
+
+  private func exchange(
+    _ page: UnsafeMutableRawPointer, _ channel: SimulatedChannel, _ vcpu: Int, kind: IOReq.Kind, address: UInt64,
+    data: UInt64, size: UInt32, count: UInt32, isRead: Bool, isPointer: Bool, stepsDown: Bool
+  ) -> UInt64 {
+    let slot = page + vcpu * IOReqPage.slotBytes
+    slot.storeBytes(of: address, as: UInt64.self)
+    slot.storeBytes(of: data, toByteOffset: 8, as: UInt64.self)
+    slot.storeBytes(of: count, toByteOffset: 16, as: UInt32.self)
+    slot.storeBytes(of: size, toByteOffset: 20, as: UInt32.self)
+    slot.storeBytes(of: kind.rawValue, toByteOffset: 31, as: UInt8.self)
+    let flags: UInt8 = (isPointer ? 0x10 : 0) | (isRead ? 0x20 : 0) | (stepsDown ? 0x40 : 0)
+    let stateByte = IOReqPage(page).stateByte(vcpu)
+    stateByte.pointee.store(flags | IOReqPage.State.ready, ordering: .releasing)
+    channel.raise()
+    while stateByte.pointee.load(ordering: .acquiring) & IOReqPage.State.mask != IOReqPage.State.responseReady {
+      guard answers[vcpu].wait(seconds: 30) else { fatalError("no ioreq server answered vCPU \(vcpu) within 30 s") }
+    }
+    let answer = slot.load(fromByteOffset: 8, as: UInt64.self)
+    stateByte.pointee.store(flags | IOReqPage.State.none, ordering: .releasing)
+    return answer
+  }
+}

@@ -1,0 +1,26 @@
+import EventLoop
+import Synchronization
+package import Xen
+
+/// An in-process hypervisor with simulated domains.
+package final class SimulatedHypervisor: Hypervisor {
+  private let domains = Mutex<[DomainID: SimulatedDomain]>([:])
+
+  package init() {}
+
+  package var summary: String { "simulated Xen" }
+
+  package func open(_ domain: DomainID) throws(XenError) -> any GuestHandle {
+    guard let found = domains.withLock({ $0[domain] }) else { throw XenError("open", Errno(3 /* ESRCH */)) }
+    return try SimulatedGuestHandle(found)
+  }
+
+  /// Makes a domain known; it runs from now on.
+  package func add(_ domain: SimulatedDomain) { domains.withLock { $0[domain.identifier] = domain } }
+
+  /// Destroys a domain: calls of its handles fail from now on.
+  package func remove(_ identifier: DomainID) {
+    let gone = domains.withLock { $0.removeValue(forKey: identifier) }
+    gone?.destroy()
+  }
+}
