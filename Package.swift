@@ -68,19 +68,24 @@ let package = Package(
       path: "Benchmarks", swiftSettings: house),
 
     .target(
-      name: "TestSupport", dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen"],
+      name: "TestSupport", dependencies: ["Backends", "Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen"],
       path: "Tests/TestSupport", swiftSettings: house),
     .testTarget(name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen"], swiftSettings: house),
     .testTarget(name: "TransportTests", dependencies: ["Transport", "TestSupport"], swiftSettings: house),
     .testTarget(
-      name: "DevicesTests", dependencies: ["Devices", "Transport", "Virtqueue", "TestSupport", "SimulatedXen"],
+      name: "BackendsTests",
+      dependencies: [
+        "Backends", "Engines", "Devices", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport", "SimulatedXen",
+      ],
       swiftSettings: house),
     .testTarget(name: "EnginesTests", dependencies: ["Engines", "Devices", "EventLoop", "TestSupport"], swiftSettings: house),
-    .testTarget(name: "XenTests", dependencies: ["Xen", "SimulatedXen", "TestSupport", "Virtqueue"], swiftSettings: house),
-    .testTarget(name: "ControlAPITests", dependencies: ["ControlAPI", "EventLoop"], swiftSettings: house),
+    .testTarget(name: "XenTests", dependencies: ["Xen", "SimulatedXen", "TestSupport", "Virtqueue", "Transport", "EventLoop"], swiftSettings: house),
+    .testTarget(name: "ControlAPITests", dependencies: ["ControlAPI", "EventLoop", "TestSupport"], swiftSettings: house),
     .testTarget(
       name: "SupervisorTests",
-      dependencies: ["Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "TestSupport", "CLinux"],
+      dependencies: [
+        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "TestSupport", "CLinux", log,
+      ],
       swiftSettings: house),
     .testTarget(name: "HouseTests", swiftSettings: house),
   ]

@@ -10,7 +10,7 @@ extension Supervisor {
 
   /// Brings one device in line with its entry. May be called at any time, for the same device again and again.
   func reconcile(_ key: DeviceKey) {
-    guard let store else { return }
+    guard let store, !isStopping else { return }
     let keys = read(key, store)
     guard let keys, !keys.isEmpty else {
       // The entry is gone: nobody waits for a state any more.

@@ -21,7 +21,8 @@ package actor Supervisor {
   var sessions: [DomainID: GuestSession] = [:]
   private var storeToken: EventLoop.Token?
   private var onStopped: (@Sendable () -> Void)?
-  private var isStopping = false
+  /// No device is started any more.
+  private(set) var isStopping = false
   private static let releaseWatch = "@releaseDomain"
 
   /// - Parameter announce: gets each event; called on the loop's thread.

@@ -33,6 +33,7 @@ package final class RawImage: @unchecked Sendable {
     var raw = wantsDirect ? open(path, access | clinux_o_direct()) : -1
     var direct = raw >= 0
     if raw < 0 {
+      guard !wantsDirect || errno != EISDIR else { throw .notAnImage(path: path) }
       guard !wantsDirect || errno == EINVAL else { throw .cannotOpen(path: path, Errno.last) }
       raw = open(path, access)
       direct = false

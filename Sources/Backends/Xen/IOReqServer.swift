@@ -148,7 +148,7 @@ package final class IOReqServer: EventSource {
   /// A slot without a device: magic and version are there, the device's number is 0 (virtio 1.2, 4.2.3.1.1), the rest is 0.
   private static func emptySlot(_ address: UInt64, _ width: Int) -> UInt64 {
     guard width == 4 else { return 0 }
-    switch address & 0x1ff {
+    switch address & (SlotTable.windowStride - 1) {
     case 0x000: return 0x7472_6976
     case 0x004: return 2
     default: return 0

@@ -1,4 +1,4 @@
-package import Virtqueue
+import Virtqueue
 
 /// A guest's use of a virtio disk: requests of each type, answered by status (virtio 1.2, 5.2.6).
 package final class SimulatedBlockGuest {

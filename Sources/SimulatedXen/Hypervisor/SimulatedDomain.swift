@@ -10,6 +10,14 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   /// What backends hold of the domain. All of it must be 0 when they are done with it.
   package struct Usage: Equatable, Sendable {
+    package init(ioreqServers: Int = 0, mappings: Int = 0, ports: Int = 0, handles: Int = 0, ioreqPages: Int = 0) {
+      self.ioreqServers = ioreqServers
+      self.mappings = mappings
+      self.ports = ports
+      self.handles = handles
+      self.ioreqPages = ioreqPages
+    }
+
     package var ioreqServers = 0
     package var mappings = 0
     package var ports = 0

@@ -1,0 +1,131 @@
+import SimulatedXen
+import Supervisor
+import TestSupport
+import Testing
+import Xen
+
+@Suite struct BadEntryTests {
+  @Test(arguments: [
+    ("params", nil, "params: the key is missing"), ("params", "", "params: the value is empty"),
+    ("params", "relative.img", "params: 'relative.img' is no absolute path of an image"),
+    ("params", "/nowhere/disk.img", "params: cannot open '/nowhere/disk.img': No such file or directory"),
+    ("params", "/tmp", "params: '/tmp' is neither a regular file nor a block device"),
+    ("mode", "x", "mode: 'x' is neither 'r' nor 'w'"), ("mode", nil, "mode: the key is missing"),
+    ("type", "phy", "type: 'phy' is not known; 'standalone' is"),
+    ("specification", "xen", "specification: 'xen' is not known; 'virtio' is"),
+    ("transport", "pci", "transport: 'pci' is not known; 'mmio' is"),
+    ("base", "12x", "base: '12x' is no number of at most 64 bits, decimal or hexadecimal with 0x"),
+    ("base", "-1", "base: '-1' is no number of at most 64 bits, decimal or hexadecimal with 0x"),
+    ("base", "18446744073709551616", "base: '18446744073709551616' is no number of at most 64 bits, decimal or hexadecimal with 0x"),
+    ("base", "513", "base: 0x201 is no multiple of 512 below 2^52"),
+    ("irq", "99999", "irq: 99999 is no shared peripheral interrupt (32 to 1019), and 0 goes with base 0 only"),
+    ("discard-enable", "yes", "discard-enable: 'yes' is neither 0 nor 1"),
+    ("frontend-id", "8", "frontend-id: 8 is not the domain of the entry's path, 5"),
+  ] as [(String, String?, String)])
+  func badEntryIsNamedAndTheOtherDiskWorks(key: String, value: String?, reason: String) throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    try world.toolstack.attach(disk: "xvdf", image: world.image("second"), to: 5, changes: [key: value])
+    // xl waits for this state of both.
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvdf", domain: 5))
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    #expect(world.toolstack.value("error", disk: "xvdf", of: 5) == reason)
+    #expect(world.state("web1", "xvdf") == "failed")
+    #expect(world.device("web1", "xvdf")["reason"]?.stringValue == reason)
+    #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
+    #expect(try world.toolstack.destroy(5, disks: ["xvde", "xvdf"]))
+    #expect(eventually { domain.usage == .init() })
+  }
+
+  @Test func imageThatIsTooSmallIsNamed() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    _ = try world.domain(5, name: "web1")
+    let image = world.image("small", bytes: 100)
+    try world.toolstack.attach(disk: "xvde", image: image, to: 5)
+    #expect(
+      world.toolstack.wait(
+        for: "params: '\(image)' has 100 bytes; a disk needs at least 512", of: "error", disk: "xvde", domain: 5))
+  }
+
+  @Test func correctedEntryIsServed() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: "/nowhere", to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    #expect(eventually { world.state("web1", "xvde") == "failed" })
+    try world.toolstack.set("params", world.image(), disk: "xvde", of: 5)
+    #expect(eventually { world.state("web1", "xvde") == "ready" })
+    #expect(world.toolstack.value("error", disk: "xvde", of: 5) == nil)
+    #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
+  }
+
+  @Test func badEntryThatIsRemovedIsForgotten() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    _ = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: "/nowhere", to: 5)
+    #expect(eventually { world.state("web1", "xvde") == "failed" })
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    #expect(eventually { world.info("guests") == 0 })
+  }
+
+  @Test func imageInUseByAnotherGuestIsRefusedWithItsName() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let image = world.image()
+    for identifier: DomainID in [5, 6] {
+      _ = try world.domain(identifier, name: "web\(identifier)")
+      try world.toolstack.attach(disk: "xvde", image: image, to: identifier)
+      #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: identifier))
+    }
+    #expect(world.device("web6", "xvde")["reason"]?.stringValue?.contains("in use by web5/xvde") == true)
+  }
+
+  @Test func moreDisksThanSlotsAreRefusedOneByOne() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start(slots: 2)
+    _ = try world.domain(5, name: "web1")
+    for disk in ["xvde", "xvdf", "xvdg"] { try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5) }
+    #expect(eventually { world.state("web1", "xvdg") == "failed" })
+    #expect(world.state("web1", "xvdf") == "ready")
+  }
+
+  @Test func genericDeviceOfAnUnservedTypeIsNamed() {
+    let key = DeviceKey(kind: .generic, domain: 5, device: 0)
+    #expect(throws: EntryFault("type", "'virtio,device1a' is not served by this version; virtio disks (kind virtio_disk) are")) {
+      _ = try DeviceEntry.parse(key, ["type": "virtio,device1a"])
+    }
+  }
+
+  /// On Arm libxl says where the device is; numbers come in both notations.
+  @Test(arguments: [("33554432", "33"), ("0x2000000", "0x21")]) func armEntryKeepsItsBaseAndInterrupt(
+    base: String, irq: String
+  ) throws {
+    let key = DeviceKey(kind: .disk, domain: 5, device: 51776)
+    let entry = try DeviceEntry.parse(
+      key,
+      [
+        "frontend": "/local/domain/5/device/virtio_disk/51776", "frontend-id": "5", "type": "standalone",
+        "specification": "virtio", "transport": "mmio", "mode": "w", "params": "/a", "dev": "xvde", "base": base,
+        "irq": irq,
+      ])
+    #expect(try entry.slot(key, taken: [], count: 8) == DeviceSlot(index: 0, base: 0x200_0000, interrupt: .spi(33)))
+  }
+
+  @Test func diskKeepsItsSlotWhateverElseTheGuestHas() {
+    #expect(DeviceEntry.diskIndex(SimulatedToolstack.deviceNumber("xvde")) == 4)
+    #expect(DeviceEntry.diskIndex(SimulatedToolstack.deviceNumber("xvdp")) == 15)
+    #expect(DeviceEntry.diskIndex(SimulatedToolstack.deviceNumber("xvdq")) == 16)
+    #expect(DeviceEntry.diskIndex(768) == nil)
+  }
+}

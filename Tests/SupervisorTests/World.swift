@@ -1,0 +1,123 @@
+import Backends
+import ControlAPI
+import EventLoop
+import Glibc
+import Logging
+import SimulatedXen
+import Supervisor
+import Synchronization
+import TestSupport
+import Transport
+import Virtqueue
+import Xen
+
+/// A simulated Xen with a supervisor, a toolstack, and guests that a test makes.
+final class World {
+  let folder = TemporaryFolder()
+  let hypervisor = SimulatedHypervisor()
+  let server: XenstoreServer
+  let toolstack: SimulatedToolstack
+  let board = StatusBoard()
+  private let events = Events()
+  private var thread: LoopThread?
+  private var supervisor: Supervisor?
+  private let methods: ControlMethods
+
+  private final class Events: Sendable {
+    let list = Mutex<[SupervisorEvent]>([])
+  }
+
+  init() throws {
+    server = try XenstoreServer(path: folder.path + "/xenstored")
+    toolstack = try SimulatedToolstack(server: server, hypervisor: hypervisor)
+    methods = SupervisorControl.methods(board: board, isSimulated: true)
+  }
+
+  /// Starts a supervisor, as the start of the daemon does.
+  func start(slots: Int = 8) throws {
+    let thread = try LoopThread(name: "supervisor")
+    var settings = SupervisorSettings()
+    settings.xenstoreSocket = server.path
+    settings.slots = slots
+    settings.bucketShift = 16
+    let events = events
+    let supervisor = Supervisor(
+      loop: thread.loop, hypervisor: hypervisor, settings: settings,
+      log: Logger(label: "test", factory: { _ in SwiftLogNoOpLogHandler() }), board: board,
+      announce: { event in events.list.withLock { $0.append(event) } })
+    self.thread = thread
+    self.supervisor = supervisor
+    let failure = Events2()
+    thread.perform {
+      supervisor.assumeIsolated { supervisor in
+        do throws(XenError) { try supervisor.start() } catch { failure.error.withLock { $0 = error } }
+      }
+    }
+    if let error = failure.error.withLock({ $0 }) { throw error }
+  }
+
+  private final class Events2: Sendable {
+    let error = Mutex<XenError?>(nil)
+  }
+
+  /// Ends the supervisor in good order.
+  func stop() {
+    guard let thread, let supervisor else { return }
+    let latch = Latch()
+    thread.loop.enqueue { supervisor.assumeIsolated { $0.stop { latch.open() } } }
+    latch.wait()
+    thread.stopAndJoin()
+    self.thread = nil
+    self.supervisor = nil
+  }
+
+  func end() {
+    stop()
+    server.stop()
+  }
+
+  func call(_ method: String, _ parameters: JSONValue = .object([])) -> JSONValue {
+    let request: JSONValue = ["jsonrpc": "2.0", "id": 1, "method": .string(method), "params": parameters]
+    let reply = methods.answer(Array(JSONText.text(request).utf8), subscribe: { _ in })
+    return reply?["result"] ?? reply?["error"] ?? .null
+  }
+
+  func device(_ guest: String, _ disk: String) -> JSONValue {
+    call("device.get", ["guest": .string(guest), "device": .string(disk)])
+  }
+
+  func state(_ guest: String, _ disk: String) -> String? { device(guest, disk)["state"]?.stringValue }
+
+  func info(_ name: String) -> Int64? { call("system.info")[name]?.integerValue }
+
+  var eventKinds: [SupervisorEvent.Kind] { events.list.withLock { $0.map(\.kind) } }
+
+  /// Makes a domain; its disks are attached by the test.
+  func domain(_ identifier: DomainID, name: String, vcpus: Int = 1) throws -> SimulatedDomain {
+    let domain = try SimulatedDomain(identifier: identifier, memoryBytes: 16 << 20, vcpuCount: vcpus)
+    try toolstack.create(domain, name: name)
+    return domain
+  }
+
+  /// The guest's driver on the disk in a slot.
+  func boot(_ domain: SimulatedDomain, slot: Int = 0, area: UInt64 = 1 << 20, vcpu: Int = 0) throws -> SimulatedBlockGuest {
+    let registers = TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base, vcpu: vcpu)
+    let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: area)
+    try driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)
+    return SimulatedBlockGuest(domain: domain, driver: driver)
+  }
+
+  func image(_ name: String = "disk.img", bytes: Int = 4 << 20) -> String { folder.file(name, bytes: bytes) }
+}
+
+/// Threads of this process that a supervisor makes, and its descriptors.
+func processThreads() -> Int { count("/proc/self/task") }
+func processDescriptors() -> Int { count("/proc/self/fd") }
+
+private func count(_ path: String) -> Int {
+  guard let directory = opendir(path) else { return -1 }
+  defer { closedir(directory) }
+  var entries = 0
+  while readdir(directory) != nil { entries += 1 }
+  return entries
+}

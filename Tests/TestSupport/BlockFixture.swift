@@ -1,0 +1,65 @@
+package import Backends
+package import Devices
+import EventLoop
+package import SimulatedXen
+package import Transport
+package import Virtqueue
+package import Xen
+
+/// A block backend on its own thread behind a transport, and a simulated guest that drives it by direct register accesses.
+package final class BlockFixture {
+  package let domain: SimulatedDomain
+  package let pool: ForeignMappingPool
+  package let backend: BlockBackend
+  package let transport: MMIOTransport
+  package let driver: SimulatedDriver
+  package let guest: SimulatedBlockGuest
+  private let thread: LoopThread
+
+  /// - Parameter mappingBudget: bytes; small ones make the pool evict.
+  package init(
+    _ settings: BlockSettings, memoryBytes: Int = 32 << 20, queueSize: UInt16 = 256, indirect: Bool = true,
+    wanted: FeatureBits = [.indirectDescriptors, .eventIndex], mappingBudget: UInt64 = 1 << 30, bucketShift: Int = 16,
+    onFault: @escaping @Sendable (DeviceFault) -> Void = { _ in }
+  ) throws {
+    domain = try SimulatedDomain(identifier: 9, memoryBytes: memoryBytes)
+    let hypervisor = SimulatedHypervisor()
+    hypervisor.add(domain)
+    let handle = try hypervisor.open(9)
+    pool = ForeignMappingPool(guest: handle, bucketShift: bucketShift, budgetBytes: mappingBudget)
+    let latch = Latch()
+    let outcome = Outcome()
+    let started = BlockBackend.start(settings, name: "test", source: pool, onFault: onFault) { result in
+      outcome.result = result
+      latch.open()
+    }
+    latch.wait()
+    guard let started, let result = outcome.result else { throw Errno(12) }
+    thread = started
+    do {
+      backend = try result.get()
+    } catch {
+      started.stopAndJoin()
+      throw error
+    }
+    transport = MMIOTransport(device: backend, line: SlotTable.slot(0).line(of: handle), onStatus: { _ in })
+    driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
+    try driver.start(wanted: wanted.union(backend.offeredFeatures), queueSize: queueSize)
+    guest = SimulatedBlockGuest(domain: domain, driver: driver, indirect: indirect)
+  }
+
+  /// Holds the result that comes from another thread; the latch orders the accesses.
+  private final class Outcome: @unchecked Sendable {
+    var result: Result<BlockBackend, BlockBackend.StartFault>?
+  }
+
+  /// Ends the backend; afterwards nothing of the guest may be mapped.
+  package func stop() {
+    transport.remove()
+    let latch = Latch()
+    backend.stop { latch.open() }
+    latch.wait()
+    thread.stopAndJoin()
+    pool.close()
+  }
+}

@@ -1,0 +1,156 @@
+import EventLoop
+import SimulatedXen
+import Synchronization
+import TestSupport
+import Testing
+import Virtqueue
+import Xen
+
+@Suite struct ForeignMappingPoolTests {
+  private let domain: SimulatedDomain
+  private let pool: ForeignMappingPool
+
+  init() throws {
+    domain = try SimulatedDomain(identifier: 3, memoryBytes: 1 << 20)
+    let hypervisor = SimulatedHypervisor()
+    hypervisor.add(domain)
+    // Buckets of 16 KiB, four of them at most.
+    pool = ForeignMappingPool(guest: try hypervisor.open(3), bucketShift: 14, budgetBytes: 4 << 14)
+  }
+
+  @Test func hitsNeedNoCall() throws {
+    var view = GuestMemoryView(source: pool)
+    for _ in 0..<1000 {
+      _ = view.enter()
+      _ = try view.translate(0x4000, 4096)
+      view.leave()
+    }
+    #expect(pool.statistics.mapCalls == 1)
+    let hits = view.hits
+    #expect(hits == 999)
+  }
+
+  @Test func leastRecentlyUsedBucketGoesFirst() throws {
+    var view = GuestMemoryView(source: pool)
+    func touch(_ bucket: UInt64) throws {
+      _ = view.enter()
+      _ = try view.translate(bucket << 14, 16)
+      view.leave()
+    }
+    for bucket: UInt64 in 0..<4 { try touch(bucket) }
+    try touch(0)
+    try touch(4)  // evicts 1, the oldest
+    let calls = pool.statistics.mapCalls
+    try touch(0)
+    #expect(pool.statistics.mapCalls == calls)
+    try touch(1)
+    #expect(pool.statistics.mapCalls == calls + 1)
+    #expect(pool.statistics.evictions == 2)
+    #expect(pool.statistics.buckets == 4)
+  }
+
+  @Test func holesAreKnownPageByPage() throws {
+    domain.memory.set(pages: 5..<6, present: false)
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    defer { view.leave() }
+    let before = try view.translate(0x4000, 0x4000).length
+    #expect(before == 0x1000)
+    #expect(throws: GuestMemoryFault.unmapped(address: 0x5000)) { _ = try view.translate(0x5000, 1) }
+    let behind = try view.translate(0x6000, 0x2000).length
+    #expect(behind == 0x2000)
+    #expect(pool.statistics.holePages == 1)
+  }
+
+  @Test func pageThatComesBackIsFound() throws {
+    domain.memory.set(pages: 5..<6, present: false)
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    defer { view.leave() }
+    #expect(throws: GuestMemoryFault.self) { _ = try view.translate(0x5000, 1) }
+    domain.memory.set(pages: 5..<6, present: true)
+    let length = try view.translate(0x5000, 16).length
+    #expect(length == 16)
+  }
+
+  @Test func copiesCrossBuckets() throws {
+    let bytes = (0..<40000).map { UInt8(truncatingIfNeeded: $0 &* 31) }
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    defer { view.leave() }
+    try view.copyOut(from: bytes, to: 0x3ffd, count: bytes.count)
+    var back = [UInt8](repeating: 0, count: bytes.count)
+    try view.copyIn(from: 0x3ffd, to: &back, count: back.count)
+    #expect(back == bytes)
+    #expect(domain.memory.pointer(0x3ffd).load(as: UInt8.self) == bytes[0])
+  }
+
+  @Test func addressesBeyondTheGuestAreUnmapped() {
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    defer { view.leave() }
+    for address: UInt64 in [1 << 20, 1 << 40, .max - 4096, .max] {
+      #expect(throws: GuestMemoryFault.self) { _ = try view.translate(address, 1) }
+    }
+    var byte: UInt8 = 0
+    #expect(throws: GuestMemoryFault.addressOverflow) { try view.copyIn(from: .max, to: &byte, count: 2) }
+    #expect(pool.statistics.buckets == 0)
+  }
+
+  @Test func invalidationWaitsForTheBatchInWhichPointersAreUsed() throws {
+    let entered = Latch()
+    let leave = Latch()
+    let thread = try LoopThread(name: "viewer")
+    let pool = pool
+    thread.loop.enqueue {
+      var view = GuestMemoryView(source: pool)
+      _ = view.enter()
+      _ = try? view.translate(0, 16)
+      entered.open()
+      leave.wait()
+      view.leave()
+    }
+    entered.wait()
+    let invalidator = try LoopThread(name: "invalidator")
+    let flag = Flag()
+    invalidator.loop.enqueue {
+      pool.invalidate()
+      flag.raise()
+    }
+    // The mapping leaves the pool at once, and stays until the viewer is done with it.
+    #expect(eventually { pool.statistics.invalidations == 1 })
+    #expect(!flag.isRaised)
+    #expect(domain.usage.mappings == 1)
+    leave.open()
+    #expect(eventually { flag.isRaised })
+    #expect(domain.usage.mappings == 0)
+    invalidator.stopAndJoin()
+    thread.stopAndJoin()
+  }
+
+  private final class Flag: Sendable {
+    private let value = Atomic(false)
+    var isRaised: Bool { value.load(ordering: .acquiring) }
+    func raise() { value.store(true, ordering: .releasing) }
+  }
+
+  @Test func invalidationOfAnEmptyPoolIsFree() {
+    for _ in 0..<1000 { pool.invalidate() }
+    #expect(pool.statistics.invalidations == 1000)
+    #expect(pool.generation.current.load(ordering: .relaxed) == 1)
+  }
+
+  @Test func closedPoolMapsNothingAnyMore() throws {
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    _ = try view.translate(0, 16)
+    view.leave()
+    let range = try pool.mapRange(address: 0x8010, length: 100)
+    pool.close()
+    pool.unmapRange(range)
+    #expect(domain.usage.mappings == 0)
+    _ = view.enter()
+    defer { view.leave() }
+    #expect(throws: GuestMemoryFault.mappingFailed) { _ = try view.translate(0, 16) }
+  }
+}
