@@ -64,13 +64,17 @@ let package = Package(
     .executableTarget(name: "vxctl", dependencies: ["ControlAPI", "Xen", "CLinux", arguments], swiftSettings: house),
     .executableTarget(
       name: "vxd-bench",
-      dependencies: ["Backends", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux"],
+      dependencies: [
+        "Backends", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
+      ],
       path: "Benchmarks", swiftSettings: house),
 
     .target(
-      name: "TestSupport", dependencies: ["Backends", "Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen"],
+      name: "TestSupport",
+      dependencies: ["Backends", "Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen"],
       path: "Tests/TestSupport", swiftSettings: house),
-    .testTarget(name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen"], swiftSettings: house),
+    .testTarget(
+      name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen"], swiftSettings: house),
     .testTarget(name: "TransportTests", dependencies: ["Transport", "TestSupport"], swiftSettings: house),
     .testTarget(
       name: "BackendsTests",
@@ -78,13 +82,18 @@ let package = Package(
         "Backends", "Engines", "Devices", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport", "SimulatedXen",
       ],
       swiftSettings: house),
-    .testTarget(name: "EnginesTests", dependencies: ["Engines", "Devices", "EventLoop", "TestSupport"], swiftSettings: house),
-    .testTarget(name: "XenTests", dependencies: ["Xen", "SimulatedXen", "TestSupport", "Virtqueue", "Transport", "EventLoop"], swiftSettings: house),
-    .testTarget(name: "ControlAPITests", dependencies: ["ControlAPI", "EventLoop", "TestSupport"], swiftSettings: house),
+    .testTarget(
+      name: "EnginesTests", dependencies: ["Engines", "Devices", "EventLoop", "TestSupport"], swiftSettings: house),
+    .testTarget(
+      name: "XenTests", dependencies: ["Xen", "SimulatedXen", "TestSupport", "Virtqueue", "Transport", "EventLoop"],
+      swiftSettings: house),
+    .testTarget(
+      name: "ControlAPITests", dependencies: ["ControlAPI", "EventLoop", "TestSupport"], swiftSettings: house),
     .testTarget(
       name: "SupervisorTests",
       dependencies: [
         "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "TestSupport", "CLinux", log,
+        "vxd", "vxctl",
       ],
       swiftSettings: house),
     .testTarget(name: "HouseTests", swiftSettings: house),

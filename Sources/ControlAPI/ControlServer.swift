@@ -53,7 +53,9 @@ package final class ControlServer: @unchecked Sendable {
   private func serve(_ raw: Int32, _ events: UInt32) {
     guard let connection = clients[raw] else { return }
     if events & EPOLLIN.rawValue != 0 { connection.receive() }
-    if events & (EPOLLERR.rawValue | EPOLLHUP.rawValue) != 0 && events & EPOLLIN.rawValue == 0 { connection.isOver = true }
+    if events & (EPOLLERR.rawValue | EPOLLHUP.rawValue) != 0 && events & EPOLLIN.rawValue == 0 {
+      connection.isOver = true
+    }
     settle(connection)
   }
 

@@ -28,7 +28,8 @@ package enum JSONText {
     let offset = Int(json_tokener_get_parse_end(tokener))
     if error == json_tokener_error_depth { throw .tooDeep }
     guard error == json_tokener_success else {
-      let words = error == json_tokener_continue ? "the text ends too early" : String(cString: json_tokener_error_desc(error))
+      let words =
+        error == json_tokener_continue ? "the text ends too early" : String(cString: json_tokener_error_desc(error))
       throw .syntax(words, offset: min(offset, text.count))
     }
     guard text[min(offset, text.count)...].allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0d || $0 == 0x0a }) else {
@@ -70,7 +71,9 @@ package enum JSONText {
     let object = make(value)
     defer { json_object_put(object) }
     let style = pretty ? JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_SPACED : JSON_C_TO_STRING_PLAIN
-    guard let text = json_object_to_json_string_ext(object, style | JSON_C_TO_STRING_NOSLASHESCAPE) else { return "null" }
+    guard let text = json_object_to_json_string_ext(object, style | JSON_C_TO_STRING_NOSLASHESCAPE) else {
+      return "null"
+    }
     return String(cString: text)
   }
 

@@ -123,7 +123,8 @@ package struct DeviceEntry: Equatable, Sendable {
       return SlotTable.slot(wanted)
     }
     guard let free = (0..<count).first(where: { !taken.contains($0) }) else {
-      throw EntryFault("params", "the guest's \(count) virtio-mmio slots are all in use (vxd --slots, vxctl acpi-table)")
+      throw EntryFault(
+        "params", "the guest's \(count) virtio-mmio slots are all in use (vxd --slots, vxctl acpi-table)")
     }
     return SlotTable.slot(free)
   }

@@ -154,7 +154,8 @@ extension Supervisor {
 
   /// Puts a device into its slot when the image is open and the guest's server is there.
   func attachIfReady(_ record: DeviceRecord, of session: GuestSession) {
-    guard record.phase == .opening, session.phase == .running, let backend = record.backend, let slot = record.slot else {
+    guard record.phase == .opening, session.phase == .running, let backend = record.backend, let slot = record.slot
+    else {
       return
     }
     let (key, identity) = (record.key, ObjectIdentifier(record))

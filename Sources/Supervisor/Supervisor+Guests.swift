@@ -60,7 +60,8 @@ extension Supervisor {
     session.vcpus = vcpus
     if session.phase == .starting { session.phase = .running }
     log.info(
-      "guest \(session.name): ioreq server \(report.identifier), \(vcpus) vCPUs", metadata: ["GUEST": "\(session.name)"])
+      "guest \(session.name): ioreq server \(report.identifier), \(vcpus) vCPUs", metadata: ["GUEST": "\(session.name)"]
+    )
     for record in session.devices.values { attachIfReady(record, of: session) }
     publish(session)
   }

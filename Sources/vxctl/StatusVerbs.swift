@@ -15,7 +15,9 @@ struct Status: ParsableCommand {
       if connection.json {
         return printJSON(["system": info, "guests": guests, "devices": devices])
       }
-      print("vxd \(info.cell("version")) on \(info.cell("hypervisor")), pid \(info.cell("pid")), up \(info.cell("uptimeSeconds")) s")
+      print(
+        "vxd \(info.cell("version")) on \(info.cell("hypervisor")), pid \(info.cell("pid")), up \(info.cell("uptimeSeconds")) s"
+      )
       print(
         "\(info.cell("guests")) guests, \(info.cell("devices")) devices (\(info.cell("devicesInTrouble")) in trouble), "
           + "\(info.cell("ioreqServers")) ioreq servers, \(info.cell("mappedPages")) guest pages mapped")
@@ -95,7 +97,9 @@ struct Show: ParsableCommand {
       for member in answer.objectValue ?? [] {
         if case .object(let counters) = member.value {
           print("\(member.name):")
-          for counter in counters { print("  \(Show.padded(counter.name)) \(answer[member.name]?.cell(counter.name) ?? "-")") }
+          for counter in counters {
+            print("  \(Show.padded(counter.name)) \(answer[member.name]?.cell(counter.name) ?? "-")")
+          }
         } else {
           print("\(Show.padded(member.name))   \(answer.cell(member.name))")
         }
@@ -126,7 +130,8 @@ struct Events: ParsableCommand {
         if connection.json {
           print(JSONText.text(event))
         } else {
-          let subject = event["device"].map { _ in "\(event.cell("guest"))/\(event.cell("device"))" } ?? event.cell("guest")
+          let subject =
+            event["device"].map { _ in "\(event.cell("guest"))/\(event.cell("device"))" } ?? event.cell("guest")
           let reason = event["reason"]?.stringValue.map { ": \($0)" } ?? ""
           print("\(event.cell("event")) \(subject)\(reason)")
         }

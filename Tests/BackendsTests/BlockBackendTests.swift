@@ -108,10 +108,13 @@ import Virtqueue
     #expect(answer.status == 0)
     #expect(answer.length == 21)
     let start = UnsafeRawPointer(fixture.driver.memory.pointer(address))
-    #expect(Array(UnsafeRawBufferPointer(start: start, count: 20)) == Array("xvde".utf8) + [UInt8](repeating: 0, count: 16))
+    #expect(
+      Array(UnsafeRawBufferPointer(start: start, count: 20)) == Array("xvde".utf8) + [UInt8](repeating: 0, count: 16))
   }
 
-  private func range(_ fixture: BlockFixture, sector: UInt64, count: UInt32, flags: UInt32 = 0) -> SimulatedDriver.Buffer {
+  private func range(_ fixture: BlockFixture, sector: UInt64, count: UInt32, flags: UInt32 = 0)
+    -> SimulatedDriver.Buffer
+  {
     let address = fixture.guest.dataAddress
     let place = fixture.driver.memory.pointer(address)
     place.storeBytes(of: sector, as: UInt64.self)

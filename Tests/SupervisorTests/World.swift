@@ -100,7 +100,9 @@ final class World {
   }
 
   /// The guest's driver on the disk in a slot.
-  func boot(_ domain: SimulatedDomain, slot: Int = 0, area: UInt64 = 1 << 20, vcpu: Int = 0) throws -> SimulatedBlockGuest {
+  func boot(_ domain: SimulatedDomain, slot: Int = 0, area: UInt64 = 1 << 20, vcpu: Int = 0) throws
+    -> SimulatedBlockGuest
+  {
     let registers = TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base, vcpu: vcpu)
     let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: area)
     try driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)

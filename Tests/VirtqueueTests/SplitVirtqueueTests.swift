@@ -178,7 +178,8 @@ import Virtqueue
     try queue.prepare(invalidations: view.enter())
     defer { view.leave() }
     func setEvent(_ value: UInt16) {
-      fixture.domain.memory.pointer(fixture.layout.driverArea).storeBytes(of: value, toByteOffset: 4 + 16, as: UInt16.self)
+      fixture.domain.memory.pointer(fixture.layout.driverArea).storeBytes(
+        of: value, toByteOffset: 4 + 16, as: UInt16.self)
     }
     setEvent(start &+ 1)
     queue.pushUsed(head: 0, length: 0)

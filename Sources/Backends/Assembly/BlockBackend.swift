@@ -103,7 +103,8 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
     // The layout of the idle queue is one that `validate` accepts.
     pump = try? BlockPump(
       engine: engine, source: source, counters: counters, serial: Array(settings.serial.utf8),
-      queueSize: Int(settings.queueSize), bounceBytes: settings.bounceBytes)
+      queueSize: Int(settings.queueSize), bounceBytes: settings.bounceBytes,
+      copiesAlways: settings.copiesAlways)
     do throws(Errno) {
       tokens.append(
         try thread.loop.onReadable(kick.raw) { [unowned self] in

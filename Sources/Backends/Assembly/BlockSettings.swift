@@ -9,6 +9,8 @@ package struct BlockSettings: Equatable, Sendable {
   package var serial: String
   /// Try O_DIRECT first.
   package var direct = true
+  /// Copy through the bounce buffers also where the engine could reach guest memory: for measurements.
+  package var copiesAlways = false
   /// Entries of the virtqueue at most: a power of two.
   package var queueSize: UInt16 = 256
   /// Memory for data on its way between the guest and the image, in bytes.

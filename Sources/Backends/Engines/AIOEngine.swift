@@ -70,6 +70,7 @@ package final class AIOEngine: BlockEngine {
   package var reachesGuestMemory: Bool { true }
   package var movesDataInSubmit: Bool { !image.isDirect }
   package var memoryAlignment: Int { image.memoryAlignment }
+  package var now: UInt64 { EventLoop.now() }
 
   package func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
     var prepared = 0

@@ -42,14 +42,16 @@ final class StoreWorker: Sendable {
   }
 
   /// - Returns: 0 or a negated errno.
-  private static func perform(_ operation: BlockOperation, _ image: RawImage, _ offset: UInt64, _ length: UInt64) -> Int {
+  private static func perform(_ operation: BlockOperation, _ image: RawImage, _ offset: UInt64, _ length: UInt64) -> Int
+  {
     let descriptor = image.descriptor
     if operation == .flush { return fdatasync(descriptor) == 0 ? 0 : -Int(errno) }
     guard length > 0 else { return 0 }
     if image.isBlockDevice {
       return -Int(
         operation == .discard
-          ? clinux_block_device_discard(descriptor, offset, length) : clinux_block_device_zero(descriptor, offset, length))
+          ? clinux_block_device_discard(descriptor, offset, length)
+          : clinux_block_device_zero(descriptor, offset, length))
     }
     guard let start = Int64(exactly: offset), let count = Int64(exactly: length) else { return -Int(EINVAL) }
     if operation == .writeZeroes,

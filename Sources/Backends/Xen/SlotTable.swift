@@ -50,6 +50,7 @@ package enum SlotTable {
 
   /// Slot `index`, below `maximumCount`.
   package static func slot(_ index: Int) -> DeviceSlot {
-    DeviceSlot(index: index, base: firstBase + windowStride * UInt64(index), interrupt: interrupt(gsi: gsi(slot: index)))
+    DeviceSlot(
+      index: index, base: firstBase + windowStride * UInt64(index), interrupt: interrupt(gsi: gsi(slot: index)))
   }
 }

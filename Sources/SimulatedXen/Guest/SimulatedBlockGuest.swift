@@ -1,3 +1,4 @@
+import EventLoop
 import Virtqueue
 
 /// A guest's use of a virtio disk: requests of each type, answered by status (virtio 1.2, 5.2.6).
@@ -44,10 +45,11 @@ package final class SimulatedBlockGuest {
 
   /// Waits for the next used element, by interrupt.
   package func waitForUsed(seconds: Int = 20) throws(SimulatedDriver.Failure) -> (head: UInt16, length: UInt32) {
+    let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
     while true {
       if let used = driver.takeUsed() { return used }
       if driver.armInterrupt() { continue }
-      guard domain.waitForInterrupt(seconds: seconds) else { throw .timeout }
+      guard EventLoop.now() < deadline, domain.waitForInterrupt(seconds: seconds) else { throw .timeout }
       _ = driver.acknowledgeInterrupt()
     }
   }

@@ -36,7 +36,8 @@ package final class SimulatedDriver {
   private var indirectArea: UInt64 = 0
   private static let indirectEntries: UInt64 = 256
   private var free: [UInt16] = []
-  private var chainLengths: [UInt16: Int] = [:]
+  /// Descriptors of the chain that a head starts; 0 where none does.
+  private var chainLengths: [Int] = []
   private var availableIndex: UInt16 = 0
   private var seenUsed: UInt16 = 0
   private var lastNotified: UInt16 = 0
@@ -54,7 +55,9 @@ package final class SimulatedDriver {
   /// Finds the device, negotiates the wanted features (as far as offered), sets queue 0 up, and starts.
   package func start(deviceID: UInt32 = 2, wanted: FeatureBits, queueSize: UInt16 = 256) throws(Failure) {
     let id = registers.read(0x008)
-    guard registers.read(0x000) == 0x7472_6976, registers.read(0x004) == 2, id == deviceID else { throw .noDevice(id: id) }
+    guard registers.read(0x000) == 0x7472_6976, registers.read(0x004) == 2, id == deviceID else {
+      throw .noDevice(id: id)
+    }
     registers.write(0x070, 0)
     registers.write(0x070, 1)
     registers.write(0x070, 3)
@@ -84,7 +87,7 @@ package final class SimulatedDriver {
     memory.pointer(descriptorArea).initializeMemory(as: UInt8.self, repeating: 0, count: bytes)
     (availableIndex, seenUsed, lastNotified) = (0, 0, 0)
     free = (0..<size).reversed()
-    chainLengths = [:]
+    chainLengths = Array(repeating: 0, count: Int(size))
     registers.write(0x038, UInt32(size))
     for (register, address) in [(UInt64(0x080), descriptorArea), (0x090, driverArea), (0x0a0, deviceArea)] {
       registers.write(register, UInt32(truncatingIfNeeded: address))
@@ -125,7 +128,7 @@ package final class SimulatedDriver {
         put(at: descriptorArea + UInt64(indexes[index]) * 16, buffer, next: next)
       }
     }
-    chainLengths[head] = needed
+    chainLengths[Int(head)] = needed
     publish(head)
     return head
   }
@@ -211,11 +214,15 @@ package final class SimulatedDriver {
   }
 
   private func release(_ head: UInt16) {
-    guard let count = chainLengths.removeValue(forKey: head) else { return }
+    guard head < size else { return }
+    let count = chainLengths[Int(head)]
+    chainLengths[Int(head)] = 0
     var index = head
     for step in 0..<count {
       free.append(index)
-      if step + 1 < count { index = memory.pointer(descriptorArea).load(fromByteOffset: Int(index) * 16 + 14, as: UInt16.self) }
+      if step + 1 < count {
+        index = memory.pointer(descriptorArea).load(fromByteOffset: Int(index) * 16 + 14, as: UInt16.self)
+      }
     }
   }
 }

@@ -78,8 +78,15 @@ package final class SimulatedDomain: @unchecked Sendable {
     interruptGate.open()
   }
 
-  /// Waits until a line has risen since the last wait; false when the time is over.
-  package func waitForInterrupt(seconds: Int) -> Bool { interruptGate.wait(seconds: seconds) }
+  /// Waits until a line is high or has risen since the last wait; false when the time is over. A level interrupts for as long as
+  /// it is high, so whoever waits may be woken for another device's.
+  package func waitForInterrupt(seconds: Int) -> Bool {
+    if state.withLock({ $0.levels.values.contains(true) }) {
+      yieldThread()
+      return true
+    }
+    return interruptGate.wait(seconds: seconds)
+  }
 
   func destroy() { state.withLock { $0.isDestroyed = true } }
 
@@ -95,7 +102,9 @@ package final class SimulatedDomain: @unchecked Sendable {
     let found: (page: UnsafeMutableRawPointer, channel: SimulatedChannel)? = state.withLock { state in
       // From the highest number down, as Xen selects.
       for (_, server) in state.servers.sorted(by: { $0.key > $1.key }) where server.isEnabled {
-        if server.ranges.contains(where: { $0.first <= address && last <= $0.last }), let channel = server.channels[vcpu] {
+        if server.ranges.contains(where: { $0.first <= address && last <= $0.last }),
+          let channel = server.channels[vcpu]
+        {
           return (server.page, channel)
         }
       }
@@ -103,7 +112,8 @@ package final class SimulatedDomain: @unchecked Sendable {
     }
     guard let (page, channel) = found else { return .max }
     return exchange(
-      page, channel, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size), count: count,
+      page, channel, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size),
+      count: count,
       isRead: value == nil, isPointer: buffer != nil, stepsDown: stepsDown)
   }
 
@@ -117,7 +127,8 @@ package final class SimulatedDomain: @unchecked Sendable {
     }
     for (page, channel) in targets {
       _ = exchange(
-        page, channel, vcpu, kind: .invalidate, address: 0, data: .max, size: 4, count: 1, isRead: false, isPointer: false,
+        page, channel, vcpu, kind: .invalidate, address: 0, data: .max, size: 4, count: 1, isRead: false,
+        isPointer: false,
         stepsDown: false)
     }
   }

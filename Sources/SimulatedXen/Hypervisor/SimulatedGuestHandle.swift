@@ -151,7 +151,9 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   func mapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
     _ = try change("map_io_range") { state in
       guard let found = state.servers[server], first <= last else { return .failure(Errno(EINVAL)) }
-      guard !found.ranges.contains(where: { $0.first <= last && first <= $0.last }) else { return .failure(Errno(EEXIST)) }
+      guard !found.ranges.contains(where: { $0.first <= last && first <= $0.last }) else {
+        return .failure(Errno(EEXIST))
+      }
       state.servers[server]?.ranges.append((first, last))
       return .success(0)
     }
@@ -188,7 +190,9 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   func bind(remotePort: UInt32) throws(XenError) -> UInt32 {
     let vcpu = Int(remotePort) - 100
     let port = remotePort + 1000
-    guard (0..<domain.vcpuCount).contains(vcpu), let server = mappedServer else { throw fault("bind_interdomain", EINVAL) }
+    guard (0..<domain.vcpuCount).contains(vcpu), let server = mappedServer else {
+      throw fault("bind_interdomain", EINVAL)
+    }
     let channel = SimulatedChannel(owner: events, port: port)
     _ = try change("bind_interdomain") { state in
       state.servers[server]?.channels[vcpu] = channel

@@ -20,7 +20,8 @@ package final class SimulatedMemory: @unchecked Sendable {
     guard raw >= 0 else { throw Errno.last }
     descriptor = OwnedDescriptor(adopting: raw)
     guard ftruncate(raw, off_t(pageCount * 4096)) == 0 else { throw Errno.last }
-    guard let start = mmap(nil, pageCount * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, raw, 0), start != MAP_FAILED else {
+    guard let start = mmap(nil, pageCount * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, raw, 0), start != MAP_FAILED
+    else {
       throw Errno.last
     }
     base = start
@@ -54,7 +55,9 @@ package final class SimulatedMemory: @unchecked Sendable {
           continue
         }
         var run = 1
-        while index + run < count, frames[index + run] == frames[index] + UInt64(run), isPresent(frames[index + run], state) {
+        while index + run < count, frames[index + run] == frames[index] + UInt64(run),
+          isPresent(frames[index + run], state)
+        {
           run += 1
         }
         _ = mmap(

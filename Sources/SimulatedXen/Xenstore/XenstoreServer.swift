@@ -132,7 +132,8 @@ package final class XenstoreServer: @unchecked Sendable {
     }
     send(reply, to: client)
     // A watch's first event follows the answer.
-    if message.kind == XenstoreMessage.Kind.watch.rawValue, reply.kind == message.kind, let watch = client.watches.last {
+    if message.kind == XenstoreMessage.Kind.watch.rawValue, reply.kind == message.kind, let watch = client.watches.last
+    {
       sendEvent(watch, path: watch.path, to: client)
     }
     notify(changes)
@@ -188,7 +189,8 @@ package final class XenstoreServer: @unchecked Sendable {
       return ok
     case .unwatch:
       let path = try Self.absolute(first)
-      guard let index = client.watches.firstIndex(where: { $0.path == path && $0.token == texts.dropFirst().first ?? "" })
+      guard
+        let index = client.watches.firstIndex(where: { $0.path == path && $0.token == texts.dropFirst().first ?? "" })
       else { throw StoreFault(name: "ENOENT") }
       client.watches.remove(at: index)
       return ok
@@ -201,7 +203,9 @@ package final class XenstoreServer: @unchecked Sendable {
       transactions[identifier] = Transaction(tree: tree, changesAtStart: self.changes)
       return Array("\(identifier)".utf8) + [0]
     case .transactionEnd:
-      guard let transaction = transactions.removeValue(forKey: message.transaction) else { throw StoreFault(name: "ENOENT") }
+      guard let transaction = transactions.removeValue(forKey: message.transaction) else {
+        throw StoreFault(name: "ENOENT")
+      }
       guard first == "T", !transaction.touched.isEmpty else { return ok }
       guard transaction.changesAtStart == self.changes else { throw StoreFault(name: "EAGAIN") }
       tree = transaction.tree

@@ -127,12 +127,22 @@ disk = [ $disks ]
 CONFIG
 }
 
-create() { xl create "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1; }
+create() { # NAME
+  rm -f "$(console_of "$1")"
+  xl create "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1 && xl domid "$1" >"/run/domid-$1"
+}
 console_of() { echo "/var/log/xen/guest-$1.log"; }
 console_says() { grep -q "$2" "$(console_of "$1")" 2>/dev/null; }
-wait_console() { # NAME PATTERN SECONDS
-  wait_until "$3" console_says "$1" "$2" || { tail -n 30 "$(console_of "$1")"; return 1; }
+console_says_or_ended() { console_says "$1" "$2" || ! xenstore-exists "/local/domain/$(domid_of "$1")"; }
+domid_of() { cat "/run/domid-$1" 2>/dev/null; }
+wait_console() { # NAME PATTERN SECONDS : also ends when the guest does
+  wait_until "$3" console_says_or_ended "$1" "$2"
+  console_says "$1" "$2" || { tail -n 30 "$(console_of "$1")"; return 1; }
 }
 domain_gone() { ! xl list "$1" >/dev/null 2>&1 && ! xl list | grep -q null; }
 wait_gone() { wait_until "$2" domain_gone "$1"; }
 guest_says_nothing_bad() { ! grep -E "GUEST FAIL|I/O error|Oops|BUG:|nobody cared|hung task" "$(console_of "$1")"; }
+equal_now() { equal "$(status_field "$1")" "$2"; }
+
+# How Xen numbers the next guests: "random", or "xen", which counts on from the last one that it numbered itself.
+number_domains() { printf 'autoballoon="off"\ndomid_policy="%s"\n' "$1" >/etc/xen/xl.conf; }

@@ -16,7 +16,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
 }
 
 boot() { # INITRD : runs the machine in the foreground, its console on standard output
-  qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp 2 -m "$MACHINE_MEMORY" \
+  ${VXD_QEMU:-qemu-system-x86_64} -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp 2 -m "$MACHINE_MEMORY" \
     -nographic -monitor none -serial stdio -no-reboot -nodefaults -display none \
     -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 loglvl=warning guest_loglvl=warning" \
     -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$1"
@@ -32,7 +32,23 @@ prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
   cat "$IMAGES/dom0.cpio.gz" "$2/overlay.cpio.gz" >"$INITRD"
 }
 
+# QEMU's emulation of SVM loses a guest now and then: it dies of a triple fault with the hypervisor's own code segment (e008) in
+# its registers, a state that no guest and no device can bring about. Such a run says nothing and is repeated.
+emulator_lost_a_guest() { # NAME
+  grep -A 4 'Triple fault' "$OUTPUT/$1/console.log" | grep -q 'RIP: *e008:'
+}
+
 run_scenario() { # NAME SECONDS : true when every check of it held
+  local try
+  for try in 1 2 3 4; do
+    run_once "$1" "$2" && return 0
+    emulator_lost_a_guest "$1" || return 1
+    [ $try -eq 4 ] || say "scenario $1: the emulator lost a guest (a defect of QEMU's SVM emulation, see lib/machine.sh); again"
+  done
+  return 1
+}
+
+run_once() { # NAME SECONDS
   local name=$1 limit=$2 folder=$OUTPUT/$1 line started verdict=
   mkdir -p "$folder"
   prepare_initrd "$TESTBED/scenarios/$name.sh" "$folder"
@@ -41,8 +57,8 @@ run_scenario() { # NAME SECONDS : true when every check of it held
   : >"$folder/console.log"
   set +o pipefail
   (boot "$INITRD" </dev/null 2>&1 & echo $! >"$folder/qemu.pid"; wait) |
-    tr -d '\r' | tee "$folder/console.log" |
-    grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |DEMO |[│┌├└+|]|GUEST|waited|gone|NAME|DEVICE)' &
+    sed -u 's|\r$||' | tee "$folder/console.log" |
+    grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |\| |GUEST)' &
   local reader=$!
   while kill -0 $reader 2>/dev/null && [ $((SECONDS - started)) -lt "$limit" ]; do
     grep -q '^TESTBED VERDICT' "$folder/console.log" && break

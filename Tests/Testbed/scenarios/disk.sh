@@ -8,7 +8,7 @@ T0=$(date +%s)
 check "xl create succeeds" create alpha
 check "the guest's kernel finds the virtio disk" wait_console alpha "GUEST DISK vda" 150
 step "disk found after $(($(date +%s) - T0)) s"
-vxctl status
+vxctl status | sed 's/^/| /'
 check "the guest reads back equal checksums from a fresh ext4" wait_console alpha "GUEST CHECKSUMS vda 5 equal" 120
 check "the guest is content" guest_says_nothing_bad alpha
 check "the guest powers off and is gone" wait_gone alpha 60

@@ -90,6 +90,8 @@ package protocol BlockEngine: AnyObject {
   var movesDataInSubmit: Bool { get }
   /// Memory alignment that the engine needs of vectors, in bytes.
   var memoryAlignment: Int { get }
+  /// Monotonic time in nanoseconds, for the bound on polling.
+  var now: UInt64 { get }
   /// Starts operations. Each of them completes, a failure included, by `reap`.
   func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int)
   /// Takes completions that have come; never waits.

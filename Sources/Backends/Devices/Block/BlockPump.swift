@@ -17,6 +17,9 @@ package struct BlockPump: ~Copyable {
 
   /// Requests taken in one batch at most; then the loop sees to its other sources.
   private static var batchLimit: Int { 256 }
+  /// Requests handed to the engine at a time. Where data moves within `submit`, small groups let the driver work on the first
+  /// answers while the next ones are made; else one call for all is cheaper.
+  private let groupLimit: Int
 
   private let engine: any BlockEngine
   private let geometry: BlockGeometry
@@ -42,6 +45,7 @@ package struct BlockPump: ~Copyable {
   private var inFlight = 0
   private var orphans = 0
   private var tally = Tally()
+  private var idle = IdlePoll()
 
   /// Counts of a batch, added to the shared counters once at its end.
   private struct Tally {
@@ -63,13 +67,14 @@ package struct BlockPump: ~Copyable {
   ///   - bounceBytes: memory for data on its way, where the engine cannot reach guest memory itself.
   package init(
     engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, serial: [UInt8],
-    queueSize: Int, bounceBytes: Int
+    queueSize: Int, bounceBytes: Int, copiesAlways: Bool = false
   ) throws(VirtqueueFault) {
     self.engine = engine
     self.counters = counters
     geometry = engine.geometry
     self.serial = Array(serial.prefix(20))
-    direct = engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
+    direct = !copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
+    groupLimit = engine.movesDataInSubmit ? 8 : Self.batchLimit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
     memory = GuestMemoryView(source: source)
     var unused = QueueLayout()
@@ -164,25 +169,56 @@ package struct BlockPump: ~Copyable {
       memory.leave()
       settle()
     }
+    idle.wakes(at: engine.now)
     do throws(VirtqueueFault) {
       try queue.prepare(invalidations: invalidations)
       var budget = Self.batchLimit
       while true {
-        reap()
         queue.disableNotifications()
-        let hasRoom = try take(&budget)
-        submit()
-        reap()
-        if queue.publish() { signals.interruptForUsedBuffers() }
         // Without room the queue waits for completions, and notifications stay off.
-        guard hasRoom else { return .idle }
+        guard try serve(&budget, signals) else { return .idle }
         guard budget > 0 else { return .more }
-        guard queue.enableNotifications() else { return .idle }
+        if pollForMore() { continue }
+        guard queue.enableNotifications() else {
+          idle.sleeps(at: engine.now)
+          return .idle
+        }
       }
     } catch {
       if case .badLayout = error { throw .memory }
       throw .virtqueue(error)
     }
+  }
+
+  /// Takes what is there, group by group, and publishes what is done.
+  ///
+  /// - Returns: false when a chain had to stay because a slot or a buffer is missing.
+  private mutating func serve(_ budget: inout Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
+    reap()
+    while true {
+      let limit = min(budget, groupLimit)
+      var left = limit
+      let hasRoom = try take(&left)
+      budget &-= limit &- left
+      submit()
+      reap()
+      if queue.publish() { signals.interruptForUsedBuffers() }
+      if !hasRoom || left > 0 || budget == 0 { return hasRoom }
+    }
+  }
+
+  /// Watches the queue for the length of the poll window.
+  ///
+  /// - Returns: whether there is something to do.
+  private mutating func pollForMore() -> Bool {
+    guard idle.window > 0 else { return queue.hasPending() }
+    let end = engine.now &+ idle.window
+    repeat {
+      for _ in 0..<16 where queue.hasPending() { return true }
+      // Completions are worth waking up for too, and are in reach here.
+      if inFlight > 0 { return false }
+    } while engine.now < end
+    return false
   }
 
   private mutating func settle() {
@@ -509,7 +545,9 @@ package struct BlockPump: ~Copyable {
     while rest > 0, index < record.bufferCount {
       let length = Int(truncatingIfNeeded: min(rest, UInt64(bounce.bytes(numbers[index]))))
       do throws(GuestMemoryFault) {
-        guard try cursor.write(&memory, from: bounce.start(numbers[index]), count: length) == length else { return false }
+        guard try cursor.write(&memory, from: bounce.start(numbers[index]), count: length) == length else {
+          return false
+        }
       } catch {
         return false
       }

@@ -1,0 +1,99 @@
+import EventLoop
+import Glibc
+
+/// Ratios of vxd's block backend to bare libaio, side by side in one run: `vxd-bench [FILE]`.
+///
+/// Each figure is the median of several rounds, in which bare libaio, vxd without and vxd with bounce buffers take turns.
+@main
+enum Bench {
+  static let fileBytes: UInt64 = 256 << 20
+  static let rounds = 5
+  static let seconds = 0.5
+
+  static func main() throws {
+    let path = CommandLine.arguments.dropFirst().first ?? "/dev/shm/vxd-bench-\(getpid()).img"
+    let isOwn = CommandLine.arguments.count < 2
+    if isOwn { try makeFile(path) }
+    defer { if isOwn { unlink(path) } }
+
+    print("file \(path)\(isOwn ? " (in memory)" : ""), \(rounds) rounds of \(seconds) s each, medians\n")
+    for inline in [true, false] {
+      print(
+        inline
+          ? "backend and guest on one thread: the backend's own cost"
+          : "\nbackend on its own thread, woken by notifications, waking by interrupts")
+      try compareAll(path, inline)
+    }
+    print(
+      "\ndirect: data moves between the guest's memory and the file; bounced: it is copied through aligned buffers.")
+    print("maps, kicks (notifications), irqs (interrupts): per request with bounce buffers, in steady state.")
+  }
+
+  private static func compareAll(_ path: String, _ inline: Bool) throws {
+    let titles = ["bare/s", "direct/s", "ratio", "bounced/s", "ratio", "maps/req", "kicks/req", "irqs/req"]
+    print(padded("pattern", 28) + titles.map { padded($0, 11) }.joined())
+    for isWrite in [false, true] {
+      for depth in [1, 32] {
+        try compare(Pattern(isWrite: isWrite, depth: depth, fileBytes: fileBytes), path, inline)
+      }
+    }
+  }
+
+  private static func compare(_ pattern: Pattern, _ path: String, _ inline: Bool) throws {
+    var bare: [Double] = []
+    var direct: [Double] = []
+    var bounced: [Double] = []
+    var last: GuestLoad.Result?
+    for _ in 0..<rounds {
+      bare.append(try withDescriptor(path) { BareAIO.run(descriptor: $0, pattern: pattern, seconds: seconds) })
+      for copies in [false, true] {
+        let load = try GuestLoad(path: path, copies: copies, inline: inline)
+        _ = load.run(pattern, seconds: 0.05)  // mappings and caches
+        let result = load.run(pattern, seconds: seconds)
+        load.stop()
+        if copies {
+          bounced.append(result.requestsPerSecond)
+          last = result
+        } else {
+          direct.append(result.requestsPerSecond)
+        }
+      }
+    }
+    let base = median(bare)
+    let cells = [
+      whole(base), whole(median(direct)), ratio(median(direct) / base), whole(median(bounced)),
+      ratio(median(bounced) / base), ratio(last?.mapCallsPerRequest ?? 0), ratio(last?.notificationsPerRequest ?? 0),
+      ratio(last?.interruptsPerRequest ?? 0),
+    ]
+    print(padded(pattern.name, 28) + cells.map { padded($0, 11) }.joined())
+    fflush(nil)
+  }
+
+  private static func withDescriptor<Value>(_ path: String, _ body: (Int32) -> Value) throws -> Value {
+    var raw = open(path, O_RDWR | O_CLOEXEC | 0o40000 /* O_DIRECT */)
+    if raw < 0 { raw = open(path, O_RDWR | O_CLOEXEC) }
+    guard raw >= 0 else { throw Errno.last }
+    defer { close(raw) }
+    return body(raw)
+  }
+
+  private static func makeFile(_ path: String) throws {
+    let raw = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
+    guard raw >= 0 else { throw Errno.last }
+    defer { close(raw) }
+    let chunk = [UInt8](repeating: 0x5a, count: 1 << 20)
+    for _ in 0..<(fileBytes >> 20) {
+      guard write(raw, chunk, chunk.count) == chunk.count else { throw Errno.last }
+    }
+  }
+
+  private static func median(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }
+  private static func whole(_ value: Double) -> String { "\(Int(value))" }
+  private static func ratio(_ value: Double) -> String {
+    let thousandths = Int(value * 1000 + 0.5)
+    return "\(thousandths / 1000).\(String(1000 + thousandths % 1000).dropFirst())"
+  }
+  private static func padded(_ text: String, _ width: Int) -> String {
+    text + String(repeating: " ", count: max(1, width - text.count))
+  }
+}

@@ -1,0 +1,59 @@
+import Devices
+import Engines
+import Transport
+import Virtqueue
+import Xen
+
+/// The block backend without its thread: a notification runs the queue there and then, on the thread of the guest.
+///
+/// What is left is the backend's own work per request: no wake-up, no other processor's cache lines.
+final class InlineDevice: VirtioDevice, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: the benchmark uses it from one thread.
+  let deviceID: UInt32 = 2
+  let offeredFeatures: FeatureBits
+  let queueSizes: [UInt16] = [256]
+  let configuration: ConfigurationSpace
+  private let source: ForeignMappingPool
+  private var pump: BlockPump
+  private var signals: (any TransportSignals)?
+
+  init(path: String, source: ForeignMappingPool, copies: Bool) throws {
+    self.source = source
+    let image = try RawImage(path: path, holder: "bench", readOnly: false, discard: false)
+    let engine = try AIOEngine(image: image, depth: 256)
+    offeredFeatures = BlockConfiguration.features(engine.geometry)
+    configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
+    pump = try BlockPump(
+      engine: engine, source: source, counters: BlockCounters(), serial: [], queueSize: 256, bounceBytes: 4 << 20,
+      copiesAlways: copies)
+  }
+
+  func accepts(_ features: FeatureBits) -> Bool { true }
+
+  func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
+    guard let layout = layouts.first ?? nil else { return }
+    self.signals = signals
+    do { try pump.activate(layout: layout, maximumSize: 256, features: features, source: source) } catch {
+      fatalError("\(error)")
+    }
+  }
+
+  func notify(queue: Int) { run() }
+
+  func run() {
+    guard let signals else { return }
+    do {
+      while case .more = try pump.run(signals: signals) {}
+    } catch {
+      fatalError("\(error)")
+    }
+  }
+
+  func reset() { pump.deactivate() }
+  func configurationWritten(offset: Int, bytes: [UInt8]) {}
+
+  func finish() {
+    pump.deactivate()
+    pump.drain()
+  }
+}

@@ -1,0 +1,61 @@
+# vxd: `make demo` shows it, `make test` proves it. Both install what they need (Debian 12, as root).
+
+SHELL := /bin/bash
+SWIFT_RELEASE := -c release --static-swift-stdlib
+TESTBED := Tests/Testbed/testbed
+
+.PHONY: help deps build debug unit testbed test demo bench format lint clean install
+
+help:
+	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
+	@echo 'make test     everything: format, warnings, unit tests, real Xen scenarios'
+	@echo 'make unit     the fast lane: unit tests only'
+	@echo 'make testbed  the real Xen scenarios only (SCENARIO=name for one; make shell for a console)'
+	@echo 'make bench    ratios of the block backend to bare libaio'
+	@echo 'make build    release binaries in .build/release'
+	@echo 'make install  binaries, unit and ACPI table below DESTDIR (default /)'
+
+deps:
+	@deploy/build/install-dependencies
+
+build: deps
+	swift build $(SWIFT_RELEASE) --product vxd
+	swift build $(SWIFT_RELEASE) --product vxctl
+
+lint:
+	swift format lint --strict --recursive Package.swift Sources Tests Benchmarks
+
+format:
+	swift format --in-place --recursive Package.swift Sources Tests Benchmarks
+
+unit: deps
+	Tests/run-unit-tests
+
+testbed: build
+	$(TESTBED) run $(SCENARIO)
+
+shell: build
+	$(TESTBED) shell
+
+test: deps lint unit build
+	Tests/check-release .build/release
+	$(TESTBED) run
+
+demo: build
+	$(TESTBED) demo
+
+bench: deps
+	swift build $(SWIFT_RELEASE) --product vxd-bench
+	.build/release/vxd-bench
+
+DESTDIR ?= /
+install: build
+	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
+	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
+	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
+	install -D -m 644 deploy/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/vxd.conf
+	install -D -m 644 deploy/acpi/slots.aml $(DESTDIR)/usr/share/vxd/slots.aml
+	install -D -m 644 deploy/acpi/slots.asl $(DESTDIR)/usr/share/vxd/slots.asl
+
+clean:
+	rm -rf .build

@@ -1,0 +1,94 @@
+import Glibc
+import Testing
+
+/// The repository checks itself.
+@Suite struct HouseTests {
+  /// C modules that each folder below Sources may import; the longest matching folder counts.
+  private static let allowed: [String: Set<String>] = [
+    "Backends/Virtqueue": [], "Backends/Transport": [], "Backends/Devices": [],
+    "Backends/EventLoop": ["CLinux", "Glibc"], "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
+    "Backends/Xen": ["CXen", "Glibc"], "Backends/Assembly": [],
+    "SimulatedXen": ["CLinux", "Glibc"], "ControlAPI": ["CJSON", "CLinux", "Glibc"],
+    "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["Glibc"],
+  ]
+
+  private static let root = "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/")
+
+  /// Swift files below a folder, relative to it.
+  private static func files(_ folder: String) -> [String] {
+    guard let directory = opendir(folder) else { return [] }
+    defer { closedir(directory) }
+    var found: [String] = []
+    while let entry = readdir(directory) {
+      let name = withUnsafePointer(to: &entry.pointee.d_name) {
+        $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
+      }
+      if name.hasPrefix(".") { continue }
+      if name.hasSuffix(".swift") {
+        found.append(name)
+      } else {
+        found += files("\(folder)/\(name)").map { "\(name)/\($0)" }
+      }
+    }
+    return found
+  }
+
+  private static func lines(_ path: String) throws -> [String] {
+    let file = try #require(fopen(path, "re"))
+    defer { fclose(file) }
+    var bytes: [UInt8] = []
+    var buffer = [UInt8](repeating: 0, count: 65536)
+    while true {
+      let count = fread(&buffer, 1, buffer.count, file)
+      if count == 0 { break }
+      bytes += buffer[..<count]
+    }
+    return String(decoding: bytes, as: UTF8.self).split(separator: "\n", omittingEmptySubsequences: false).map(
+      String.init)
+  }
+
+  private static let cModules: Set<String> = ["CXen", "CAIO", "CLinux", "CJSON", "CSystemd", "Glibc"]
+
+  @Test func cHeadersAreImportedOnlyWhereTheyMayBe() throws {
+    let sources = Self.files(Self.root + "/Sources")
+    #expect(sources.count > 50)
+    for file in sources {
+      let allowed = Self.allowed.filter { file.hasPrefix($0.key + "/") }.max { $0.key.count < $1.key.count }?.value
+      let permitted = try #require(allowed, "Sources/\(file) is in no known module")
+      for line in try Self.lines("\(Self.root)/Sources/\(file)") where line.contains("import ") {
+        let words = line.split(separator: " ").map(String.init)
+        guard let last = words.last, words.dropLast().last == "import" else { continue }
+        #expect(last != "Foundation" && last != "Dispatch", "Sources/\(file) imports \(last)")
+        if Self.cModules.contains(last) { #expect(permitted.contains(last), "Sources/\(file) imports \(last)") }
+      }
+    }
+  }
+
+  @Test func nothingInTheDataPathIsAsynchronous() throws {
+    for folder in ["Virtqueue", "Transport", "Devices", "Engines"] {
+      for file in Self.files("\(Self.root)/Sources/Backends/\(folder)") {
+        for line in try Self.lines("\(Self.root)/Sources/Backends/\(folder)/\(file)") {
+          #expect(!line.contains(" async ") && !line.contains("await "), "\(folder)/\(file): \(line)")
+        }
+      }
+    }
+  }
+
+  @Test func uncheckedSendabilityNamesItsInvariant() throws {
+    for file in Self.files(Self.root + "/Sources") {
+      let lines = try Self.lines("\(Self.root)/Sources/\(file)")
+      for (index, line) in lines.enumerated() where line.contains("@unchecked Sendable") && line.contains("class") {
+        let near = lines[index..<min(index + 4, lines.count)].joined()
+        #expect(near.contains("Invariant behind @unchecked Sendable"), "Sources/\(file):\(index + 1)")
+      }
+    }
+  }
+
+  @Test func noWorkIsLeftMarked() throws {
+    for file in Self.files(Self.root + "/Sources") {
+      for line in try Self.lines("\(Self.root)/Sources/\(file)") {
+        #expect(!line.contains("TODO") && !line.contains("FIXME"), "Sources/\(file): \(line)")
+      }
+    }
+  }
+}

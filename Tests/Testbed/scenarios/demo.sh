@@ -1,0 +1,24 @@
+# limit: 480 s
+# `make demo`: the main job, told step by step.
+show() { echo "STEP \$ $*"; "$@" 2>&1 | sed 's/^/| /'; }
+
+step "dom0 is up: $(xl info | sed -n 's/^xen_version *: /Xen /p'), $(xl info | sed -n 's/^release *: /Linux /p')"
+make_disk /disks/web1.img 64
+start_vxd
+step "vxd runs (pid $(vxd_pid)) and watches Xenstore"
+remember_resources
+write_config web1 "vx.test=fs" "$(disk xvde /disks/web1.img)"
+step "xl create web1.cfg, with: $(grep '^disk' /root/web1.cfg)"
+check "xl create succeeded: vxd brought the backend to state InitWait, which xl waits for" create web1
+show vxctl status
+step "web1 boots (BIOS, boot loader, Debian's kernel: about a minute)"
+check "the guest's virtio_mmio and virtio_blk modules found the disk" wait_console web1 "GUEST DISK vda" 200
+check "the guest made an ext4 file system on /dev/vda" wait_console web1 "GUEST FILESYSTEM vda" 60
+show vxctl list
+check "the guest wrote files, synced, and read them back with equal checksums" \
+  wait_console web1 "GUEST CHECKSUMS vda 5 equal" 100
+show vxctl show web1/xvde
+check "the guest powered off" wait_gone web1 60
+no_trace_left
+show vxctl status
+stop_vxd
