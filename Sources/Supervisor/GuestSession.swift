@@ -1,5 +1,6 @@
 import Backends
 import EventLoop
+import Synchronization
 import Transport
 import Xen
 
@@ -48,6 +49,48 @@ final class ServerCell: @unchecked Sendable {
   var server: IOReqServer?
 }
 
+/// The driver's latest status on its way from the ioreq thread to the supervisor.
+///
+/// At most one report is under way, however often the guest writes its status register: a guest that resets its device in a storm
+/// cannot fill the supervisor's mailbox.
+final class StatusRelay: Sendable {
+  private let latest = Mutex<DeviceStatus?>(nil)
+
+  /// - Returns: whether a report must be sent; else one is under way and will carry this status.
+  func put(_ status: DeviceStatus) -> Bool {
+    latest.withLock { latest in
+      defer { latest = status }
+      return latest == nil
+    }
+  }
+
+  func take() -> DeviceStatus { latest.withLock { $0.take() ?? [] } }
+}
+
+/// Limits how often something that a guest can bring about is logged and announced.
+struct Chatter {
+  private static let limit = 20
+  private static let period: UInt64 = 60_000_000_000
+  private var start: UInt64 = 0
+  private var count = 0
+
+  /// What to do with one more: say it, say that the following ones are left out, or nothing.
+  enum Verdict {
+    case say
+    case sayLast
+    case silent
+  }
+
+  mutating func next(at now: UInt64) -> Verdict {
+    if now &- start > Self.period {
+      start = now
+      count = 0
+    }
+    count += 1
+    return count < Self.limit ? .say : count == Self.limit ? .sayLast : .silent
+  }
+}
+
 /// One device of a guest. Confined to the supervisor's loop.
 final class DeviceRecord {
   let key: DeviceKey
@@ -59,6 +102,8 @@ final class DeviceRecord {
   var thread: LoopThread?
   var backend: BlockBackend?
   var transport: MMIOTransport?
+  /// What the guest's driver makes us say of it.
+  var chatter = Chatter()
   /// The image is open, the guest's server is there: the device can go into its slot.
   var isAttached = false
   /// The toolstack waits for state 6 (rather than having removed the entry).

@@ -159,8 +159,9 @@ extension Supervisor {
       return
     }
     let (key, identity) = (record.key, ObjectIdentifier(record))
+    let relay = StatusRelay()
     let transport = MMIOTransport(device: backend, line: slot.line(of: session.handle)) { [self] status in
-      onLoop { $0.statusChanged(key, identity, status) }
+      if relay.put(status) { onLoop { $0.statusChanged(key, identity, relay.take()) } }
     }
     record.transport = transport
     record.isAttached = true
@@ -195,7 +196,9 @@ extension Supervisor {
   private func statusChanged(_ key: DeviceKey, _ identity: ObjectIdentifier, _ status: DeviceStatus) {
     guard let (session, record) = current(key, identity) else { return }
     switch record.phase {
-    case .ready where status.contains(.driverOK):
+    case .ready where status.contains(.driverOK),
+      .faulted where status.contains(.driverOK) && !status.contains(.needsReset):
+      // The second case: a reset and a new start whose reports were merged.
       record.phase = .connected
       // The guest runs, so creation is over and nobody waits for state 2 any more.
       let state = store?.read("\(key.path)/state")

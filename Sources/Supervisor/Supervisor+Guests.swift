@@ -133,6 +133,14 @@ extension Supervisor {
     _ kind: SupervisorEvent.Kind, _ session: GuestSession, _ record: DeviceRecord? = nil, reason: String? = nil
   ) {
     let device = record.map { $0.entry?.name ?? "\($0.key.device)" }
+    var reason = reason
+    if let record, kind.isGuestsDoing {
+      switch record.chatter.next(at: EventLoop.now()) {
+      case .say: break
+      case .sayLast: reason = (reason.map { "\($0); " } ?? "") + "more of this within a minute is not logged"
+      case .silent: return
+      }
+    }
     var metadata: Logger.Metadata = ["GUEST": "\(session.name)"]
     if let device { metadata["DEVICE"] = "\(device)" }
     let subject = device.map { "\(session.name)/\($0)" } ?? "\(session.name) (domain \(session.domain))"

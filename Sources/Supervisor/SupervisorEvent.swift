@@ -15,6 +15,9 @@ package struct SupervisorEvent: Sendable {
     case deviceClosing = "device.closing"
     case deviceGone = "device.gone"
 
+    /// Whether a guest can bring it about as often as it likes.
+    var isGuestsDoing: Bool { self == .deviceConnected || self == .deviceReset || self == .deviceFaulted }
+
     /// Whether it deserves an operator's attention.
     package var isTrouble: Bool { self == .guestFailed || self == .deviceFailed || self == .deviceFaulted }
   }

@@ -177,6 +177,24 @@ import Xen
     #expect(try bad.write(block, sector: 0) == 0)
   }
 
+  /// A guest that resets its device without end fills neither the log nor the supervisor's mailbox.
+  @Test func resetStormIsAnsweredAndNotLoggedWithoutEnd() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    let guest = try world.boot(domain)
+    for _ in 0..<300 {
+      guest.driver.reset()
+      try guest.driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)
+    }
+    #expect(try guest.write(block, sector: 0) == 0)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(world.eventKinds.filter { $0 == .deviceReset || $0 == .deviceConnected }.count <= 20)
+  }
+
   @Test func nothingOfFiftyGuestsIsLeft() throws {
     let world = try World()
     defer { world.end() }
