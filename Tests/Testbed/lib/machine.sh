@@ -57,7 +57,7 @@ run_once() { # NAME SECONDS
   : >"$folder/console.log"
   set +o pipefail
   (boot "$INITRD" </dev/null 2>&1 & echo $! >"$folder/qemu.pid"; wait) |
-    sed -u 's|\r$||' | tee "$folder/console.log" |
+    sed -u 's|\r*$||' | tee "$folder/console.log" |
     grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |\| |GUEST)' &
   local reader=$!
   while kill -0 $reader 2>/dev/null && [ $((SECONDS - started)) -lt "$limit" ]; do

@@ -1,4 +1,4 @@
-# limit: 480 s
+# limit: 900 s
 # `make demo`: the main job, told step by step.
 show() { echo "STEP \$ $*"; "$@" 2>&1 | sed 's/^/| /'; }
 
@@ -12,13 +12,13 @@ step "xl create web1.cfg, with: $(grep '^disk' /root/web1.cfg)"
 check "xl create succeeded: vxd brought the backend to state InitWait, which xl waits for" create web1
 show vxctl status
 step "web1 boots (BIOS, boot loader, Debian's kernel: about a minute)"
-check "the guest's virtio_mmio and virtio_blk modules found the disk" wait_console web1 "GUEST DISK vda" 200
-check "the guest made an ext4 file system on /dev/vda" wait_console web1 "GUEST FILESYSTEM vda" 60
+check "the guest's virtio_mmio and virtio_blk modules found the disk" wait_console web1 "GUEST DISK vda" 300
+check "the guest made an ext4 file system on /dev/vda" wait_console web1 "GUEST FILESYSTEM vda" 300
 show vxctl list
 check "the guest wrote files, synced, and read them back with equal checksums" \
-  wait_console web1 "GUEST CHECKSUMS vda 5 equal" 100
+  wait_console web1 "GUEST CHECKSUMS vda 5 equal" 300
 show vxctl show web1/xvde
-check "the guest powered off" wait_gone web1 60
+check "the guest powered off" wait_gone web1 120
 no_trace_left
 show vxctl status
 stop_vxd

@@ -1,4 +1,4 @@
-# limit: 600 s
+# limit: 900 s
 # The ends of guests: destroyed under I/O, shut down by the toolstack; a guest that waits for vxd; a lower domain number.
 make_disk /disks/one.img 64
 make_disk /disks/two.img 64
@@ -11,7 +11,7 @@ CREATING=$!
 wait_until 10 xenstore-exists backend/virtio_disk
 start_vxd
 check "vxd adopts the guest that waits for it, and xl create succeeds" wait $CREATING
-check "the adopted guest does I/O" wait_console alpha "GUEST ROUND 2" 150
+check "the adopted guest does I/O" wait_console alpha "GUEST ROUND 2" 300
 remember_later_threads=$(threads_of_vxd)
 
 step "destroying it under I/O"
@@ -26,15 +26,15 @@ check "threads of the guest are gone" test "$THREADS" -lt "$remember_later_threa
 step "the same guest again, shut down by the toolstack; then one with a lower domain number"
 check "xl creates it again" create alpha
 EARLIER=$(xl domid alpha)
-check "it does I/O again" wait_console alpha "GUEST ROUND 2" 150
+check "it does I/O again" wait_console alpha "GUEST ROUND 2" 300
 check "xl shutdown is accepted" xl shutdown alpha
-check "the guest ends and is gone" wait_gone alpha 60
+check "the guest ends and is gone" wait_gone alpha 120
 # As after a wrap of the numbers.
 number_domains xen
 write_config gamma "vx.test=fs" "$(disk xvde /disks/two.img)"
 check "xl creates another guest" create gamma
 check "its number, $(xl domid gamma), is lower than the one before, $EARLIER" test "$(xl domid gamma)" -lt "$EARLIER"
-check "it reads back equal checksums" wait_console gamma "GUEST CHECKSUMS vda 5 equal" 200
-check "it powers off and is gone" wait_gone gamma 60
+check "it reads back equal checksums" wait_console gamma "GUEST CHECKSUMS vda 5 equal" 300
+check "it powers off and is gone" wait_gone gamma 120
 no_trace_left
 stop_vxd

@@ -1,4 +1,4 @@
-# limit: 600 s
+# limit: 900 s
 # Trouble that stays where it is: entries with something wrong, an image that two want, a guest's second disk that works.
 make_disk /disks/good.img 48
 make_disk /disks/shared.img 32
@@ -21,9 +21,9 @@ truncate -s 32M /disks/fixed.img
 xenstore-write backend/virtio_disk/1/51792/params /disks/fixed.img
 check "vxd follows and the disk becomes ready" wait_until 10 device_state_is alpha/xvdf ready
 check "the error node is gone" not xenstore-exists backend/virtio_disk/1/51792/error
-check "the guest reads back equal checksums from its good disk" wait_console alpha "GUEST CHECKSUMS vda 5 equal" 200
+check "the guest reads back equal checksums from its good disk" wait_console alpha "GUEST CHECKSUMS vda 5 equal" 300
 check "the guest is content" guest_says_nothing_bad alpha
-check "the guest powers off and is gone" wait_gone alpha 60
+check "the guest powers off and is gone" wait_gone alpha 120
 
 step "two guests that want the same image"
 write_config beta "vx.test=load" "$(disk xvde /disks/shared.img)"

@@ -109,14 +109,14 @@ package struct BlockPump: ~Copyable {
   }
 
   /// Ends the present life: from now on no guest memory is touched. What the engine still works on is completed into our own
-  /// buffers and dropped; where it reaches guest memory itself, it is waited for.
+  /// buffers and dropped; where it still reaches guest memory itself, it is waited for.
   package mutating func deactivate() {
     isActive = false
     submit()
     life &+= 1
     orphans &+= inFlight
     inFlight = 0
-    if direct { drain() }
+    if direct && !engine.movesDataInSubmit { drain() }
     queue.forgetRings()
   }
 
