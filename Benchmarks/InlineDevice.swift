@@ -25,7 +25,7 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
     configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
     pump = try BlockPump(
       engine: engine, source: source, counters: BlockCounters(), serial: [], queueSize: 256, bounceBytes: 4 << 20,
-      copiesAlways: copies)
+      copiesAlways: copies, pollsWhenIdle: false)
   }
 
   func accepts(_ features: FeatureBits) -> Bool { true }
@@ -53,6 +53,7 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
   func configurationWritten(offset: Int, bytes: [UInt8]) {}
 
   func finish() {
+    signals = nil  // the transport, which holds this device
     pump.deactivate()
     pump.drain()
   }

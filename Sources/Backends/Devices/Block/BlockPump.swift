@@ -46,6 +46,7 @@ package struct BlockPump: ~Copyable {
   private var orphans = 0
   private var tally = Tally()
   private var idle = IdlePoll()
+  private let pollsWhenIdle: Bool
 
   /// Counts of a batch, added to the shared counters once at its end.
   private struct Tally {
@@ -64,15 +65,17 @@ package struct BlockPump: ~Copyable {
   /// - Parameters:
   ///   - serial: answer to GET_ID, at most 20 bytes.
   ///   - queueSize: entries of the queue at most.
+  ///   - pollsWhenIdle: see `IdlePoll`; off where driver and device share a thread.
   ///   - bounceBytes: memory for data on its way, where the engine cannot reach guest memory itself.
   package init(
     engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, serial: [UInt8],
-    queueSize: Int, bounceBytes: Int, copiesAlways: Bool = false
+    queueSize: Int, bounceBytes: Int, copiesAlways: Bool = false, pollsWhenIdle: Bool = true
   ) throws(VirtqueueFault) {
     self.engine = engine
     self.counters = counters
     geometry = engine.geometry
     self.serial = Array(serial.prefix(20))
+    self.pollsWhenIdle = pollsWhenIdle
     direct = !copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
     groupLimit = engine.movesDataInSubmit ? 8 : Self.batchLimit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
@@ -211,7 +214,7 @@ package struct BlockPump: ~Copyable {
   ///
   /// - Returns: whether there is something to do.
   private mutating func pollForMore() -> Bool {
-    guard idle.window > 0 else { return queue.hasPending() }
+    guard pollsWhenIdle, idle.window > 0 else { return queue.hasPending() }
     let end = engine.now &+ idle.window
     repeat {
       for _ in 0..<16 where queue.hasPending() { return true }
