@@ -14,6 +14,7 @@ package final class AIOEngine: BlockEngine {
 
   private let ready: EventDescriptor
   private var context: io_context_t?
+  private let ring: CompletionRing?
   private let depth: Int
   private let blocks: UnsafeMutablePointer<iocb>
   private let pointers: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
@@ -49,6 +50,7 @@ package final class AIOEngine: BlockEngine {
     events = .allocate(capacity: Self.eventCapacity)
     events.initialize(repeating: io_event(), count: Self.eventCapacity)
     let result = io_setup(Int32(clamping: depth), &context)
+    ring = context.flatMap(CompletionRing.init)
     guard result == 0 else {
       throw .host(what: "cannot make an aio context (fs.aio-max-nr may be too low)", Errno(-result))
     }
@@ -100,7 +102,11 @@ package final class AIOEngine: BlockEngine {
     let offset = Int64(truncatingIfNeeded: request.pointee.offset)
     let count = Int32(truncatingIfNeeded: request.pointee.vectorCount)
     let vectors = UnsafeRawPointer(request.pointee.vectors).assumingMemoryBound(to: iovec.self)
+    let first = request.pointee.vectors.pointee
     switch request.pointee.operation {
+    // The kernel copies a vector of vectors in and checks it: one alone goes without.
+    case .read where count == 1: io_prep_pread(block, image.descriptor, first.start, first.length, offset)
+    case .write where count == 1: io_prep_pwrite(block, image.descriptor, first.start, first.length, offset)
     case .read: io_prep_preadv(block, image.descriptor, vectors, count, offset)
     case .write: io_prep_pwritev(block, image.descriptor, vectors, count, offset)
     case .flush, .discard, .writeZeroes: io_prep_fdsync(block, image.descriptor)
@@ -181,9 +187,7 @@ package final class AIOEngine: BlockEngine {
       count &+= taken
     }
     if outstanding > 0, count < capacity {
-      var none = timespec()
-      let wanted = min(capacity &- count, Self.eventCapacity)
-      let result = Int(io_getevents(context, 0, wanted, events, &none))
+      let result = harvest(min(capacity &- count, Self.eventCapacity))
       for index in 0..<max(result, 0) {
         completions[count] = EngineCompletion(
           tag: UInt32(truncatingIfNeeded: UInt(bitPattern: events[index].data) &- 1),
@@ -196,6 +200,13 @@ package final class AIOEngine: BlockEngine {
       retryBacklog()
     }
     return count
+  }
+
+  /// Completions into `events`; never waits.
+  private func harvest(_ capacity: Int) -> Int {
+    if let ring { return ring.take(into: events, capacity: capacity) }
+    var none = timespec()
+    return Int(io_getevents(context, 0, capacity, events, &none))
   }
 
   package func waitForCompletion() {

@@ -77,7 +77,7 @@ package struct BlockPump: ~Copyable {
     self.serial = Array(serial.prefix(20))
     self.pollsWhenIdle = pollsWhenIdle
     direct = !copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
-    groupLimit = engine.movesDataInSubmit ? 8 : Self.batchLimit
+    groupLimit = engine.movesDataInSubmit ? 16 : Self.batchLimit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
     memory = GuestMemoryView(source: source)
     var unused = QueueLayout()
