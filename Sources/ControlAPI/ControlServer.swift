@@ -25,14 +25,28 @@ package final class ControlServer: @unchecked Sendable {
     listener = OwnedDescriptor(adopting: try UnixSocket.listen(path, mode: mode))
     thread = try LoopThread(name: "vxd-control")
     thread.loop.enqueue { [self] in
-      token = try? thread.loop.onReadable(listener.raw) { [unowned self] in accept() }
+      listen()
     }
+  }
+
+  private func listen() {
+    token = try? thread.loop.onReadable(listener.raw) { [unowned self] in accept() }
+  }
+
+  /// Leaves waiting clients waiting for a second: without a free descriptor the listener would stay readable and the thread spin.
+  private func pause() {
+    if let token { thread.loop.remove(token) }
+    token = nil
+    thread.loop.schedule(afterMilliseconds: 1000) { [self] in listen() }
   }
 
   private func accept() {
     while true {
       let raw = clinux_accept(listener.raw)
-      guard raw >= 0 else { return }
+      guard raw >= 0 else {
+        if errno == EMFILE || errno == ENFILE { pause() }
+        return
+      }
       guard clients.count < Self.clientLimit else {
         close(raw)
         continue
