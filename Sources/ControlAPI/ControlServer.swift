@@ -120,7 +120,6 @@ final class ControlConnection {
   private(set) var isSubscribed = false
   /// The client is gone, or is to be dropped.
   var isOver = false
-  private var closesAfterFlush = false
   /// Bytes that may wait for a client; one that lets more pile up is dropped.
   private static let outgoingLimit = 8 << 20
   /// Above this no further request is read until some of it is taken.
@@ -136,7 +135,7 @@ final class ControlConnection {
   private var waiting: Int { outgoing.count - sent }
 
   var interest: UInt32 {
-    (waiting > 0 ? EPOLLOUT.rawValue : 0) | (waiting < Self.outgoingPause && !closesAfterFlush ? EPOLLIN.rawValue : 0)
+    (waiting > 0 ? EPOLLOUT.rawValue : 0) | (waiting < Self.outgoingPause ? EPOLLIN.rawValue : 0)
   }
 
   func receive() {
@@ -179,7 +178,6 @@ final class ControlConnection {
     if waiting == 0 {
       outgoing.removeAll(keepingCapacity: outgoing.count < 65536)
       sent = 0
-      if closesAfterFlush { isOver = true }
     }
   }
 }

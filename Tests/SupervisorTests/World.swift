@@ -111,15 +111,3 @@ final class World {
 
   func image(_ name: String = "disk.img", bytes: Int = 4 << 20) -> String { folder.file(name, bytes: bytes) }
 }
-
-/// Threads of this process that a supervisor makes, and its descriptors.
-func processThreads() -> Int { count("/proc/self/task") }
-func processDescriptors() -> Int { count("/proc/self/fd") }
-
-private func count(_ path: String) -> Int {
-  guard let directory = opendir(path) else { return -1 }
-  defer { closedir(directory) }
-  var entries = 0
-  while readdir(directory) != nil { entries += 1 }
-  return entries
-}

@@ -23,9 +23,6 @@ package struct SplitVirtqueue: ~Copyable {
   private var seenInvalidations: UInt64 = .max
   /// The used index as the driver last saw it published.
   private var publishedUsed: UInt16
-  /// Used entries whose publication asked for an interrupt, and all publications.
-  package private(set) var interruptsWanted: UInt64 = 0
-  package private(set) var publications: UInt64 = 0
 
   /// - Throws: `badLayout`, see `QueueLayout.validate`.
   package init(
@@ -148,7 +145,6 @@ package struct SplitVirtqueue: ~Copyable {
     guard let used, let available, publishedUsed != layout.nextUsed else { return false }
     let old = publishedUsed
     publishedUsed = layout.nextUsed
-    publications &+= 1
     RingWord.release(layout.nextUsed, used.start, 2)
     atomicMemoryFence(ordering: .sequentiallyConsistent)
     let wanted: Bool
@@ -159,7 +155,6 @@ package struct SplitVirtqueue: ~Copyable {
     } else {
       wanted = RingWord.load(available.start, 0) & 1 == 0
     }
-    if wanted { interruptsWanted &+= 1 }
     return wanted
   }
 

@@ -45,8 +45,6 @@ package final class XenStore {
     return (0..<Int(count)).compactMap { names[$0].map { String(cString: $0) } }
   }
 
-  package func exists(_ path: String) -> Bool { read(path) != nil || list(path) != nil }
-
   package func write(_ path: String, _ value: String, in transaction: UInt32 = 0) throws(XenError) {
     guard xs_write(handle, transaction, path, value, UInt32(value.utf8.count)) else {
       throw XenError("xs_write \(path)", Errno.last)
