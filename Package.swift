@@ -55,7 +55,8 @@ let package = Package(
     .target(
       name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
     .target(
-      name: "Supervisor", dependencies: ["Backends", "Xen", "EventLoop", "ControlAPI", "CSystemd", "CLinux", log],
+      name: "Supervisor",
+      dependencies: ["Backends", "Devices", "Engines", "Xen", "EventLoop", "ControlAPI", "CSystemd", "CLinux", log],
       exclude: ["CModules"], swiftSettings: house),
 
     .executableTarget(

@@ -26,7 +26,7 @@ final class GuestLoad {
 
   private final class Outcome: @unchecked Sendable {
     // Invariant behind @unchecked Sendable: the latch orders the one write before the one read.
-    var result: Swift.Result<BlockBackend, BlockBackend.StartFault>?
+    var result: Swift.Result<BlockBackend, StartFault>?
   }
 
   /// - Parameter inline: without a thread for the device.
@@ -44,14 +44,14 @@ final class GuestLoad {
       serve = { device.run() }
       end = { device.finish() }
     } else {
-      let (backend, thread) = try Self.startBackend(path, pool, copies)
+      let (backend, threads) = try Self.startBackend(path, pool, copies)
       transport = MMIOTransport(device: backend, line: line, onStatus: { _ in })
       serve = nil
       end = {
         let latch = Latch()
         backend.stop { latch.open() }
         latch.wait()
-        thread.stopAndJoin()
+        for thread in threads { thread.stopAndJoin() }
       }
     }
     driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
@@ -61,18 +61,18 @@ final class GuestLoad {
 
   private static func startBackend(
     _ path: String, _ pool: ForeignMappingPool, _ copies: Bool
-  ) throws -> (BlockBackend, LoopThread) {
+  ) throws -> (BlockBackend, [LoopThread]) {
     var settings = BlockSettings(path: path, readOnly: false, discard: false, serial: "bench")
     settings.copiesAlways = copies
     let latch = Latch()
     let outcome = Outcome()
-    let thread = BlockBackend.start(settings, name: "bench", source: pool, onFault: { fatalError("\($0)") }) {
+    let threads = BlockBackend.start(settings, name: "bench", source: pool, report: { fatalError("\($0)") }) {
       outcome.result = $0
       latch.open()
     }
     latch.wait()
-    guard let thread, let result = outcome.result else { throw Errno(12) }
-    return (try result.get(), thread)
+    guard let result = outcome.result else { throw Errno(12) }
+    return (try result.get(), threads)
   }
 
   func run(_ pattern: Pattern, seconds: Double) -> Result {

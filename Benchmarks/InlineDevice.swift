@@ -23,9 +23,12 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
     let engine = try AIOEngine(image: image, depth: 256)
     offeredFeatures = BlockConfiguration.features(engine.geometry)
     configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
+    var settings = BlockPumpSettings()
+    settings.copiesAlways = copies
+    settings.pollsWhenIdle = false
     pump = try BlockPump(
-      engine: engine, source: source, counters: BlockCounters(), serial: [], queueSize: 256, bounceBytes: 4 << 20,
-      copiesAlways: copies, pollsWhenIdle: false)
+      engine: engine, source: source, counters: BlockCounters(), settings: settings,
+      chainLimit: BlockPump.chainLimit(queueSize: 256))
   }
 
   func accepts(_ features: FeatureBits) -> Bool { true }
@@ -33,7 +36,10 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
   func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
     guard let layout = layouts.first ?? nil else { return }
     self.signals = signals
-    do { try pump.activate(layout: layout, maximumSize: 256, features: features, source: source) } catch {
+    do {
+      try pump.activate(
+        layout: layout, maximumSize: 256, features: features, writeback: true, source: source)
+    } catch {
       fatalError("\(error)")
     }
   }
@@ -50,6 +56,8 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
   }
 
   func reset() { pump.deactivate() }
+  func resetQueue(_ queue: Int) { pump.deactivate() }
+  func enableQueue(_ queue: Int, layout: QueueLayout) {}
   func configurationWritten(offset: Int, bytes: [UInt8]) {}
 
   func finish() {

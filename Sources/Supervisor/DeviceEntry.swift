@@ -1,4 +1,5 @@
 package import Backends
+import Engines
 package import Xen
 
 /// Names one device of the domain: its kind in Xenstore, its guest, its number there.
@@ -77,7 +78,13 @@ package struct DeviceEntry: Equatable, Sendable {
     let mode = try required("mode")
     guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
     let path = try required("params")
-    guard path.hasPrefix("/") else { throw EntryFault("params", "'\(path)' is no absolute path of an image") }
+    guard path.hasPrefix("/") || NBDAddress.isAddress(path) else {
+      throw EntryFault(
+        "params", "'\(path)' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)")
+    }
+    if NBDAddress.isAddress(path) {
+      do throws(ImageFault) { _ = try NBDAddress(path) } catch { throw EntryFault("params", error.message) }
+    }
     let base = try number("base", required("base"))
     guard base & 0x1ff == 0, base < 1 << 52 else {
       throw EntryFault("base", "0x\(String(base, radix: 16)) is no multiple of 512 below 2^52")

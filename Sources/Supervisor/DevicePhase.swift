@@ -1,7 +1,7 @@
 /// Where a device is in its life.
 ///
 ///     opening -> ready -> connected -> closing -> (gone)
-///        |         ^  \       |  ^
+///        |         ^  \       |  ^ <--> held (the store's errors; `resume` leads back)
 ///        v         |   `--> faulted (the guest's reset leads back to ready)
 ///      failed -----'   (when the entry is corrected)
 package enum DevicePhase: Equatable, Sendable {
@@ -15,6 +15,8 @@ package enum DevicePhase: Equatable, Sendable {
   case failed(reason: String)
   /// The guest broke its queue: DEVICE_NEEDS_RESET is set.
   case faulted(reason: String)
+  /// A queue stopped at an error of the store, as the disk's policy says: the guest waits until an operator says `resume`.
+  case held(reason: String)
   /// Requests are drained and everything is given back.
   case closing
 
@@ -25,6 +27,7 @@ package enum DevicePhase: Equatable, Sendable {
     case .connected: "connected"
     case .failed: "failed"
     case .faulted: "faulted"
+    case .held: "held"
     case .closing: "closing"
     }
   }
@@ -32,7 +35,7 @@ package enum DevicePhase: Equatable, Sendable {
   /// Why, where there is something to say.
   package var reason: String? {
     switch self {
-    case .failed(let reason), .faulted(let reason): reason
+    case .failed(let reason), .faulted(let reason), .held(let reason): reason
     default: nil
     }
   }

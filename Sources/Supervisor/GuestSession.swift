@@ -99,11 +99,16 @@ final class DeviceRecord {
   var keys: [String: String]
   var entry: DeviceEntry?
   var slot: DeviceSlot?
-  var thread: LoopThread?
+  /// The device's data threads, to be joined when it has ended.
+  var threads: [LoopThread] = []
   var backend: BlockBackend?
   var transport: MMIOTransport?
   /// What the guest's driver makes us say of it.
   var chatter = Chatter()
+  /// Queues that are held by an error of the store.
+  var heldQueues: Set<Int> = []
+  /// What the watchdog found last.
+  var stuck: StuckRequest?
   /// The image is open, the guest's server is there: the device can go into its slot.
   var isAttached = false
   /// The toolstack waits for state 6 (rather than having removed the entry).
@@ -112,6 +117,12 @@ final class DeviceRecord {
   var isReleased = false
   /// The image is closed and the thread has ended.
   var isStopped = false
+
+  /// Ends and joins the data threads.
+  func joinThreads() {
+    for thread in threads { thread.stopAndJoin() }
+    threads = []
+  }
 
   init(key: DeviceKey, keys: [String: String]) {
     self.key = key

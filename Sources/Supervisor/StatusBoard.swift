@@ -16,6 +16,7 @@ package final class StatusBoard: Sendable {
     var readOnly = false
     var backend: BlockBackend?
     var transport: MMIOTransport?
+    var stuck: StuckRequest?
   }
 
   struct Guest: Sendable {

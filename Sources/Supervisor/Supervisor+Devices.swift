@@ -90,6 +90,8 @@ extension Supervisor {
     do throws(EntryFault) {
       var entry = try DeviceEntry.parse(key, keys)
       entry.settings.direct = settings.direct
+      profiles.apply(
+        to: &entry.settings, guest: session.name, uuid: session.uuid, device: entry.name, number: key.device)
       record.entry = entry
       record.slot = try entry.slot(key, taken: session.takenSlots, count: settings.slots)
       if case .failed(let reason) = session.phase { return fail(record, of: session, reason) }
@@ -103,11 +105,11 @@ extension Supervisor {
   private func startBackend(_ record: DeviceRecord, _ entry: DeviceEntry, of session: GuestSession) {
     let key = record.key
     let identity = ObjectIdentifier(record)
-    record.thread = BlockBackend.start(
+    record.threads = BlockBackend.start(
       entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool,
-      onFault: { [self] fault in onLoop { $0.faulted(key, identity, fault.message) } },
+      report: { [self] report in onLoop { $0.reported(key, identity, report) } },
       completion: { [self] result in
-        // The thread is known to the supervisor by the time that this job runs: it comes behind the present one.
+        // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.
         onLoop { $0.opened(key, identity, result) }
       })
   }
@@ -119,7 +121,7 @@ extension Supervisor {
   }
 
   private func opened(
-    _ key: DeviceKey, _ identity: ObjectIdentifier, _ result: Result<BlockBackend, BlockBackend.StartFault>
+    _ key: DeviceKey, _ identity: ObjectIdentifier, _ result: Result<BlockBackend, StartFault>
   ) {
     guard let (session, record) = current(key, identity) else { return }
     switch result {
@@ -128,8 +130,7 @@ extension Supervisor {
       if record.phase == .closing { return stopBackend(record, of: session) }
       attachIfReady(record, of: session)
     case .failure(let fault):
-      record.thread?.stopAndJoin()
-      record.thread = nil
+      record.joinThreads()
       if record.phase == .closing { return stopped(key, identity) }
       fail(record, of: session, "params: \(fault.message)")
     }
@@ -188,8 +189,7 @@ extension Supervisor {
     if store?.read("\(key.path)/state") == XenbusState.initialising.rawValue {
       write(key, "state", XenbusState.initWait.rawValue)
     }
-    let mode = record.backend?.isDirect == true ? "direct I/O" : "buffered I/O: the file system refuses O_DIRECT"
-    tell(.deviceReady, session, record, reason: "\(record.entry?.settings.path ?? "?"), \(mode)")
+    tell(.deviceReady, session, record, reason: "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")")
     publish(session)
   }
 
@@ -206,7 +206,7 @@ extension Supervisor {
         write(key, "state", XenbusState.connected.rawValue)
       }
       tell(.deviceConnected, session, record)
-    case .connected where status.isEmpty, .faulted where status.isEmpty:
+    case .connected where status.isEmpty, .faulted where status.isEmpty, .held where status.isEmpty:
       record.phase = .ready
       tell(.deviceReset, session, record)
     default: return
@@ -214,11 +214,42 @@ extension Supervisor {
     publish(session)
   }
 
-  private func faulted(_ key: DeviceKey, _ identity: ObjectIdentifier, _ reason: String) {
+  private func reported(_ key: DeviceKey, _ identity: ObjectIdentifier, _ report: BlockReport) {
     guard let (session, record) = current(key, identity), record.phase != .closing else { return }
-    record.phase = .faulted(reason: reason)
-    tell(.deviceFaulted, session, record, reason: reason)
+    switch report {
+    case .fault(let fault):
+      record.phase = .faulted(reason: fault.message)
+      tell(.deviceFaulted, session, record, reason: fault.message)
+    case .held(let queue, let result):
+      record.heldQueues.insert(queue)
+      let reason =
+        "queue \(queue): the store fails (\(Errno(Int32(clamping: -result)))); the guest waits for 'vxctl resume'"
+      if record.phase == .connected { record.phase = .held(reason: reason) }
+      tell(.deviceHeld, session, record, reason: reason)
+    case .resumed(let queue):
+      record.heldQueues.remove(queue)
+      guard record.heldQueues.isEmpty else { break }
+      if case .held = record.phase { record.phase = .connected }
+      tell(.deviceResumed, session, record)
+    case .storeLost(let reason): tell(.deviceStoreLost, session, record, reason: reason)
+    case .storeBack: tell(.deviceStoreBack, session, record)
+    }
     publish(session)
+  }
+
+  // MARK: For operators
+
+  /// Follows the size of a device's store, see `BlockBackend.resize`; the outcome is an event.
+  nonisolated func resize(_ key: DeviceKey, _ backend: BlockBackend, to bytes: UInt64?) {
+    backend.resize(to: bytes) { [self] result in
+      onLoop { supervisor in
+        guard let (session, record) = supervisor.known(key), record.backend === backend else { return }
+        switch result {
+        case .success(let size): supervisor.tell(.deviceResized, session, record, reason: "\(size) bytes")
+        case .failure(let fault): supervisor.tell(.deviceNotResized, session, record, reason: fault.message)
+        }
+      }
+    }
   }
 
   // MARK: Closing
@@ -245,7 +276,7 @@ extension Supervisor {
     record.isReleased = true
     if record.backend != nil {
       stopBackend(record, of: session)
-    } else if record.thread == nil {
+    } else if record.threads.isEmpty {
       stopped(key, identity)
     }
     closeIfUnused(session)
@@ -261,8 +292,7 @@ extension Supervisor {
 
   private func stopped(_ key: DeviceKey, _ identity: ObjectIdentifier) {
     guard let (session, record) = current(key, identity) else { return }
-    record.thread?.stopAndJoin()
-    record.thread = nil
+    record.joinThreads()
     guard record.phase == .closing else { return }
     record.isStopped = true
     finishStopped(session)

@@ -23,6 +23,7 @@ extension Supervisor {
     let session = GuestSession(domain: domain, name: name, uuid: uuid, handle: handle, pool: pool, thread: thread)
     sessions[domain] = session
     startServer(session)
+    startWatchdog()
     tell(.guestAppeared, session)
     return session
   }
@@ -30,6 +31,7 @@ extension Supervisor {
   private func startServer(_ session: GuestSession) {
     let domain = session.domain
     let (cell, handle, pool, loop) = (session.cell, session.handle, session.pool, session.thread.loop)
+    let ignoresInvalidations = settings.ignoresInvalidations
     #if arch(x86_64)
       let window: (UInt64, UInt64)? = (
         SlotTable.firstBase, SlotTable.firstBase + SlotTable.windowStride * UInt64(settings.slots) - 1
@@ -39,7 +41,7 @@ extension Supervisor {
     #endif
     loop.enqueue { [self] in
       do throws(XenError) {
-        let server = try IOReqServer(guest: handle, pool: pool, loop: loop)
+        let server = try IOReqServer(guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations)
         cell.server = server
         if let window { try server.claim(first: window.0, last: window.1) }
         let report = StatusBoard.IOReqServerReport(identifier: server.identifier, counters: server.counters)
@@ -170,7 +172,8 @@ extension GuestSession {
         StatusBoard.Device(
           key: record.key, name: record.entry?.name ?? record.keys["dev"] ?? "\(record.key.device)", guestName: name,
           phase: record.phase, slot: record.slot, path: record.entry?.settings.path ?? record.keys["params"],
-          readOnly: record.entry?.settings.readOnly ?? false, backend: record.backend, transport: record.transport)
+          readOnly: record.entry?.settings.readOnly ?? false, backend: record.backend, transport: record.transport,
+          stuck: record.stuck)
       })
   }
 }

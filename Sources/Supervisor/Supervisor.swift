@@ -21,6 +21,10 @@ package actor Supervisor {
   var sessions: [DomainID: GuestSession] = [:]
   private var storeToken: EventLoop.Token?
   private var onStopped: (@Sendable () -> Void)?
+  /// The watchdog's timer runs.
+  var isWatching = false
+  /// Options of disks; those of a running device stay.
+  var profiles: DiskProfiles
   /// No device is started any more.
   private(set) var isStopping = false
   private static let releaseWatch = "@releaseDomain"
@@ -33,6 +37,7 @@ package actor Supervisor {
     self.loop = loop
     self.hypervisor = hypervisor
     self.settings = settings
+    profiles = settings.profiles
     self.log = log
     self.board = board
     self.announce = announce
@@ -88,6 +93,12 @@ package actor Supervisor {
     if let storeToken { loop.remove(storeToken) }
     store = nil
     completion()
+  }
+
+  /// Takes new options for the disks that are opened from now on.
+  package func use(profiles: DiskProfiles) {
+    self.profiles = profiles
+    log.info("profiles are loaded; running devices keep theirs")
   }
 
   // MARK: Xenstore events

@@ -12,6 +12,15 @@ package struct SupervisorEvent: Sendable {
     case deviceReset = "device.reset"
     case deviceFailed = "device.failed"
     case deviceFaulted = "device.faulted"
+    /// A queue stopped at an error of the store; the guest waits for `device.resume`.
+    case deviceHeld = "device.held"
+    case deviceResumed = "device.resumed"
+    case deviceStoreLost = "device.storeLost"
+    case deviceStoreBack = "device.storeBack"
+    case deviceStuck = "device.stuck"
+    case deviceUnstuck = "device.unstuck"
+    case deviceResized = "device.resized"
+    case deviceNotResized = "device.notResized"
     case deviceClosing = "device.closing"
     case deviceGone = "device.gone"
 
@@ -19,7 +28,13 @@ package struct SupervisorEvent: Sendable {
     var isGuestsDoing: Bool { self == .deviceConnected || self == .deviceReset || self == .deviceFaulted }
 
     /// Whether it deserves an operator's attention.
-    package var isTrouble: Bool { self == .guestFailed || self == .deviceFailed || self == .deviceFaulted }
+    package var isTrouble: Bool {
+      switch self {
+      case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStoreLost, .deviceStuck, .deviceNotResized:
+        true
+      default: false
+      }
+    }
   }
 
   package var kind: Kind

@@ -81,18 +81,11 @@ struct Show: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
-  var device: String
-
-  func validate() throws {
-    guard device.split(separator: "/").count == 2 else {
-      throw ValidationError("'\(device)' is not of the form GUEST/DEVICE, for instance web1/xvde.")
-    }
-  }
+  var device: DeviceName
 
   func run() throws {
-    let parts = device.split(separator: "/").map(String.init)
     try connection.run { client throws(ControlClient.Failure) in
-      let answer = try client.call("device.get", ["guest": .string(parts[0]), "device": .string(parts[1])])
+      let answer = try client.call("device.get", .object(device.parameters))
       if connection.json { return printJSON(answer) }
       for member in answer.objectValue ?? [] {
         if case .object(let counters) = member.value {

@@ -11,7 +11,10 @@ struct VXCtl: ParsableCommand {
       Exit codes: 0 done; 1 vxd refused or found trouble; 2 vxd cannot be reached; 64 wrong usage.
       """,
     version: "0.1.0",
-    subcommands: [Status.self, List.self, Show.self, Events.self, ACPITable.self, Doctor.self])
+    subcommands: [
+      Status.self, List.self, Show.self, Events.self, Resume.self, Resize.self, Reload.self, ACPITable.self,
+      Doctor.self,
+    ])
 }
 
 /// Options that every verb on the socket has.

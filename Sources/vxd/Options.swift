@@ -8,6 +8,9 @@ struct Options {
   var simulate = false
   var verbose = false
   var settings = SupervisorSettings()
+  /// Where the profiles are; a default that is not there is an empty one.
+  var profiles = "/etc/vxd/profiles.json"
+  var profilesAreWanted = false
 
   static let usage = """
     usage: vxd [OPTION...]
@@ -18,6 +21,7 @@ struct Options {
       --socket PATH            control socket (default /run/vxd/control.sock)
       --slots N                virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
       --mapping-budget MIB     guest memory kept mapped per guest at most (default 1024)
+      --profiles PATH          options of disks that libxl cannot carry (default /etc/vxd/profiles.json)
       --buffered               do not try O_DIRECT
       --simulate               run on a simulated Xen with a guest that does I/O, without any Xen at all
       --verbose                log more
@@ -45,6 +49,11 @@ struct Options {
       case "--socket": options.socket = try value(argument)
       case "--slots": options.settings.slots = Int(try number(argument, 1...32))
       case "--mapping-budget": options.settings.mappingBudget = try number(argument, 4...1_048_576) << 20
+      case "--profiles":
+        options.profiles = try value(argument)
+        options.profilesAreWanted = true
+      // Not in the usage: it corrupts data, which the testbed shows.
+      case "--test-ignore-invalidations": options.settings.ignoresInvalidations = true
       case "--buffered": options.settings.direct = false
       case "--simulate": options.simulate = true
       case "--verbose": options.verbose = true
@@ -56,6 +65,11 @@ struct Options {
         return nil
       default: throw OptionFault("there is no option '\(argument)' (vxd --help)")
       }
+    }
+    do throws(ProfileFault) {
+      options.settings.profiles = try DiskProfiles(path: options.profiles, isOptional: !options.profilesAreWanted)
+    } catch {
+      throw OptionFault("--profiles \(options.profiles): \(error.message)")
     }
     return options
   }

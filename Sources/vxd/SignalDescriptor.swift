@@ -18,8 +18,11 @@ final class SignalDescriptor {
 
   var raw: Int32 { descriptor.raw }
 
-  func drain() {
+  /// The signals that have come.
+  func take() -> [Int32] {
+    var signals: [Int32] = []
     var info = signalfd_siginfo()
-    while read(raw, &info, MemoryLayout<signalfd_siginfo>.size) > 0 {}
+    while read(raw, &info, MemoryLayout<signalfd_siginfo>.size) > 0 { signals.append(Int32(info.ssi_signo)) }
+    return signals
   }
 }

@@ -29,7 +29,7 @@ enum VXD {
 
   private static func run(_ options: Options) throws {
     signal(SIGPIPE, SIG_IGN)
-    let signals = try SignalDescriptor([SIGTERM, SIGINT])
+    let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
     let level: Logger.Level = options.verbose ? .debug : .info
     let toJournal = ServiceManager.logsToJournal
     LoggingSystem.bootstrap { _ in
@@ -40,7 +40,8 @@ enum VXD {
 
     let loop = try EventLoop(name: "vxd")
     let board = StatusBoard()
-    let methods = SupervisorControl.methods(board: board, isSimulated: options.simulate)
+    let actions = SupervisorControl.Actions(profilePath: options.profiles)
+    let methods = SupervisorControl.methods(board: board, isSimulated: options.simulate, actions: actions)
     let control: ControlServer
     do throws(Errno) {
       try makeFolder(of: options.socket)
@@ -60,6 +61,10 @@ enum VXD {
       loop: loop, hypervisor: hypervisor, settings: settings, log: log, board: board,
       announce: { control.publish($0.json) })
 
+    actions.connect(supervisor)
+    if options.settings.ignoresInvalidations {
+      log.critical("invalidations are ignored: guests that balloon lose data")
+    }
     loop.enqueue {
       supervisor.assumeIsolated { supervisor in
         do throws(XenError) {
@@ -77,8 +82,10 @@ enum VXD {
     }
     let ending = Ending(loop: loop, supervisor: supervisor, log: log, simulation: simulation)
     let token = try loop.onReadable(signals.raw) {
-      signals.drain()
-      ending.begin()
+      for signal in signals.take() {
+        guard signal == SIGHUP else { return ending.begin() }
+        do throws(ControlFault) { try actions.reload() } catch { log.error("profiles: \(error.message)") }
+      }
     }
     if let period = ServiceManager.watchdogPeriod { feedWatchdog(loop, period) }
     simulation?.play(log: log)

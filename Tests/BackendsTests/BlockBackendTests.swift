@@ -34,7 +34,7 @@ import Virtqueue
       #expect(answer.status == 0)
       #expect(answer.bytes == bytes)
     }
-    #expect(eventually { fixture.backend.counters.flushes.value == 4 })
+    #expect(eventually { fixture.backend.counters[0].flushes.value == 4 })
   }
 
   @Test func requestBeyondTheBounceBuffersIsServedInSteps() throws {
@@ -82,7 +82,7 @@ import Virtqueue
     defer { fixture.stop() }
     #expect(try fixture.guest.read(sector: sector, count: 512).status == 1)
     #expect(try fixture.guest.write(pattern(512, seed: 1), sector: sector) == 1)
-    #expect(eventually { fixture.backend.counters.failed.value == 2 })
+    #expect(eventually { fixture.backend.counters[0].failed.value == 2 })
   }
 
   @Test func dataThatIsNoWholeNumberOfSectorsFails() throws {
@@ -219,7 +219,8 @@ import Virtqueue
 
   @Test func brokenRingNeedsAResetAndSaysWhy() throws {
     let faults = Mutex<[DeviceFault]>([])
-    let fixture = try BlockFixture(settings(), onFault: { fault in faults.withLock { $0.append(fault) } })
+    let fixture = try BlockFixture(
+      settings(), report: { if case .fault(let fault) = $0 { faults.withLock { $0.append(fault) } } })
     defer { fixture.stop() }
     fixture.driver.jumpAvailable(to: 40000)
     fixture.driver.notify()

@@ -8,7 +8,10 @@ import Xen
   @Test(
     arguments: [
       ("params", nil, "params: the key is missing"), ("params", "", "params: the value is empty"),
-      ("params", "relative.img", "params: 'relative.img' is no absolute path of an image"),
+      (
+        "params", "relative.img",
+        "params: 'relative.img' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)"
+      ),
       ("params", "/nowhere/disk.img", "params: cannot open '/nowhere/disk.img': No such file or directory"),
       ("params", "/tmp", "params: '/tmp' is neither a regular file nor a block device"),
       ("mode", "x", "mode: 'x' is neither 'r' nor 'w'"), ("mode", nil, "mode: the key is missing"),

@@ -14,43 +14,44 @@ package final class BlockFixture {
   package let transport: MMIOTransport
   package let driver: SimulatedDriver
   package let guest: SimulatedBlockGuest
-  private let thread: LoopThread
+  private let threads: [LoopThread]
 
   /// - Parameter mappingBudget: bytes; small ones make the pool evict.
   package init(
     _ settings: BlockSettings, memoryBytes: Int = 32 << 20, queueSize: UInt16 = 256, indirect: Bool = true,
     wanted: FeatureBits = [.indirectDescriptors, .eventIndex], mappingBudget: UInt64 = 1 << 30, bucketShift: Int = 16,
-    onFault: @escaping @Sendable (DeviceFault) -> Void = { _ in }
+    queueCount: Int = 1, vcpuCount: Int = 1,
+    decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
+    report: @escaping @Sendable (BlockReport) -> Void = { _ in }
   ) throws {
-    domain = try SimulatedDomain(identifier: 9, memoryBytes: memoryBytes)
+    domain = try SimulatedDomain(identifier: 9, memoryBytes: memoryBytes, vcpuCount: vcpuCount)
     let hypervisor = SimulatedHypervisor()
     hypervisor.add(domain)
     let handle = try hypervisor.open(9)
     pool = ForeignMappingPool(guest: handle, bucketShift: bucketShift, budgetBytes: mappingBudget)
     let latch = Latch()
     let outcome = Outcome()
-    let started = BlockBackend.start(settings, name: "test", source: pool, onFault: onFault) { result in
+    threads = BlockBackend.start(settings, name: "test", source: pool, decorate: decorate, report: report) { result in
       outcome.result = result
       latch.open()
     }
     latch.wait()
-    guard let started, let result = outcome.result else { throw Errno(12) }
-    thread = started
+    guard let result = outcome.result else { throw Errno(12) }
     do {
       backend = try result.get()
     } catch {
-      started.stopAndJoin()
+      for thread in threads { thread.stopAndJoin() }
       throw error
     }
     transport = MMIOTransport(device: backend, line: SlotTable.slot(0).line(of: handle), onStatus: { _ in })
     driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
-    try driver.start(wanted: wanted.union(backend.offeredFeatures), queueSize: queueSize)
+    try driver.start(wanted: wanted.union(backend.offeredFeatures), queueSize: queueSize, queueCount: queueCount)
     guest = SimulatedBlockGuest(domain: domain, driver: driver, indirect: indirect)
   }
 
   /// Holds the result that comes from another thread; the latch orders the accesses.
   private final class Outcome: @unchecked Sendable {
-    var result: Result<BlockBackend, BlockBackend.StartFault>?
+    var result: Result<BlockBackend, StartFault>?
   }
 
   /// Ends the backend; afterwards nothing of the guest may be mapped.
@@ -59,7 +60,7 @@ package final class BlockFixture {
     let latch = Latch()
     backend.stop { latch.open() }
     latch.wait()
-    thread.stopAndJoin()
+    for thread in threads { thread.stopAndJoin() }
     pool.close()
   }
 }

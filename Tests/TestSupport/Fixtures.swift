@@ -109,7 +109,7 @@ package final class QueueFixture {
 package final class RecordingDevice: VirtioDevice, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: tests call its transport from one thread.
   package let deviceID: UInt32 = 2
-  package let offeredFeatures: FeatureBits = [.version1, .eventIndex, .indirectDescriptors]
+  package let offeredFeatures: FeatureBits = [.version1, .eventIndex, .indirectDescriptors, .ringReset, .ringPacked]
   package let queueSizes: [UInt16] = [256, 64]
   package let configuration = ConfigurationSpace([1, 2, 3, 4, 5, 6, 7, 8])
   package private(set) var activations: [[QueueLayout?]] = []
@@ -123,6 +123,10 @@ package final class RecordingDevice: VirtioDevice, @unchecked Sendable {
   package func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
     activations.append(layouts)
   }
+  package private(set) var queueResets: [Int] = []
+  package private(set) var enabled: [Int] = []
+  package func resetQueue(_ queue: Int) { queueResets.append(queue) }
+  package func enableQueue(_ queue: Int, layout: QueueLayout) { enabled.append(queue) }
   package func notify(queue: Int) { notified.append(queue) }
   package func reset() { resets += 1 }
   package func configurationWritten(offset: Int, bytes: [UInt8]) { writes.append((offset, bytes)) }

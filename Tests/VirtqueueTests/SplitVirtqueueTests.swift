@@ -9,15 +9,14 @@ import Virtqueue
     _ check: (DescriptorChain) -> Void = { _ in }
   ) throws(VirtqueueFault) {
     var view = GuestMemoryView(source: fixture.pool)
-    var queue = try SplitVirtqueue(
+    var queue = try Virtqueue(
       layout: fixture.layout, maximumSize: 256, chainLimit: limit, features: features, source: fixture.pool)
     try queue.prepare(invalidations: view.enter())
     defer { view.leave() }
     let storage = UnsafeMutablePointer<GuestBuffer>.allocate(capacity: queue.chainLimit)
     defer { storage.deallocate() }
     var chain = DescriptorChain(buffers: storage)
-    guard let head = try queue.popHead() else { throw VirtqueueFault.badLayout }
-    try queue.read(head: head, memory: &view, into: &chain)
+    guard try queue.next(memory: &view, into: &chain) else { throw VirtqueueFault.badLayout }
     check(chain)
   }
 
@@ -28,7 +27,7 @@ import Virtqueue
     fixture.descriptor(1, 0x22000, 1, flags: 2)
     fixture.publish([3])
     try firstChain(fixture) { chain in
-      #expect(chain.head == 3)
+      #expect(chain.ticket.head == 3)
       #expect((chain.readableCount, chain.writableCount) == (1, 2))
       #expect((chain.readableBytes, chain.writableBytes) == (16, 513))
       #expect(chain.writable[1].address == 0x22000)
@@ -129,13 +128,16 @@ import Virtqueue
     fixture.descriptor(0, 0x20000, 16, flags: 0)
     fixture.publish([0, 0])
     var view = GuestMemoryView(source: fixture.pool)
-    var queue = try SplitVirtqueue(
+    var queue = try Virtqueue(
       layout: fixture.layout, maximumSize: 256, chainLimit: 8, features: [], source: fixture.pool)
     try queue.prepare(invalidations: view.enter())
     defer { view.leave() }
-    let head = try queue.popHead()
-    #expect(head == 0)
-    #expect(throws: VirtqueueFault.headInUse(0)) { _ = try queue.popHead() }
+    let storage = UnsafeMutablePointer<GuestBuffer>.allocate(capacity: 8)
+    defer { storage.deallocate() }
+    var chain = DescriptorChain(buffers: storage)
+    let isTaken = try queue.next(memory: &view, into: &chain)
+    #expect(isTaken)
+    #expect(throws: VirtqueueFault.headInUse(0)) { _ = try queue.next(memory: &view, into: &chain) }
   }
 
   @Test(arguments: [0, 3, 512] as [UInt16])
@@ -161,7 +163,7 @@ import Virtqueue
     let fixture = QueueFixture()
     fixture.layout.deviceArea = 0x1000_0000
     var view = GuestMemoryView(source: fixture.pool)
-    var queue = try SplitVirtqueue(
+    var queue = try Virtqueue(
       layout: fixture.layout, maximumSize: 256, chainLimit: 8, features: [], source: fixture.pool)
     let invalidations = view.enter()
     defer { view.leave() }
@@ -173,7 +175,7 @@ import Virtqueue
     let fixture = QueueFixture()
     fixture.layout.nextUsed = start
     var view = GuestMemoryView(source: fixture.pool)
-    var queue = try SplitVirtqueue(
+    var queue = try Virtqueue(
       layout: fixture.layout, maximumSize: 256, chainLimit: 8, features: [.eventIndex], source: fixture.pool)
     try queue.prepare(invalidations: view.enter())
     defer { view.leave() }
@@ -182,13 +184,13 @@ import Virtqueue
         of: value, toByteOffset: 4 + 16, as: UInt16.self)
     }
     setEvent(start &+ 1)
-    queue.pushUsed(head: 0, length: 0)
+    queue.pushUsed(ChainTicket(head: 0, slots: 1), length: 0)
     let wanted0 = queue.publish()
     #expect(!wanted0)
-    queue.pushUsed(head: 1, length: 0)
+    queue.pushUsed(ChainTicket(head: 1, slots: 1), length: 0)
     let wanted1 = queue.publish()
     #expect(wanted1)
-    queue.pushUsed(head: 2, length: 0)
+    queue.pushUsed(ChainTicket(head: 2, slots: 1), length: 0)
     let wanted2 = queue.publish()
     #expect(!wanted2)
   }
@@ -207,7 +209,7 @@ import Virtqueue
     fixture.domain.memory.pointer(fixture.layout.driverArea).storeBytes(
       of: UInt16.random(in: 0...20, using: &random), toByteOffset: 2, as: UInt16.self)
     var view = GuestMemoryView(source: fixture.pool)
-    var queue = try SplitVirtqueue(
+    var queue = try Virtqueue(
       layout: fixture.layout, maximumSize: 256, chainLimit: 32, features: [.indirectDescriptors, .eventIndex],
       source: fixture.pool)
     try queue.prepare(invalidations: view.enter())
@@ -216,12 +218,11 @@ import Virtqueue
     defer { storage.deallocate() }
     var taken = 0
     do throws(VirtqueueFault) {
-      while let head = try queue.popHead() {
-        #expect(head < 16, "seed \(seed)")
-        var chain = DescriptorChain(buffers: storage)
-        try queue.read(head: head, memory: &view, into: &chain)
+      var chain = DescriptorChain(buffers: storage)
+      while try queue.next(memory: &view, into: &chain) {
+        #expect(chain.ticket.head < 16, "seed \(seed)")
         #expect(chain.readableCount + chain.writableCount <= 32, "seed \(seed)")
-        queue.pushUsed(head: head, length: 0)
+        queue.pushUsed(chain.ticket, length: 0)
         taken += 1
         guard taken < 100 else { break }
       }

@@ -5,202 +5,252 @@ import Synchronization
 package import Transport
 package import Virtqueue
 
-/// A running block device: its thread, engine, queue pump and what the transport sees of it.
+/// A running block device: its store, its queues on their threads, and what the transport sees of it.
 ///
-/// The transport's calls (`VirtioDevice`) come from the guest's ioreq thread and are handed to the device's own thread, which
-/// alone touches queue, engine and guest memory.
+/// The transport's calls (`VirtioDevice`) come from the guest's ioreq thread and are handed to the queues' threads, which alone
+/// touch rings, engines and guest memory.
 package final class BlockBackend: VirtioDevice, @unchecked Sendable {
-  // Invariant behind @unchecked Sendable: the properties below "data thread" are touched by the loop's thread only; all
-  // others are immutable or made for sharing.
+  // Invariant behind @unchecked Sendable: `negotiated` and `writeback` are touched by the ioreq thread only; all others are
+  // immutable or made for sharing.
 
   package let deviceID: UInt32 = 2
   package let offeredFeatures: FeatureBits
   package let queueSizes: [UInt16]
   package let configuration: ConfigurationSpace
-  package let counters = BlockCounters()
   package let geometry: BlockGeometry
+  package let settings: BlockSettings
+  /// How data gets to the store, for people.
+  package let mode: String
   /// Whether data goes past the page cache.
   package let isDirect: Bool
 
-  private let thread: LoopThread
-  private let source: any GuestMemorySource
-  private let onFault: @Sendable (DeviceFault) -> Void
-  private let kick: EventDescriptor
-  /// Set while a kick is on its way: more of them cost no system call.
-  private let kicked = Atomic<Bool>(false)
+  private let queues: [BlockQueue]
+  private let threads: [LoopThread]
+  private let store: BlockStore
+  private let bytes: Atomic<UInt64>
+  private let signals = Mutex<(any TransportSignals)?>(nil)
 
-  // Data thread
-  private let engine: AIOEngine
-  private var pump: BlockPump?
-  private var signals: (any TransportSignals)?
-  private var tokens: [EventLoop.Token] = []
+  // Ioreq thread
+  private var negotiated: FeatureBits = []
+  private var writeback = true
 
-  /// Why a backend cannot start.
-  package enum StartFault: Error {
-    case image(ImageFault)
-    case host(Errno)
-
-    package var message: String {
-      switch self {
-      case .image(let fault): fault.message
-      case .host(let errno): "cannot start the device's thread: \(errno)"
-      }
-    }
-  }
-
-  /// Opens the image and builds the device on a thread of its own; nothing here blocks the caller.
+  /// Opens the store and builds the device on threads of its own; nothing here blocks the caller.
   ///
   /// - Parameters:
-  ///   - name: the device, for error messages and the thread's name.
-  ///   - onFault: called on the device's thread when the guest broke its queue.
-  ///   - completion: called on the device's thread, or on the caller's when no thread could be made.
+  ///   - name: the device, for error messages and the threads' names.
+  ///   - decorate: puts something between a queue and its engine: faults in tests.
+  ///   - report: called on the device's threads.
+  ///   - completion: called on the device's first thread, or on the caller's when no thread could be made.
+  /// - Returns: the threads, which the caller joins after `stop` or a failure.
   package static func start(
     _ settings: BlockSettings, name: String, source: any GuestMemorySource,
-    onFault: @escaping @Sendable (DeviceFault) -> Void,
+    decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
+    report: @escaping @Sendable (BlockReport) -> Void,
     completion: @escaping @Sendable (Result<BlockBackend, StartFault>) -> Void
-  ) -> LoopThread? {
+  ) -> [LoopThread] {
+    var threads: [LoopThread] = []
     do throws(Errno) {
-      let thread = try LoopThread(name: "vxd-\(name)")
-      thread.loop.enqueue {
-        do throws(StartFault) {
-          completion(.success(try BlockBackend(settings, name, thread, source, onFault)))
-        } catch {
-          completion(.failure(error))
-        }
+      for index in 0..<max(1, min(settings.threads, settings.queues)) {
+        threads.append(try LoopThread(name: index == 0 ? "vxd-\(name)" : "vxd-\(index)-\(name)"))
       }
-      return thread
     } catch {
       completion(.failure(.host(error)))
-      return nil
+      return threads
     }
+    let all = threads
+    threads[0].loop.enqueue {
+      do throws(StartFault) {
+        completion(.success(try BlockBackend(settings, name, all, source, decorate, report)))
+      } catch {
+        completion(.failure(error))
+      }
+    }
+    return threads
   }
 
   private init(
-    _ settings: BlockSettings, _ name: String, _ thread: LoopThread, _ source: any GuestMemorySource,
-    _ onFault: @escaping @Sendable (DeviceFault) -> Void
+    _ settings: BlockSettings, _ name: String, _ threads: [LoopThread], _ source: any GuestMemorySource,
+    _ decorate: (any BlockEngine, Int) -> any BlockEngine, _ report: @escaping @Sendable (BlockReport) -> Void
   ) throws(StartFault) {
-    self.thread = thread
-    self.source = source
-    self.onFault = onFault
+    self.settings = settings
+    self.threads = threads
+    let notice: NBDEngine.Notice = { report($0.map(BlockReport.storeLost) ?? .storeBack) }
+    var engines: [any BlockEngine] = []
+    let opened: BlockStore
     do throws(ImageFault) {
-      let image = try RawImage(
-        path: settings.path, holder: name, readOnly: settings.readOnly, discard: settings.discard,
-        direct: settings.direct)
-      engine = try AIOEngine(image: image, depth: Int(settings.queueSize))
+      opened = try BlockStore.open(settings, name: name, notice: notice)
+      for index in 0..<opened.queueCount(settings) {
+        engines.append(decorate(try opened.engine(queue: index, settings, notice: notice), index))
+      }
     } catch {
       throw .image(error)
     }
-    isDirect = engine.image.isDirect
-    geometry = engine.geometry
-    queueSizes = [settings.queueSize]
-    offeredFeatures = BlockConfiguration.features(engine.geometry)
-    configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
+    store = opened
+    mode = opened.mode
+    isDirect = opened.isDirect
+    geometry = engines[0].geometry
+    bytes = Atomic(geometry.capacity)
+    queueSizes = engines.map { _ in settings.queueSize }
+    offeredFeatures = BlockConfiguration.features(geometry, queues: engines.count, cache: settings.cache)
+      .union(settings.ringFeatures)
+    configuration = ConfigurationSpace(
+      BlockConfiguration.bytes(geometry, queues: engines.count, cache: settings.cache))
+    var queues: [BlockQueue] = []
     do throws(Errno) {
-      kick = try EventDescriptor()
+      for (index, engine) in engines.enumerated() {
+        let reports = BlockQueue.Reports(
+          fault: { report(.fault($0)) }, held: { report($0 == 0 ? .resumed(queue: index) : .held(queue: index, $0)) })
+        queues.append(
+          try BlockQueue(
+            engine: engine, settings: settings, thread: threads[index % threads.count], source: source,
+            reports: reports))
+      }
     } catch {
       throw .host(error)
     }
-    // The layout of the idle queue is one that `validate` accepts.
-    pump = try? BlockPump(
-      engine: engine, source: source, counters: counters, serial: Array(settings.serial.utf8),
-      queueSize: Int(settings.queueSize), bounceBytes: settings.bounceBytes,
-      copiesAlways: settings.copiesAlways)
+    self.queues = queues
     do throws(Errno) {
-      tokens.append(
-        try thread.loop.onReadable(kick.raw) { [unowned self] in
-          kick.drain()
-          kicked.store(false, ordering: .releasing)
-          run()
-        })
-      tokens.append(
-        try thread.loop.onReadable(engine.readiness) { [unowned self] in
-          engine.acknowledgeReadiness()
-          run()
-        })
+      for queue in queues { try Self.onThread(of: queue) { () throws(Errno) in try queue.open() } }
     } catch {
       throw .host(error)
     }
   }
+
+  /// Runs `body` on the queue's thread, which may be the present one (the first of the device).
+  private static func onThread(of queue: BlockQueue, _ body: @escaping @Sendable () throws(Errno) -> Void) throws(Errno)
+  {
+    guard !queue.thread.isCurrent else { return try body() }
+    let failure = Mutex<Errno?>(nil)
+    queue.thread.perform {
+      do throws(Errno) { try body() } catch { failure.withLock { $0 = error } }
+    }
+    if let failure = failure.withLock({ $0 }) { throw failure }
+  }
+
+  // MARK: What others read
+
+  /// Bytes of the disk as they are now.
+  package var capacity: UInt64 { bytes.load(ordering: .relaxed) }
+  /// The counters of each queue.
+  package var counters: [BlockCounters] { queues.map(\.counters) }
+  package var threadCount: Int { threads.count }
 
   // MARK: VirtioDevice, on the ioreq thread
 
-  package func accepts(_ features: FeatureBits) -> Bool { true }
+  package func accepts(_ features: FeatureBits) -> Bool { BlockConfiguration.accepts(features) }
 
   package func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
-    thread.loop.enqueue { [self] in
-      self.signals = signals
-      guard let layout = layouts.first ?? nil else { return }
-      do throws(DeviceFault) {
-        try pump?.activate(layout: layout, maximumSize: queueSizes[0], features: features, source: source)
-      } catch {
-        return fail(error)
-      }
-      // What was notified before the queue was live, or before this daemon was, must not be lost.
-      run()
-      signals.interruptForUsedBuffers()
+    negotiated = features
+    self.signals.withLock { $0 = signals }
+    for (queue, layout) in zip(queues, layouts) {
+      if let layout { queue.activate(layout, features: features, writeback: writeback, signals: signals) }
     }
+  }
+
+  package func resetQueue(_ queue: Int) {
+    guard queues.indices.contains(queue) else { return }
+    let target = queues[queue]
+    target.thread.perform { target.deactivate() }
+  }
+
+  package func enableQueue(_ queue: Int, layout: QueueLayout) {
+    guard queues.indices.contains(queue), let signals = signals.withLock({ $0 }) else { return }
+    queues[queue].activate(layout, features: negotiated, writeback: writeback, signals: signals)
   }
 
   package func notify(queue: Int) {
-    counters.notifications.add(1)
-    wake()
-  }
-
-  private func wake() {
-    if !kicked.exchange(true, ordering: .acquiringAndReleasing) { kick.signal() }
+    queues[queue].counters.notifications.add(1)
+    queues[queue].wake()
   }
 
   package func reset() {
-    thread.perform { [self] in
-      pump?.deactivate()
-      signals = nil
+    signals.withLock { $0 = nil }
+    negotiated = []
+    setWriteback(true)
+    // All at once, then a wait for each: the longest alone counts.
+    let latches = queues.map { queue in
+      let latch = Latch()
+      queue.thread.loop.enqueue {
+        queue.deactivate()
+        latch.open()
+      }
+      return latch
     }
+    for latch in latches { latch.wait() }
   }
 
   package func configurationWritten(offset: Int, bytes: [UInt8]) {
-    // No writable field is offered (CONFIG_WCE is not).
+    let index = BlockConfiguration.writebackOffset - offset
+    // Nothing else in the space is the driver's to write (virtio 1.2, 5.2.5).
+    guard negotiated.contains(.blockConfigureWriteback), bytes.indices.contains(index) else { return }
+    setWriteback(bytes[index] != 0)
+    for queue in queues { queue.set(writeback: writeback) }
   }
 
-  // MARK: Data thread
+  private func setWriteback(_ value: Bool) {
+    guard offeredFeatures.contains(.blockConfigureWriteback), value != writeback else { return }
+    writeback = value
+    configuration.update { $0[BlockConfiguration.writebackOffset] = value ? 1 : 0 }
+  }
 
-  private func run() {
-    do throws(DeviceFault) {
-      if case .more? = try pump?.run(signals: signals ?? Self.silence) { wake() }
-    } catch {
-      fail(error)
+  // MARK: For operators
+
+  /// Goes on after a hold.
+  package func resume() { for queue in queues { queue.resume() } }
+
+  /// Follows the store's size, or grows a regular file first, and tells the driver.
+  ///
+  /// - Parameter completion: called on the device's first thread.
+  package func resize(to bytes: UInt64?, completion: @escaping @Sendable (Result<UInt64, ImageFault>) -> Void) {
+    threads[0].loop.enqueue { [self] in
+      do throws(ImageFault) {
+        let size = try store.resize(to: bytes)
+        let last = Countdown(left: queues.count) { [self] in
+          announce(size)
+          completion(.success(size))
+        }
+        for queue in queues { queue.set(capacity: size) { last.step() } }
+      } catch {
+        completion(.failure(error))
+      }
     }
   }
 
-  private func fail(_ fault: DeviceFault) {
-    pump?.deactivate()
-    signals?.needReset()
-    signals = nil
-    onFault(fault)
+  private func announce(_ size: UInt64) {
+    bytes.store(size, ordering: .relaxed)
+    configuration.update { space in
+      for index in 0..<8 { space[index] = UInt8(truncatingIfNeeded: (size / 512) >> UInt64(8 * index)) }
+    }
+    signals.withLock { $0 }?.interruptForConfiguration()
   }
-
-  /// For completions that come while no driver is there: nobody is to be told.
-  private final class Silence: TransportSignals {
-    func interruptForUsedBuffers() {}
-    func interruptForConfiguration() {}
-    func needReset() {}
-  }
-
-  private static let silence = Silence()
 
   // MARK: End
 
-  /// Ends the device: nothing touches guest memory any more when `completion` runs, and the image is closed.
-  ///
-  /// Waits, on the device's thread, for what the kernel still works on. The caller joins the thread afterwards.
+  /// Ends the device: nothing touches guest memory any more when `completion` runs, and the store is closed when this object
+  /// goes. Waits, on the device's threads, for what the kernel still works on. The caller joins the threads afterwards.
   package func stop(completion: @escaping @Sendable () -> Void) {
-    thread.loop.enqueue { [self] in
-      signals = nil
-      pump?.deactivate()
-      pump?.drain()
-      pump = nil
-      for token in tokens { thread.loop.remove(token) }
-      tokens = []
-      completion()
+    signals.withLock { $0 = nil }
+    let last = Countdown(left: queues.count, completion)
+    for queue in queues {
+      queue.thread.loop.enqueue {
+        queue.close()
+        last.step()
+      }
     }
+  }
+}
+
+/// Runs something when the last of several has happened.
+private final class Countdown: Sendable {
+  private let left: Atomic<Int>
+  private let action: @Sendable () -> Void
+
+  init(left: Int, _ action: @escaping @Sendable () -> Void) {
+    self.left = Atomic(left)
+    self.action = action
+  }
+
+  func step() {
+    if left.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue == 0 { action() }
   }
 }

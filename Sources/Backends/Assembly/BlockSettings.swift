@@ -1,6 +1,9 @@
+package import Devices
+import Virtqueue
+
 /// One block backend, as the supervisor wants it. Values are checked already.
 package struct BlockSettings: Equatable, Sendable {
-  /// The image: a raw file or a block device.
+  /// The image: a raw file, a block device, or the address of an NBD export (`NBDAddress`).
   package var path: String
   package var readOnly: Bool
   /// Whether the guest may discard; offered only where the image can.
@@ -9,17 +12,53 @@ package struct BlockSettings: Equatable, Sendable {
   package var serial: String
   /// Try O_DIRECT first.
   package var direct = true
+  package var cache = BlockCacheMode.writeback
+  package var errors = BlockErrorPolicy()
+  /// Virtqueues, 1 to 64; an NBD export whose connections do not see each other's writes gets one.
+  package var queues = 1
+  /// Threads that serve them, 1 to `queues`.
+  package var threads = 1
+  /// Entries of each virtqueue at most, 1 to 32768; a power of two where the driver uses split rings.
+  package var queueSize: UInt16 = 256
+  /// Offer the packed ring format.
+  package var packed = false
+  /// Offer to use buffers in order: a slow request then holds back the answers of those after it.
+  package var inOrder = false
+  /// Memory for data on its way between the guest and the image, in bytes, for each queue.
+  package var bounceBytes = 4 << 20
+  /// How long requests wait for a lost NBD server before they fail, in milliseconds.
+  package var reconnectMilliseconds: UInt64 = 60_000
+  /// Age of a request from which on the watchdog reports it, in milliseconds.
+  package var stuckMilliseconds: UInt64 = 30_000
   /// Copy through the bounce buffers also where the engine could reach guest memory: for measurements.
   package var copiesAlways = false
-  /// Entries of the virtqueue at most: a power of two.
-  package var queueSize: UInt16 = 256
-  /// Memory for data on its way between the guest and the image, in bytes.
-  package var bounceBytes = 4 << 20
 
   package init(path: String, readOnly: Bool, discard: Bool, serial: String) {
     self.path = path
     self.readOnly = readOnly
     self.discard = discard
     self.serial = serial
+  }
+
+  /// Requests of one queue that are worked on at a time at most.
+  var slots: Int { min(Int(queueSize), 256) }
+
+  /// Bits that come from the settings alone.
+  var ringFeatures: FeatureBits {
+    var features: FeatureBits = []
+    if packed { features.insert(.ringPacked) }
+    if inOrder { features.insert(.inOrder) }
+    return features
+  }
+
+  var pump: BlockPumpSettings {
+    var settings = BlockPumpSettings()
+    settings.serial = Array(serial.utf8)
+    settings.slots = slots
+    settings.bounceBytes = bounceBytes
+    settings.copiesAlways = copiesAlways
+    settings.cache = cache
+    settings.errors = errors
+    return settings
   }
 }

@@ -18,7 +18,7 @@ package final class Counter: Sendable {
   package func set(_ value: UInt64) { word.store(value, ordering: .relaxed) }
 }
 
-/// What a block device did since it was created. Written by its data thread alone, once per batch.
+/// What a block queue did since its device was created. Written by its data thread alone, once per batch.
 package final class BlockCounters: Sendable {
   package let reads = Counter()
   package let writes = Counter()
@@ -30,6 +30,8 @@ package final class BlockCounters: Sendable {
   package let writtenBytes = Counter()
   package let failed = Counter()
   package let unsupported = Counter()
+  /// Steps that were tried again after the store had failed them.
+  package let retries = Counter()
   /// Written by the ioreq thread.
   package let notifications = Counter()
   package let batches = Counter()
@@ -38,6 +40,11 @@ package final class BlockCounters: Sendable {
   package let translationMisses = Counter()
   /// Requests that the engine works on right now.
   package let inFlight = Atomic<UInt64>(0)
+  /// Those of them that wait for another try.
+  package let waiting = Atomic<UInt64>(0)
+  /// When the oldest request under way was taken, and when the present batch began: monotonic nanoseconds, 0 for none.
+  package let oldestSince = Atomic<UInt64>(0)
+  package let batchSince = Atomic<UInt64>(0)
 
   package init() {}
 }

@@ -9,7 +9,6 @@ import Glibc
 /// Confined to the queue's data thread. Each tag has one control block, so that starting an operation allocates nothing.
 package final class AIOEngine: BlockEngine {
   package let image: RawImage
-  /// Readable when `reap` may have something.
   package var readiness: Int32 { ready.raw }
 
   private let ready: EventDescriptor
@@ -19,7 +18,11 @@ package final class AIOEngine: BlockEngine {
   private let blocks: UnsafeMutablePointer<iocb>
   private let pointers: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
   private let events: UnsafeMutablePointer<io_event>
+  /// For requests without data.
+  private let noVectors = UnsafeMutablePointer<DataVector>.allocate(capacity: 1)
   private static let eventCapacity = 64
+  /// RWF_DSYNC (linux/fs.h): the write is durable when it completes.
+  private static let durable: UInt32 = 2
   /// Operations that the context did not take yet: their control blocks, first in first out.
   private var backlog: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
   private var backlogCount = 0
@@ -64,6 +67,7 @@ package final class AIOEngine: BlockEngine {
     backlog.deallocate()
     early.deallocate()
     events.deallocate()
+    noVectors.deallocate()
   }
 
   // MARK: BlockEngine
@@ -81,10 +85,14 @@ package final class AIOEngine: BlockEngine {
       let tag = Int(request.pointee.tag)
       guard tag < depth else { continue }
       let operation = request.pointee.operation
-      if operation == .discard || operation == .writeZeroes || (operation == .flush && flushesByWorker) {
-        startOnWorker(
-          operation, request.pointee.tag, offset: request.pointee.offset, length: request.pointee.length)
+      switch operation {
+      case .discard, .writeZeroes, .secureErase:
+        startOnWorker(request.pointee)
         continue
+      case .flush where flushesByWorker:
+        startOnWorker(request.pointee)
+        continue
+      case .flush, .read, .write: break
       }
       prepare(blocks + tag, request)
       pointers[prepared] = blocks + tag
@@ -109,8 +117,9 @@ package final class AIOEngine: BlockEngine {
     case .write where count == 1: io_prep_pwrite(block, image.descriptor, first.start, first.length, offset)
     case .read: io_prep_preadv(block, image.descriptor, vectors, count, offset)
     case .write: io_prep_pwritev(block, image.descriptor, vectors, count, offset)
-    case .flush, .discard, .writeZeroes: io_prep_fdsync(block, image.descriptor)
+    case .flush, .discard, .writeZeroes, .secureErase: io_prep_fdsync(block, image.descriptor)
     }
+    if request.pointee.isDurable, request.pointee.operation == .write { block.pointee.aio_rw_flags = Self.durable }
     block.pointee.data = UnsafeMutableRawPointer(bitPattern: UInt(request.pointee.tag) &+ 1)
     // Buffered reads and writes are over when io_submit returns: no need to be woken for them.
     if image.isDirect || request.pointee.operation == .flush { io_set_eventfd(block, ready.raw) }
@@ -125,6 +134,11 @@ package final class AIOEngine: BlockEngine {
         done &+= result
         outstanding &+= result
       } else if result == -Int(EAGAIN) {
+        // Vectors of buffered I/O point into guest memory that is ours for this batch only: the device tries again by itself.
+        guard image.isDirect else {
+          for index in done..<count { fail(list[index], result) }
+          return
+        }
         for index in done..<count { append(toBacklog: list[index]) }
         if outstanding == 0 { ready.signal() }  // nothing else would bring us back
         return
@@ -154,7 +168,7 @@ package final class AIOEngine: BlockEngine {
     if result == -Int(EINVAL), block.pointee.aio_lio_opcode == Int16(IO_CMD_FDSYNC.rawValue) {
       // A kernel or file system without asynchronous fdatasync.
       flushesByWorker = true
-      startOnWorker(.flush, tag, offset: 0, length: 0)
+      startOnWorker(EngineRequest(operation: .flush, tag: tag, offset: 0, vectors: noVectors))
       return
     }
     early[earlyCount] = EngineCompletion(tag: tag, result: result)
@@ -162,16 +176,16 @@ package final class AIOEngine: BlockEngine {
     ready.signal()
   }
 
-  private func startOnWorker(_ operation: BlockOperation, _ tag: UInt32, offset: UInt64, length: UInt64) {
+  private func startOnWorker(_ request: EngineRequest) {
     if worker == nil { worker = try? StoreWorker(image: image, wakeUp: ready.raw) }
     guard let worker else {
-      early[earlyCount] = EngineCompletion(tag: tag, result: -Int(EAGAIN))
+      early[earlyCount] = EngineCompletion(tag: request.tag, result: -Int(EAGAIN))
       earlyCount &+= 1
       ready.signal()
       return
     }
     workerOutstanding &+= 1
-    worker.start(operation, tag: tag, offset: offset, length: length)
+    worker.start(request)
   }
 
   package func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
@@ -217,6 +231,8 @@ package final class AIOEngine: BlockEngine {
     ready.drain()
   }
 
-  /// Takes the wake-ups that have come, before `reap`.
+  /// The kernel answers for its stores by itself.
+  package func abandon() {}
+
   package func acknowledgeReadiness() { ready.drain() }
 }

@@ -6,6 +6,10 @@ package enum ImageFault: Error {
   case notAnImage(path: String)
   case tooSmall(path: String, bytes: UInt64)
   case locked(path: String, holder: String)
+  case cannotResize(path: String, String)
+  /// A URI that names no export of an NBD server.
+  case badAddress(String, String)
+  case nbd(String, String)
   case host(what: String, Errno)
 
   package var message: String {
@@ -14,6 +18,9 @@ package enum ImageFault: Error {
     case .notAnImage(let path): "'\(path)' is neither a regular file nor a block device"
     case .tooSmall(let path, let bytes): "'\(path)' has \(bytes) bytes; a disk needs at least 512"
     case .locked(let path, let holder): "'\(path)' is in use by \(holder); two writers would destroy it"
+    case .cannotResize(let path, let reason): "cannot resize '\(path)': \(reason)"
+    case .badAddress(let address, let reason): "'\(address)' is no NBD address: \(reason)"
+    case .nbd(let address, let reason): "cannot use '\(address)': \(reason)"
     case .host(let what, let errno): "\(what): \(errno)"
     }
   }

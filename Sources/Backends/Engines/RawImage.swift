@@ -46,10 +46,15 @@ package final class RawImage: @unchecked Sendable {
     var logical: UInt32 = 512
     var physical: UInt32 = 4096
     var discards = discard && !readOnly
+    var (secureErase, lifetime): (Bool, BlockLifetime?) = (false, nil)
     isBlockDevice = clinux_is_block_device(status.st_mode) != 0
     if isBlockDevice {
       let size = clinux_block_device_size(raw, &bytes)
       guard size == 0 else { throw .host(what: "cannot read the size of '\(path)'", Errno(size)) }
+      (secureErase, lifetime) = (
+        !readOnly && clinux_block_device_can_secure_erase(raw) != 0,
+        StoreLifetime.read(deviceNumber: UInt64(status.st_rdev))
+      )
       let blocks = clinux_block_device_blocks(raw, &logical, &physical)
       guard blocks == 0 else { throw .host(what: "cannot read the block size of '\(path)'", Errno(blocks)) }
     } else {
@@ -76,7 +81,35 @@ package final class RawImage: @unchecked Sendable {
     memoryAlignment = direct ? Int(logical) : 1
     geometry = BlockGeometry(
       capacity: bytes - bytes % UInt64(logical), logicalBlock: logical, physicalBlock: max(physical, logical),
-      canDiscard: discards, readOnly: readOnly)
+      canDiscard: discards, readOnly: readOnly, canSecureErase: secureErase, lifetime: lifetime)
+  }
+
+  /// The size as it is now, for a disk that is to follow it.
+  ///
+  /// - Parameter bytes: what a regular file is to grow to first; nil leaves it as it is.
+  /// - Returns: the capacity in bytes, a multiple of the logical block.
+  package func resize(to bytes: UInt64?) throws(ImageFault) -> UInt64 {
+    var present: UInt64 = 0
+    if isBlockDevice {
+      guard bytes == nil else { throw .cannotResize(path: path, "a block device is grown by its own tools first") }
+      let failure = clinux_block_device_size(descriptor, &present)
+      guard failure == 0 else { throw .host(what: "cannot read the size of '\(path)'", Errno(failure)) }
+    } else {
+      var status = stat()
+      guard fstat(descriptor, &status) == 0 else { throw .host(what: "cannot examine '\(path)'", Errno.last) }
+      present = UInt64(clamping: status.st_size)
+      if let bytes {
+        guard bytes >= present else {
+          throw .cannotResize(path: path, "\(bytes) bytes are less than its \(present): what is cut off would be lost")
+        }
+        guard let length = off_t(exactly: bytes), ftruncate(descriptor, length) == 0 else {
+          throw .host(what: "cannot grow '\(path)'", Errno.last)
+        }
+        present = bytes
+      }
+    }
+    guard present >= 512 else { throw .tooSmall(path: path, bytes: present) }
+    return present - present % UInt64(geometry.logicalBlock)
   }
 
   deinit { ImageLock.release(identity, holder: holder) }

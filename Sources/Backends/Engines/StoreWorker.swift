@@ -22,9 +22,13 @@ final class StoreWorker: Sendable {
 
   func stop() { thread.stopAndJoin() }
 
-  func start(_ operation: BlockOperation, tag: UInt32, offset: UInt64, length: UInt64) {
+  func start(_ request: EngineRequest) {
+    // Only values travel: these operations have no data.
+    let (operation, tag, offset, length) = (request.operation, request.tag, request.offset, request.length)
+    let (isDurable, mayUnmap) = (request.isDurable, request.mayUnmap)
     thread.loop.enqueue { [self] in
-      let result = Self.perform(operation, image, offset, length)
+      var result = Self.perform(operation, image, offset, length, mayUnmap: mayUnmap)
+      if result == 0, isDurable, fdatasync(image.descriptor) != 0 { result = -Int(errno) }
       finished.withLock { $0.append(EngineCompletion(tag: tag, result: result)) }
       var one: UInt64 = 1
       while write(wakeUp, &one, 8) == -1 && errno == EINTR {}
@@ -42,19 +46,22 @@ final class StoreWorker: Sendable {
   }
 
   /// - Returns: 0 or a negated errno.
-  private static func perform(_ operation: BlockOperation, _ image: RawImage, _ offset: UInt64, _ length: UInt64) -> Int
-  {
+  private static func perform(
+    _ operation: BlockOperation, _ image: RawImage, _ offset: UInt64, _ length: UInt64, mayUnmap: Bool
+  ) -> Int {
     let descriptor = image.descriptor
     if operation == .flush { return fdatasync(descriptor) == 0 ? 0 : -Int(errno) }
     guard length > 0 else { return 0 }
     if image.isBlockDevice {
-      return -Int(
-        operation == .discard
-          ? clinux_block_device_discard(descriptor, offset, length)
-          : clinux_block_device_zero(descriptor, offset, length))
+      switch operation {
+      case .discard: return -Int(clinux_block_device_discard(descriptor, offset, length))
+      case .secureErase: return -Int(clinux_block_device_secure_erase(descriptor, offset, length))
+      default: return -Int(clinux_block_device_zero(descriptor, offset, length))
+      }
     }
+    guard operation != .secureErase else { return -Int(EOPNOTSUPP) }
     guard let start = Int64(exactly: offset), let count = Int64(exactly: length) else { return -Int(EINVAL) }
-    if operation == .writeZeroes,
+    if operation == .writeZeroes, !mayUnmap,
       clinux_fallocate(descriptor, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, count) == 0
     {
       return 0

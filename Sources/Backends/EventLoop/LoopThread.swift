@@ -29,6 +29,9 @@ package final class LoopThread: Sendable {
     }
   }
 
+  /// Whether the caller runs on this thread.
+  package var isCurrent: Bool { pthread_equal(pthread_self(), thread) != 0 }
+
   /// Ends the loop and waits for the thread; not to be called from it.
   package func stopAndJoin() {
     loop.stop()

@@ -25,6 +25,7 @@ enum MMIORegister {
   static let sharedMemorySelect: UInt64 = 0x0ac
   static let sharedMemoryFirst: UInt64 = 0x0b0
   static let sharedMemoryLast: UInt64 = 0x0bc
+  static let queueReset: UInt64 = 0x0c0
   static let configurationGeneration: UInt64 = 0x0fc
   static let configuration: UInt64 = 0x100
 

@@ -105,6 +105,10 @@ package final class MMIOTransport: TransportSignals {
     case MMIORegister.driverFeatures: writeDriverFeatures(word)
     case MMIORegister.queueSelect: registers.queueSelect = word
     case MMIORegister.queueReady: writeQueueReady(word)
+    case MMIORegister.queueReset:
+      guard word & 1 == 1, negotiated.contains(.ringReset), let queue = selected else { return }
+      takeDown(queue)
+      registers.queues[queue] = QueueLayout()
     default: writeQueue(offset, word)
     }
   }
@@ -138,20 +142,28 @@ package final class MMIOTransport: TransportSignals {
 
   private func writeQueueReady(_ word: UInt32) {
     guard let queue = selected else { return }
-    if word & 1 == 0 {
-      // Linux takes a queue down this way only after a reset; a live queue that goes away takes the device with it.
-      if registers.ready[queue] && currentStatus.contains(.driverOK) { device.reset() }
-      registers.ready[queue] = false
+    guard word & 1 == 1 else { return takeDown(queue) }
+    let isLive = currentStatus.contains(.driverOK)
+    guard currentStatus.contains(.featuresOK), !registers.ready[queue] else { return }
+    // While the device is live, only a queue that was reset may come (virtio 1.2, 2.6.1.2).
+    guard !isLive || negotiated.contains(.ringReset) else { return }
+    do throws(VirtqueueFault) {
+      try registers.queues[queue].validate(
+        maximum: device.queueSizes[queue], packed: negotiated.contains(.ringPacked))
+    } catch {
       return
     }
-    guard currentStatus.contains(.featuresOK), !currentStatus.contains(.driverOK) else { return }
-    do throws(VirtqueueFault) {
-      try registers.queues[queue].validate(maximum: device.queueSizes[queue])
-      registers.ready[queue] = true
-    } catch {
-      registers.ready[queue] = false
-    }
+    registers.ready[queue] = true
+    if isLive { device.enableQueue(queue, layout: registers.queues[queue]) }
   }
+
+  /// QueueReset, or 0 to QueueReady. Done when the access is answered, so both registers read 0 then (virtio 1.2, 2.6.1.1).
+  private func takeDown(_ queue: Int) {
+    if registers.ready[queue] && currentStatus.contains(.driverOK) { device.resetQueue(queue) }
+    registers.ready[queue] = false
+  }
+
+  private var negotiated: FeatureBits { FeatureBits(rawValue: registers.driverFeatures) }
 
   // MARK: Status
 
@@ -168,15 +180,14 @@ package final class MMIOTransport: TransportSignals {
   }
 
   private var featuresAcceptable: Bool {
-    let features = FeatureBits(rawValue: registers.driverFeatures)
+    let features = negotiated
     // Version 2 of virtio-mmio has no legacy interface: without VERSION_1 there is nothing to agree on.
     return features.isSubset(of: device.offeredFeatures) && features.contains(.version1) && device.accepts(features)
   }
 
   private func activate() {
     let layouts = zip(registers.queues, registers.ready).map { $1 ? $0 : nil }
-    device.activate(
-      features: FeatureBits(rawValue: registers.driverFeatures), layouts: layouts, signals: self)
+    device.activate(features: negotiated, layouts: layouts, signals: self)
   }
 
   private func reset() {

@@ -18,6 +18,11 @@ package protocol VirtioDevice: AnyObject, Sendable {
   func accepts(_ features: FeatureBits) -> Bool
   /// The driver set DRIVER_OK: the queues in `layouts` (nil where not ready) are live from now on.
   func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals)
+  /// The driver takes one queue down (VIRTIO_F_RING_RESET): when this returns, the queue's memory is not touched any more and
+  /// none of its chains will be used. The others go on.
+  func resetQueue(_ queue: Int)
+  /// A queue that was reset is live again.
+  func enableQueue(_ queue: Int, layout: QueueLayout)
   /// The driver made buffers available in a queue, whose index is below the number of queues.
   func notify(queue: Int)
   /// The driver resets the device: when this returns, no guest memory is touched and no interrupt sent any more.

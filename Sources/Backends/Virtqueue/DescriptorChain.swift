@@ -9,12 +9,27 @@ package struct GuestBuffer {
   }
 }
 
+/// Names a chain that the device has towards its virtqueue.
+package struct ChainTicket: Equatable {
+  /// Head of a split chain, buffer ID of a packed one.
+  package var head: UInt16
+  /// Slots of a packed ring that the chain occupies; 1 in a split one.
+  package var slots: UInt16
+  /// The chain's place in the order of the available ones, where that order is kept.
+  package var sequence: UInt16 = 0
+
+  package init(head: UInt16, slots: UInt16) {
+    self.head = head
+    self.slots = slots
+  }
+}
+
 /// A checked descriptor chain: readable buffers first, then the writable ones.
 ///
-/// `buffers` is storage of the caller's, `SplitVirtqueue.chainLimit` long; the chain is a copy, so what the driver writes
+/// `buffers` is storage of the caller's, `Virtqueue.chainLimit` long; the chain is a copy, so what the driver writes
 /// into the table later changes nothing.
 package struct DescriptorChain {
-  package var head: UInt16 = 0
+  package var ticket = ChainTicket(head: 0, slots: 0)
   package var readableCount = 0
   package var writableCount = 0
   package var readableBytes: UInt64 = 0

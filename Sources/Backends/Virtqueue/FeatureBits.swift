@@ -9,4 +9,6 @@ package struct FeatureBits: OptionSet, Sendable {
   package static let version1 = FeatureBits(rawValue: 1 << 32)  // VIRTIO_F_VERSION_1
   package static let accessPlatform = FeatureBits(rawValue: 1 << 33)  // VIRTIO_F_ACCESS_PLATFORM
   package static let ringPacked = FeatureBits(rawValue: 1 << 34)  // VIRTIO_F_RING_PACKED
+  package static let inOrder = FeatureBits(rawValue: 1 << 35)  // VIRTIO_F_IN_ORDER
+  package static let ringReset = FeatureBits(rawValue: 1 << 40)  // VIRTIO_F_RING_RESET
 }

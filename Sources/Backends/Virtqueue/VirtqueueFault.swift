@@ -6,6 +6,8 @@ package enum VirtqueueFault: Error, Equatable {
   case headOutOfRange(UInt16)
   /// A head that the device still works on was made available again.
   case headInUse(UInt16)
+  /// The driver made slots of a packed ring available that the device still has.
+  case ringOverrun
   /// A `next` field names no descriptor of its table.
   case nextOutOfRange(UInt16)
   /// The chain is longer than the device's limit, or loops.
@@ -33,6 +35,7 @@ package enum VirtqueueFault: Error, Equatable {
     case .availableIndexJumped(let pending): "the available index is \(pending) ahead, more than the queue's size"
     case .headOutOfRange(let head): "the available ring names descriptor \(head), which does not exist"
     case .headInUse(let head): "descriptor \(head) was made available while the device still works on it"
+    case .ringOverrun: "slots of the ring were made available while the device still works on them"
     case .nextOutOfRange(let next): "a descriptor's next field names \(next), which does not exist"
     case .chainTooLong: "a descriptor chain is too long or loops"
     case .readableAfterWritable: "a readable descriptor follows a writable one in a chain"

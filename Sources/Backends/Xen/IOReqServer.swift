@@ -22,6 +22,8 @@ package final class IOReqServer: EventSource {
   private let pool: ForeignMappingPool
   private let page: IOReqPage
   private let loop: EventLoop
+  /// For a test that shows what they are for.
+  private let ignoresInvalidations: Bool
   private var memory: GuestMemoryView
   private var token: EventLoop.Token?
   /// Our port of each vCPU, and back.
@@ -32,13 +34,16 @@ package final class IOReqServer: EventSource {
   private var mapped: [(first: UInt64, last: UInt64)] = []
   private var isClosed = false
 
+  /// - Parameter ignoresInvalidations: corrupts data as soon as a guest balloons: for a test that shows it.
+  ///
   /// Creates, maps, enables and binds: in the order in which Xen fills in the ports.
   package init(
-    guest: any GuestHandle, pool: ForeignMappingPool, loop: EventLoop
+    guest: any GuestHandle, pool: ForeignMappingPool, loop: EventLoop, ignoresInvalidations: Bool = false
   ) throws(XenError) {
     self.guest = guest
     self.pool = pool
     self.loop = loop
+    self.ignoresInvalidations = ignoresInvalidations
     memory = GuestMemoryView(source: pool)
     identifier = try guest.createIOReqServer()
     do throws(XenError) {
@@ -113,7 +118,7 @@ package final class IOReqServer: EventSource {
     switch request.kind {
     case .invalidate:
       counters.invalidations.wrappingAdd(1, ordering: .relaxed)
-      pool.invalidate()
+      if !ignoresInvalidations { pool.invalidate() }
       return request.data
     case .memory:
       if request.dataIsPointer {

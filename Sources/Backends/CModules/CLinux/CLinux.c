@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -32,6 +33,20 @@ int clinux_block_device_zero(int fd, uint64_t offset, uint64_t length) {
   uint64_t range[2] = {offset, length};
   return ioctl(fd, BLKZEROOUT, range) == 0 ? 0 : errno;
 }
+
+int clinux_block_device_secure_erase(int fd, uint64_t offset, uint64_t length) {
+  uint64_t range[2] = {offset, length};
+  return ioctl(fd, BLKSECDISCARD, range) == 0 ? 0 : errno;
+}
+
+int clinux_block_device_can_secure_erase(int fd) {
+  /* A range that is no whole sector: EINVAL where the operation exists, EOPNOTSUPP where it does not. Nothing is erased. */
+  uint64_t range[2] = {1, 1};
+  return ioctl(fd, BLKSECDISCARD, range) != 0 && errno == EINVAL;
+}
+
+unsigned int clinux_device_major(dev_t device) { return major(device); }
+unsigned int clinux_device_minor(dev_t device) { return minor(device); }
 
 int clinux_lock_description(int fd, int exclusive) {
   struct flock lock = {.l_type = exclusive ? F_WRLCK : F_RDLCK, .l_whence = SEEK_SET};
@@ -75,3 +90,5 @@ int clinux_fallocate(int fd, int mode, int64_t offset, int64_t length) {
 int clinux_o_direct(void) { return O_DIRECT; }
 
 int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); }
+
+int clinux_socket_cloexec(void) { return SOCK_CLOEXEC; }

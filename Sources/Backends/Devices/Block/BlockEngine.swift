@@ -6,6 +6,8 @@ package enum BlockOperation: UInt8, Sendable {
   case flush
   case discard
   case writeZeroes
+  /// As discard, with a promise that no copy of the data is left.
+  case secureErase
 }
 
 /// One operation of an engine. What `vectors` points at must stay until the completion is reaped.
@@ -19,6 +21,10 @@ package struct EngineRequest {
   package var length: UInt64
   package var vectors: UnsafeMutablePointer<DataVector>
   package var vectorCount: Int
+  /// Writes of every kind: durable by the time of the completion, as if a flush followed.
+  package var isDurable = false
+  /// Write zeroes: whether the store may give the space back.
+  package var mayUnmap = false
 
   package init(
     operation: BlockOperation, tag: UInt32, offset: UInt64, length: UInt64 = 0,
@@ -66,16 +72,38 @@ package struct BlockGeometry: Equatable, Sendable {
   package var physicalBlock: UInt32
   package var canDiscard: Bool
   package var readOnly: Bool
+  package var canWriteZeroes: Bool
+  package var canSecureErase: Bool
+  /// What the store tells of its wear, where it does.
+  package var lifetime: BlockLifetime?
 
   package init(
     capacity: UInt64, logicalBlock: UInt32 = 512, physicalBlock: UInt32 = 4096, canDiscard: Bool = false,
-    readOnly: Bool = false
+    readOnly: Bool = false, canWriteZeroes: Bool = true, canSecureErase: Bool = false, lifetime: BlockLifetime? = nil
   ) {
     self.capacity = capacity
     self.logicalBlock = logicalBlock
     self.physicalBlock = physicalBlock
     self.canDiscard = canDiscard
     self.readOnly = readOnly
+    self.canWriteZeroes = canWriteZeroes
+    self.canSecureErase = canSecureErase
+    self.lifetime = lifetime
+  }
+}
+
+/// Wear of a flash store, as eMMC tells it and VIRTIO_BLK_T_GET_LIFETIME passes it on (virtio 1.2, 5.2.6).
+package struct BlockLifetime: Equatable, Sendable {
+  /// 0 unknown, 1 normal, 2 warning (80 % of the reserved blocks used), 3 urgent (90 %).
+  package var preEndOfLife: UInt16
+  /// Wear in tenths: 1 is 0 to 10 % used, 11 beyond the estimate, 0 unknown; for two kinds of memory.
+  package var typicalA: UInt16
+  package var typicalB: UInt16
+
+  package init(preEndOfLife: UInt16, typicalA: UInt16, typicalB: UInt16) {
+    self.preEndOfLife = preEndOfLife
+    self.typicalA = typicalA
+    self.typicalB = typicalB
   }
 }
 
@@ -92,10 +120,17 @@ package protocol BlockEngine: AnyObject {
   var memoryAlignment: Int { get }
   /// Monotonic time in nanoseconds, for the bound on polling.
   var now: UInt64 { get }
-  /// Starts operations. Each of them completes, a failure included, by `reap`.
+  /// Readable when `reap` may have something.
+  var readiness: Int32 { get }
+  /// Takes the wake-ups that have come, before `reap`.
+  func acknowledgeReadiness()
+  /// Starts operations. Each of them completes, a failure included, by `reap`. A completion of -EAGAIN means that the engine was
+  /// short of something for a moment.
   func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int)
   /// Takes completions that have come; never waits.
   func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int
   /// Waits until `reap` has something to give. Only for the end of a device and for stores that reach guest memory.
   func waitForCompletion()
+  /// Completes with an error, as soon as possible, what would otherwise wait for a store that is out of reach: the device ends.
+  func abandon()
 }

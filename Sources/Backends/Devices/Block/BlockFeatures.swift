@@ -2,13 +2,18 @@ package import Virtqueue
 
 /// Feature bits of a block device (virtio 1.2, 5.2.3).
 extension FeatureBits {
+  package static let blockSizeMaximum = FeatureBits(rawValue: 1 << 1)  // VIRTIO_BLK_F_SIZE_MAX
   package static let blockSegmentsMaximum = FeatureBits(rawValue: 1 << 2)  // VIRTIO_BLK_F_SEG_MAX
   package static let blockReadOnly = FeatureBits(rawValue: 1 << 5)  // VIRTIO_BLK_F_RO
   package static let blockSize = FeatureBits(rawValue: 1 << 6)  // VIRTIO_BLK_F_BLK_SIZE
   package static let blockFlush = FeatureBits(rawValue: 1 << 9)  // VIRTIO_BLK_F_FLUSH
   package static let blockTopology = FeatureBits(rawValue: 1 << 10)  // VIRTIO_BLK_F_TOPOLOGY
+  package static let blockConfigureWriteback = FeatureBits(rawValue: 1 << 11)  // VIRTIO_BLK_F_CONFIG_WCE
+  package static let blockQueues = FeatureBits(rawValue: 1 << 12)  // VIRTIO_BLK_F_MQ
   package static let blockDiscard = FeatureBits(rawValue: 1 << 13)  // VIRTIO_BLK_F_DISCARD
   package static let blockWriteZeroes = FeatureBits(rawValue: 1 << 14)  // VIRTIO_BLK_F_WRITE_ZEROES
+  package static let blockLifetime = FeatureBits(rawValue: 1 << 15)  // VIRTIO_BLK_F_LIFETIME
+  package static let blockSecureErase = FeatureBits(rawValue: 1 << 16)  // VIRTIO_BLK_F_SECURE_ERASE
 }
 
 /// The configuration space of a block device (virtio 1.2, 5.2.4) and its limits.
@@ -21,41 +26,65 @@ package enum BlockConfiguration {
   /// Sectors in one such range at most: 1 GiB, so that one request does not hold the engine's worker for long.
   package static let rangeSectorsMaximum: UInt32 = 1 << 21
 
-  /// What the device offers for a store.
-  package static func features(_ geometry: BlockGeometry) -> FeatureBits {
+  /// Bytes of one data segment at most: what a step through the bounce buffers takes.
+  package static let segmentBytesMaximum: UInt32 = 1 << 20
+  /// Where the field `writeback` is, which a driver with CONFIG_WCE may write.
+  package static let writebackOffset = 32
+
+  /// What the device offers for a store and its settings.
+  package static func features(
+    _ geometry: BlockGeometry, queues: Int = 1, cache: BlockCacheMode = .writeback
+  ) -> FeatureBits {
     var features: FeatureBits = [
-      .version1, .indirectDescriptors, .eventIndex, .blockSegmentsMaximum, .blockSize, .blockFlush, .blockTopology,
+      .version1, .indirectDescriptors, .eventIndex, .ringReset, .blockSizeMaximum, .blockSegmentsMaximum, .blockSize,
+      .blockFlush, .blockTopology,
     ]
+    if queues > 1 { features.insert(.blockQueues) }
+    if cache == .writeback { features.insert(.blockConfigureWriteback) }
+    if geometry.lifetime != nil { features.insert(.blockLifetime) }
     if geometry.readOnly {
       features.insert(.blockReadOnly)
     } else {
-      features.insert(.blockWriteZeroes)
+      if geometry.canWriteZeroes { features.insert(.blockWriteZeroes) }
       if geometry.canDiscard { features.insert(.blockDiscard) }
+      if geometry.canSecureErase { features.insert(.blockSecureErase) }
     }
     return features
   }
 
-  /// The 60 bytes up to the end of the write-zeroes fields.
-  package static func bytes(_ geometry: BlockGeometry) -> [UInt8] {
-    var bytes = [UInt8](repeating: 0, count: 60)
+  /// Whether a driver's choice can be served: CONFIG_WCE is a promise about what FLUSH makes durable.
+  package static func accepts(_ features: FeatureBits) -> Bool {
+    !features.contains(.blockConfigureWriteback) || features.contains(.blockFlush)
+  }
+
+  /// The 72 bytes up to the end of the secure-erase fields.
+  package static func bytes(
+    _ geometry: BlockGeometry, queues: Int = 1, cache: BlockCacheMode = .writeback
+  ) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: 72)
     func put(_ value: UInt64, at offset: Int, width: Int) {
       for index in 0..<width { bytes[offset + index] = UInt8(truncatingIfNeeded: value >> UInt64(8 * index)) }
     }
-    let exponent = max(1, geometry.physicalBlock / geometry.logicalBlock).trailingZeroBitCount
+    let blocks = max(1, geometry.physicalBlock / geometry.logicalBlock)
+    let alignment = UInt64(max(geometry.physicalBlock, 4096)) / sectorSize
     put(geometry.capacity / sectorSize, at: 0, width: 8)
+    put(UInt64(segmentBytesMaximum), at: 8, width: 4)
     put(UInt64(segmentsMaximum), at: 12, width: 4)
     put(UInt64(geometry.logicalBlock), at: 20, width: 4)
-    put(UInt64(exponent), at: 24, width: 1)
-    put(UInt64(max(1, geometry.physicalBlock / geometry.logicalBlock)), at: 26, width: 2)  // min_io_size
+    put(UInt64(blocks.trailingZeroBitCount), at: 24, width: 1)
+    put(UInt64(blocks), at: 26, width: 2)  // min_io_size
     put(0, at: 28, width: 4)  // opt_io_size: none to prefer
-    put(1, at: 32, width: 1)  // writeback: durable on flush
-    put(1, at: 34, width: 2)  // num_queues
+    put(cache == .writethrough ? 0 : 1, at: writebackOffset, width: 1)
+    put(UInt64(queues), at: 34, width: 2)
     put(UInt64(rangeSectorsMaximum), at: 36, width: 4)
     put(UInt64(rangesMaximum), at: 40, width: 4)
-    put(UInt64(max(geometry.physicalBlock, 4096)) / sectorSize, at: 44, width: 4)
+    put(alignment, at: 44, width: 4)
     put(UInt64(rangeSectorsMaximum), at: 48, width: 4)
     put(UInt64(rangesMaximum), at: 52, width: 4)
     put(1, at: 56, width: 1)  // write_zeroes_may_unmap
+    put(UInt64(rangeSectorsMaximum), at: 60, width: 4)
+    put(UInt64(rangesMaximum), at: 64, width: 4)
+    put(alignment, at: 68, width: 4)
     return bytes
   }
 }

@@ -3,9 +3,10 @@ package import Virtqueue
 
 /// The data path of one block queue: descriptor chains in, engine operations out, completions back.
 ///
-/// Confined to the device's data thread. A batch is one call of `run`; within it nothing is allocated, locked or reference
-/// counted per request. The stages of a request: `take` (chain -> request -> operation), `stage` (one step of it becomes an
-/// engine request), `finishStep` (the engine's answer), `complete` (status byte and used element).
+/// Confined to the queue's data thread. A batch is one call of `run`; within it nothing is allocated, locked or reference
+/// counted per request. The stages of a request: `take` (chain -> request -> operation) here, `begin` and `stage` (one step of
+/// it becomes an engine request) in `BlockPump+Requests.swift`, `finishStep` (the engine's answer) and `complete` (status byte and
+/// used element) in `BlockPump+Completion.swift`.
 package struct BlockPump: ~Copyable {
   /// What `run` asks of its caller.
   package enum Outcome {
@@ -22,17 +23,18 @@ package struct BlockPump: ~Copyable {
   private let groupLimit: Int
 
   private let engine: any BlockEngine
-  private let geometry: BlockGeometry
+  let settings: BlockPumpSettings
+  let serial: [UInt8]
   private let counters: BlockCounters
-  private let serial: [UInt8]
+  var geometry: BlockGeometry
   /// Data moves straight between guest memory and the store.
-  private let direct: Bool
-  private let alignmentMask: UInt64
+  let direct: Bool
+  let alignmentMask: UInt64
 
-  private var memory: GuestMemoryView
-  private var queue: SplitVirtqueue
-  private var slab: OperationSlab
-  private var bounce: BouncePool
+  var memory: GuestMemoryView
+  var queue: Virtqueue
+  var slab: OperationSlab
+  var bounce: BouncePool
   private let staged: UnsafeMutablePointer<EngineRequest>
   private var stagedCount = 0
   private let completions: UnsafeMutablePointer<EngineCompletion>
@@ -40,16 +42,28 @@ package struct BlockPump: ~Copyable {
 
   /// Whether the queue is live.
   package private(set) var isActive = false
-  private var life: UInt32 = 0
+  var life: UInt32 = 0
   /// Operations of the present life, and those that an earlier one left behind.
-  private var inFlight = 0
+  var inFlight = 0
   private var orphans = 0
-  private var tally = Tally()
+  var tally = Tally()
   private var idle = IdlePoll()
-  private let pollsWhenIdle: Bool
+  /// Time of the batch, in nanoseconds.
+  var now: UInt64 = 0
+  /// Whether writes of the present life must be durable when they complete.
+  var isWriteThrough: Bool
+  private var features: FeatureBits = []
+
+  /// Slots whose step failed and is to be tried again: after a while, or at an operator's word.
+  let waiting: UnsafeMutablePointer<UInt32>
+  var waitingCount = 0
+  /// When the waiting slots are tried again, in nanoseconds; 0 when none is or the queue is held.
+  package var retryAt: UInt64 = 0
+  /// Why the queue is held (a negated errno); 0 when it is not.
+  package var heldResult = 0
 
   /// Counts of a batch, added to the shared counters once at its end.
-  private struct Tally {
+  struct Tally {
     var reads: UInt64 = 0
     var writes: UInt64 = 0
     var flushes: UInt64 = 0
@@ -60,56 +74,74 @@ package struct BlockPump: ~Copyable {
     var writtenBytes: UInt64 = 0
     var failed: UInt64 = 0
     var unsupported: UInt64 = 0
+    var retries: UInt64 = 0
   }
 
-  /// - Parameters:
-  ///   - serial: answer to GET_ID, at most 20 bytes.
-  ///   - queueSize: entries of the queue at most.
-  ///   - pollsWhenIdle: see `IdlePoll`; off where driver and device share a thread.
-  ///   - bounceBytes: memory for data on its way, where the engine cannot reach guest memory itself.
+  /// - Parameter chainLimit: buffers in a chain at most, see `chainLimit(queueSize:)`.
   package init(
-    engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, serial: [UInt8],
-    queueSize: Int, bounceBytes: Int, copiesAlways: Bool = false, pollsWhenIdle: Bool = true
+    engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, settings: BlockPumpSettings,
+    chainLimit: Int
   ) throws(VirtqueueFault) {
     self.engine = engine
     self.counters = counters
+    self.settings = settings
     geometry = engine.geometry
-    self.serial = Array(serial.prefix(20))
-    self.pollsWhenIdle = pollsWhenIdle
-    direct = !copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
+    serial = Array(settings.serial.prefix(20))
+    isWriteThrough = settings.cache == .writethrough
+    direct = !settings.copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
     groupLimit = engine.movesDataInSubmit ? 16 : Self.batchLimit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
     memory = GuestMemoryView(source: source)
     var unused = QueueLayout()
     unused.size = 1
-    queue = try SplitVirtqueue(layout: unused, maximumSize: 1, chainLimit: 1, features: [], source: source)
-    let chainLimit = max(queueSize, BlockConfiguration.segmentsMaximum + 2)
-    slab = OperationSlab(count: queueSize, chainLimit: chainLimit)
+    queue = try Virtqueue(layout: unused, maximumSize: 1, chainLimit: 1, features: [], source: source)
+    slab = OperationSlab(count: settings.slots, chainLimit: chainLimit)
     bounce = BouncePool(
-      smallCount: queueSize, largeCount: max(OperationSlab.buffersPerStep, bounceBytes / BouncePool.largeBytes))
-    staged = .allocate(capacity: queueSize)
+      smallCount: settings.slots,
+      largeCount: max(OperationSlab.buffersPerStep, settings.bounceBytes / BouncePool.largeBytes))
+    staged = .allocate(capacity: settings.slots)
+    waiting = .allocate(capacity: settings.slots)
     completions = .allocate(capacity: Self.completionCapacity)
   }
 
   deinit {
     staged.deallocate()
+    waiting.deallocate()
     completions.deallocate()
+  }
+
+  /// Buffers that a chain may have: SEG_MAX with header and status, and as long as a driver that does not look at SEG_MAX may
+  /// think of, within reason.
+  package static func chainLimit(queueSize: UInt16) -> Int {
+    max(BlockConfiguration.segmentsMaximum + 2, min(Int(queueSize), 1024))
   }
 
   // MARK: Life
 
   /// The driver's queue goes live.
   package mutating func activate(
-    layout: QueueLayout, maximumSize: UInt16, features: FeatureBits, source: any GuestMemorySource
+    layout: QueueLayout, maximumSize: UInt16, features: FeatureBits, writeback: Bool, source: any GuestMemorySource
   ) throws(DeviceFault) {
     do throws(VirtqueueFault) {
-      queue = try SplitVirtqueue(
+      queue = try Virtqueue(
         layout: layout, maximumSize: maximumSize, chainLimit: slab.chainLimit, features: features, source: source)
     } catch {
       throw .virtqueue(error)
     }
+    self.features = features
+    set(writeback: writeback)
     isActive = true
   }
+
+  /// The driver chose between write-back and write-through (virtio 1.2, 5.2.6.2: without FLUSH it is write-through too).
+  package mutating func set(writeback: Bool) {
+    isWriteThrough =
+      settings.cache == .writethrough
+      || settings.cache == .writeback && (!features.contains(.blockFlush) || !writeback)
+  }
+
+  /// The store has another size: requests that are taken from now on are checked against it.
+  package mutating func set(capacity: UInt64) { geometry.capacity = capacity }
 
   /// Ends the present life: from now on no guest memory is touched. What the engine still works on is completed into our own
   /// buffers and dropped; where it still reaches guest memory itself, it is waited for.
@@ -119,8 +151,14 @@ package struct BlockPump: ~Copyable {
     life &+= 1
     orphans &+= inFlight
     inFlight = 0
+    // What waits for another try is in nobody's hands.
+    for index in 0..<waitingCount { release(Int(waiting[index])) }
+    waitingCount = 0
+    retryAt = 0
+    heldResult = 0
     if direct && !engine.movesDataInSubmit { drain() }
     queue.forgetRings()
+    publishLoad()
   }
 
   /// Waits until the engine works on nothing any more.
@@ -135,15 +173,16 @@ package struct BlockPump: ~Copyable {
   package var busyCount: Int { slab.busyCount }
 
   /// Where the queue stands: for whoever adopts it later. Meaningful when nothing is in flight.
-  package var position: (available: UInt16, used: UInt16) { (queue.layout.nextAvailable, queue.layout.nextUsed) }
+  package var position: QueueLayout { queue.layout }
 
   /// Takes completions while no queue is live.
   private mutating func memoryFreeReap() {
     while true {
       let count = engine.reap(into: completions, capacity: Self.completionCapacity)
       for index in 0..<count { dropOrphan(Int(completions[index].tag)) }
-      if count == 0 { return }
+      if count == 0 { break }
     }
+    publishLoad()
   }
 
   private mutating func dropOrphan(_ slot: Int) {
@@ -152,7 +191,7 @@ package struct BlockPump: ~Copyable {
     orphans &-= 1
   }
 
-  private mutating func release(_ slot: Int) {
+  mutating func release(_ slot: Int) {
     let numbers = slab.bounce(slot)
     for index in 0..<slab.records[slot].bufferCount { bounce.give(numbers[index]) }
     slab.records[slot].bufferCount = 0
@@ -161,8 +200,12 @@ package struct BlockPump: ~Copyable {
 
   // MARK: A batch
 
-  /// Serves the queue: after a notification, a completion, or an outcome of `more`.
+  /// Serves the queue: after a notification, a completion, an outcome of `more`, or when `retryAt` has come.
   package mutating func run(signals: any TransportSignals) throws(DeviceFault) -> Outcome {
+    now = engine.now
+    // For the watchdog: a thread that does not come back from here is stuck in the store's or the hypervisor's hands.
+    counters.batchSince.store(now, ordering: .relaxed)
+    defer { counters.batchSince.store(0, ordering: .relaxed) }
     guard isActive else {
       memoryFreeReap()
       return .idle
@@ -172,9 +215,10 @@ package struct BlockPump: ~Copyable {
       memory.leave()
       settle()
     }
-    idle.wakes(at: engine.now)
+    idle.wakes(at: now)
     do throws(VirtqueueFault) {
       try queue.prepare(invalidations: invalidations)
+      if waitingCount > 0, heldResult == 0, now >= retryAt { tryAgain() }
       var budget = Self.batchLimit
       while true {
         queue.disableNotifications()
@@ -195,7 +239,7 @@ package struct BlockPump: ~Copyable {
 
   /// Takes what is there, group by group, and publishes what is done.
   ///
-  /// - Returns: false when a chain had to stay because a slot or a buffer is missing.
+  /// - Returns: false when a chain had to stay because a slot or a buffer is missing, or the queue is held.
   private mutating func serve(_ budget: inout Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
     reap()
     while true {
@@ -214,7 +258,7 @@ package struct BlockPump: ~Copyable {
   ///
   /// - Returns: whether there is something to do.
   private mutating func pollForMore() -> Bool {
-    guard pollsWhenIdle, idle.window > 0 else { return queue.hasPending() }
+    guard settings.pollsWhenIdle, idle.window > 0 else { return queue.hasPending() }
     let end = engine.now &+ idle.window
     repeat {
       for _ in 0..<16 where queue.hasPending() { return true }
@@ -235,29 +279,38 @@ package struct BlockPump: ~Copyable {
     counters.writtenBytes.add(tally.writtenBytes)
     counters.failed.add(tally.failed)
     counters.unsupported.add(tally.unsupported)
+    counters.retries.add(tally.retries)
     counters.batches.add(1)
     counters.translationHits.set(memory.hits)
     counters.translationMisses.set(memory.misses)
-    counters.inFlight.store(UInt64(slab.busyCount), ordering: .relaxed)
+    publishLoad()
     tally = Tally()
+  }
+
+  /// What the watchdog and the operator see of the requests under way.
+  private mutating func publishLoad() {
+    counters.inFlight.store(UInt64(slab.busyCount), ordering: .relaxed)
+    counters.waiting.store(UInt64(waitingCount), ordering: .relaxed)
+    counters.oldestSince.store(slab.oldestSince, ordering: .relaxed)
   }
 
   /// Takes chains until the queue is empty or the budget is used up.
   ///
-  /// - Returns: false when a chain had to stay because a slot or a buffer is missing.
+  /// - Returns: false when a chain had to stay because a slot or a buffer is missing, or the queue is held.
   private mutating func take(_ budget: inout Int) throws(VirtqueueFault) -> Bool {
     // What an earlier life left on its way to the disk must land before anything new is started on the same sectors.
-    guard orphans == 0 else { return false }
+    guard orphans == 0, heldResult == 0 else { return false }
     while budget > 0 {
-      guard slab.freeCount > 0 else { return !queue.hasPending() }
-      guard let head = try queue.popHead() else { return true }
-      guard let slot = slab.take() else { return false }
+      guard let slot = slab.take(at: now) else { return !queue.hasPending() }
       do throws(VirtqueueFault) {
         var chain = DescriptorChain(buffers: slab.buffers(slot))
-        try queue.read(head: head, memory: &memory, into: &chain)
+        guard try queue.next(memory: &memory, into: &chain) else {
+          slab.give(slot)
+          return true
+        }
         guard try begin(slot, chain) else {
           slab.give(slot)
-          queue.unpop(head)
+          queue.putBack(chain.ticket)
           return false
         }
       } catch {
@@ -269,232 +322,20 @@ package struct BlockPump: ~Copyable {
     return true
   }
 
-  /// Starts the request in a slot.
-  ///
-  /// - Returns: false when no bounce buffer is left.
-  private mutating func begin(_ slot: Int, _ chain: DescriptorChain) throws(VirtqueueFault) -> Bool {
-    guard let statusAddress = BlockRequest.statusAddress(chain) else { throw .requestTooShort }
-    slab.records[slot] = BlockOperationRecord(
-      life: life, head: chain.head, statusAddress: statusAddress, readableCount: chain.readableCount,
-      writableCount: chain.writableCount, written: 1)
-    let request: BlockRequest
-    do throws(GuestMemoryFault) {
-      request = try BlockRequest.parse(chain, memory: &memory)
-    } catch {
-      complete(slot, .ioError)
-      return true
-    }
-    slab.records[slot].dataBytes = request.dataBytes
-    switch request.kind {
-    case .read: return transfer(slot, .read, request)
-    case .write: return transfer(slot, .write, request)
-    case .flush:
-      tally.flushes &+= 1
-      slab.records[slot].kind = .flush
-      stage(slot, offset: 0, length: 0, vectorCount: 0)
-    case .discard, .writeZeroes: beginRanges(slot, request)
-    case .getID: answerID(slot)
-    case .unknown:
-      tally.others &+= 1
-      complete(slot, .unsupported)
-    }
-    return true
-  }
-
-  // MARK: Reads and writes
-
-  private mutating func transfer(_ slot: Int, _ operation: BlockOperation, _ request: BlockRequest) -> Bool {
-    let block = UInt64(geometry.logicalBlock)
-    guard BlockRequest.isOnDisk(sector: request.sector, bytes: request.dataBytes, capacity: geometry.capacity),
-      request.dataBytes % block == 0,
-      (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes > 0,
-      request.dataBytes < 1 << 31, operation == .read || !geometry.readOnly
-    else {
-      complete(slot, .ioError)
-      return true
-    }
-    slab.records[slot].kind = operation
-    slab.records[slot].offset = request.sector &* BlockConfiguration.sectorSize
-    if direct, let vectors = directVectors(slot) {
-      slab.records[slot].stepBytes = request.dataBytes
-      count(operation, request.dataBytes)
-      stage(slot, offset: slab.records[slot].offset, length: request.dataBytes, vectorCount: vectors)
-      return true
-    }
-    guard takeBuffers(slot, request.dataBytes) else { return false }
-    count(operation, request.dataBytes)
-    stageTransfer(slot)
-    return true
-  }
-
-  private mutating func count(_ operation: BlockOperation, _ bytes: UInt64) {
-    if operation == .read {
-      tally.reads &+= 1
-      tally.readBytes &+= bytes
-    } else {
-      tally.writes &+= 1
-      tally.writtenBytes &+= bytes
-    }
-  }
-
-  /// Bounce buffers for the first step: as many as the data needs, or as many as there are.
-  private mutating func takeBuffers(_ slot: Int, _ bytes: UInt64) -> Bool {
-    let numbers = slab.bounce(slot)
-    var taken = 0
-    var rest = bytes
-    while rest > 0, taken < OperationSlab.buffersPerStep, let buffer = bounce.take(bytes: rest) {
-      numbers[taken] = buffer
-      taken &+= 1
-      rest &-= min(rest, UInt64(bounce.bytes(buffer)))
-    }
-    slab.records[slot].bufferCount = taken
-    return taken > 0
-  }
-
-  /// The guest's data buffers as vectors, when the engine can use all of them.
-  private mutating func directVectors(_ slot: Int) -> Int? {
-    var cursor = dataCursor(slot)
-    let vectors = slab.vectors(slot)
-    var count = 0
-    var rest = slab.records[slot].dataBytes
-    while rest > 0, let run = cursor.take(Int(truncatingIfNeeded: rest)) {
-      var done: UInt32 = 0
-      while done < run.length {
-        guard count < slab.chainLimit else { return nil }
-        guard
-          let (pointer, length) = try? memory.translate(
-            run.address &+ UInt64(done), Int(run.length &- done)),
-          (UInt64(UInt(bitPattern: pointer)) | UInt64(length)) & alignmentMask == 0
-        else { return nil }
-        vectors[count] = DataVector(start: pointer, length: length)
-        count &+= 1
-        done &+= UInt32(truncatingIfNeeded: length)
-      }
-      rest &-= UInt64(run.length)
-    }
-    return count
-  }
-
-  /// A cursor over the data of a request: behind the header of a write, before the status byte of a read.
-  private func dataCursor(_ slot: Int) -> ChainCursor {
-    let record = slab.records + slot
-    let buffers = slab.buffers(slot)
-    if record.pointee.kind == .read {
-      return ChainCursor(buffers + record.pointee.readableCount, count: record.pointee.writableCount)
-    }
-    var cursor = ChainCursor(buffers, count: record.pointee.readableCount)
-    cursor.skip(UInt64(BlockRequest.headerBytes))
-    return cursor
-  }
-
-  /// One step of a transfer through the bounce buffers of its slot.
-  private mutating func stageTransfer(_ slot: Int) {
-    let record = slab.records + slot
-    let numbers = slab.bounce(slot)
-    let vectors = slab.vectors(slot)
-    var rest = record.pointee.dataBytes &- record.pointee.doneBytes
-    var count = 0
-    var cursor = dataCursor(slot)
-    let copies = record.pointee.kind == .write
-    if copies { cursor.skip(record.pointee.doneBytes) }
-    record.pointee.stepBytes = 0
-    while count < record.pointee.bufferCount, rest > 0 {
-      let start = bounce.start(numbers[count])
-      let length = Int(truncatingIfNeeded: min(rest, UInt64(bounce.bytes(numbers[count]))))
-      if copies {
-        do throws(GuestMemoryFault) {
-          _ = try cursor.read(&memory, to: start, count: length)
-        } catch {
-          return complete(slot, .ioError)
-        }
-      }
-      vectors[count] = DataVector(start: start, length: length)
-      rest &-= UInt64(length)
-      record.pointee.stepBytes &+= UInt64(length)
-      count &+= 1
-    }
-    stage(
-      slot, offset: record.pointee.offset &+ record.pointee.doneBytes, length: record.pointee.stepBytes,
-      vectorCount: count)
-  }
-
-  // MARK: Discard, write zeroes, identification
-
-  private mutating func beginRanges(_ slot: Int, _ request: BlockRequest) {
-    let isDiscard = request.kind == .discard
-    if isDiscard { tally.discards &+= 1 } else { tally.writeZeroes &+= 1 }
-    let count = Int(truncatingIfNeeded: min(request.dataBytes / 16, UInt64(BlockConfiguration.rangesMaximum) + 1))
-    guard request.dataBytes % 16 == 0, count > 0, count <= BlockConfiguration.rangesMaximum, !geometry.readOnly else {
-      return complete(slot, .ioError)
-    }
-    guard !isDiscard || geometry.canDiscard else { return complete(slot, .unsupported) }
-    slab.records[slot].kind = isDiscard ? .discard : .writeZeroes
-    var cursor = dataCursor(slot)
-    for index in 0..<count {
-      // struct virtio_blk_discard_write_zeroes: sector u64, num_sectors u32, flags u32
-      var words: (UInt64, UInt64) = (0, 0)
-      var fault = false
-      withUnsafeMutableBytes(of: &words) { bytes in
-        guard let start = bytes.baseAddress else { return }
-        do throws(GuestMemoryFault) {
-          fault = try cursor.read(&memory, to: start, count: 16) != 16
-        } catch {
-          fault = true
-        }
-      }
-      let sector = UInt64(littleEndian: words.0)
-      let second = UInt64(littleEndian: words.1)
-      let sectors = UInt32(truncatingIfNeeded: second)
-      let flags = UInt32(truncatingIfNeeded: second >> 32)
-      // The flag UNMAP belongs to write zeroes alone; unknown ones are refused (virtio 1.2, 5.2.6.2).
-      guard flags & ~(isDiscard ? 0 : 1) == 0 else { return complete(slot, .unsupported) }
-      let bytes = UInt64(sectors) &* BlockConfiguration.sectorSize
-      guard !fault, sectors <= BlockConfiguration.rangeSectorsMaximum,
-        BlockRequest.isOnDisk(sector: sector, bytes: bytes, capacity: geometry.capacity)
-      else { return complete(slot, .ioError) }
-      slab.ranges(slot)[index] = (sector &* BlockConfiguration.sectorSize, bytes)
-    }
-    slab.records[slot].rangeCount = count
-    stageRange(slot)
-  }
-
-  private mutating func stageRange(_ slot: Int) {
-    let range = slab.ranges(slot)[slab.records[slot].nextRange]
-    slab.records[slot].nextRange &+= 1
-    stage(slot, offset: range.0, length: range.1, vectorCount: 0)
-  }
-
-  private mutating func answerID(_ slot: Int) {
-    tally.others &+= 1
-    let record = slab.records[slot]
-    var cursor = ChainCursor(slab.buffers(slot) + record.readableCount, count: record.writableCount)
-    let room = Int(truncatingIfNeeded: min(record.dataBytes, 20))
-    var identifier: (UInt64, UInt64, UInt32) = (0, 0, 0)
-    var fault = false
-    withUnsafeMutableBytes(of: &identifier) { bytes in
-      guard let start = bytes.baseAddress else { return }
-      for index in 0..<serial.count { bytes[index] = serial[index] }
-      do throws(GuestMemoryFault) {
-        _ = try cursor.write(&memory, from: start, count: room)
-      } catch {
-        fault = true
-      }
-    }
-    slab.records[slot].written = UInt32(truncatingIfNeeded: room &+ 1)
-    complete(slot, fault ? .ioError : .ok)
-  }
-
   // MARK: Engine
 
-  private mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int) {
+  mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
+    slab.records[slot].vectorCount = vectorCount
     staged[stagedCount] = EngineRequest(
       operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
       vectors: slab.vectors(slot), vectorCount: vectorCount)
+    staged[stagedCount].isDurable = isWriteThrough
+    staged[stagedCount].mayUnmap = mayUnmap
     stagedCount &+= 1
     inFlight &+= 1
   }
 
-  private mutating func submit() {
+  mutating func submit() {
     guard stagedCount > 0 else { return }
     engine.submit(staged, count: stagedCount)
     stagedCount = 0
@@ -512,67 +353,5 @@ package struct BlockPump: ~Copyable {
       submit()
       if count < Self.completionCapacity { return }
     }
-  }
-
-  private mutating func finishStep(_ slot: Int, _ result: Int) {
-    inFlight &-= 1
-    let record = slab.records + slot
-    switch record.pointee.kind {
-    case .flush: complete(slot, result >= 0 ? .ok : .ioError)
-    case .discard, .writeZeroes:
-      if result == -95 { return complete(slot, .unsupported) }  // EOPNOTSUPP
-      guard result >= 0 else { return complete(slot, .ioError) }
-      guard record.pointee.nextRange < record.pointee.rangeCount else { return complete(slot, .ok) }
-      stageRange(slot)
-    case .read, .write:
-      // A short transfer means that the store shrank under us.
-      guard result >= 0, UInt64(result) == record.pointee.stepBytes else { return complete(slot, .ioError) }
-      if record.pointee.kind == .read {
-        if record.pointee.bufferCount > 0 {
-          guard copyToGuest(slot) else { return complete(slot, .ioError) }
-        }
-        record.pointee.written &+= UInt32(truncatingIfNeeded: record.pointee.stepBytes)
-      }
-      record.pointee.doneBytes &+= record.pointee.stepBytes
-      if record.pointee.doneBytes == record.pointee.dataBytes { complete(slot, .ok) } else { stageTransfer(slot) }
-    }
-  }
-
-  private mutating func copyToGuest(_ slot: Int) -> Bool {
-    let record = slab.records[slot]
-    let numbers = slab.bounce(slot)
-    var cursor = dataCursor(slot)
-    cursor.skip(record.doneBytes)
-    var rest = record.stepBytes
-    var index = 0
-    while rest > 0, index < record.bufferCount {
-      let length = Int(truncatingIfNeeded: min(rest, UInt64(bounce.bytes(numbers[index]))))
-      do throws(GuestMemoryFault) {
-        guard try cursor.write(&memory, from: bounce.start(numbers[index]), count: length) == length else {
-          return false
-        }
-      } catch {
-        return false
-      }
-      rest &-= UInt64(length)
-      index &+= 1
-    }
-    return true
-  }
-
-  /// Answers a request: status byte, used element.
-  private mutating func complete(_ slot: Int, _ status: BlockStatus) {
-    let record = slab.records[slot]
-    if status == .ioError { tally.failed &+= 1 }
-    if status == .unsupported { tally.unsupported &+= 1 }
-    var byte = status.rawValue
-    var written = status == .ok ? record.written : 1
-    do throws(GuestMemoryFault) {
-      try memory.copyOut(from: &byte, to: record.statusAddress, count: 1)
-    } catch {
-      written = 0  // nowhere to say it; the used element alone tells the driver that the request is over
-    }
-    queue.pushUsed(head: record.head, length: written)
-    release(slot)
   }
 }

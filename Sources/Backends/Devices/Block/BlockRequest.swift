@@ -13,8 +13,10 @@ package enum BlockRequestKind: Equatable {
   case write
   case flush
   case getID
+  case getLifetime
   case discard
   case writeZeroes
+  case secureErase
   case unknown(UInt32)
 }
 
@@ -64,11 +66,13 @@ package struct BlockRequest {
       case 1: .write  // VIRTIO_BLK_T_OUT
       case 4: .flush  // VIRTIO_BLK_T_FLUSH
       case 8: .getID  // VIRTIO_BLK_T_GET_ID
+      case 10: .getLifetime  // VIRTIO_BLK_T_GET_LIFETIME
       case 11: .discard  // VIRTIO_BLK_T_DISCARD
       case 13: .writeZeroes  // VIRTIO_BLK_T_WRITE_ZEROES
+      case 14: .secureErase  // VIRTIO_BLK_T_SECURE_ERASE
       default: .unknown(type)
       }
-    let readsFromGuest = kind != .read && kind != .getID
+    let readsFromGuest = kind != .read && kind != .getID && kind != .getLifetime
     return BlockRequest(
       kind: kind, sector: UInt64(littleEndian: header.1),
       dataBytes: readsFromGuest ? chain.readableBytes &- UInt64(headerBytes) : chain.writableBytes &- 1)

@@ -2,9 +2,9 @@ import Virtqueue
 
 /// A request that the device works on: one slot of the slab, reused without allocation.
 struct BlockOperationRecord {
-  /// The life of the device that the request belongs to: completions of an older one are dropped.
+  /// The life of the queue that the request belongs to: completions of an older one are dropped.
   var life: UInt32 = 0
-  var head: UInt16 = 0
+  var ticket = ChainTicket(head: 0, slots: 0)
   var kind: BlockOperation = .flush
   var statusAddress: UInt64 = 0
   /// Byte on the disk, and bytes of data in all, done, and in the step under way.
@@ -16,11 +16,15 @@ struct BlockOperationRecord {
   var writableCount = 0
   /// Bounce buffers of the step; none when the data moves straight to and from guest memory.
   var bufferCount = 0
-  /// Discard and write-zeroes: ranges in all, and the next one.
+  /// Vectors of the step.
+  var vectorCount = 0
+  /// Discard, write-zeroes and secure erase: ranges in all, and the next one.
   var rangeCount = 0
   var nextRange = 0
   /// Bytes that the used element reports.
   var written: UInt32 = 0
+  /// Time of the first failure of the step, in nanoseconds; 0 when it has not failed.
+  var failedSince: UInt64 = 0
 }
 
 /// Fixed storage for the requests of one queue: records, guest buffers, vectors, bounce buffer numbers.
@@ -28,15 +32,33 @@ struct OperationSlab: ~Copyable {
   /// Bounce buffers and so vectors of one step: up to 1 MiB at a time.
   static let buffersPerStep = 16
 
+  /// A range of the disk, for a request that names several.
+  struct Range {
+    var offset: UInt64
+    var length: UInt64
+    var mayUnmap: Bool
+  }
+
+  /// A slot's place in the order of age.
+  private struct Link {
+    var older: Int32
+    var newer: Int32
+    var since: UInt64
+  }
+
   let count: Int
   let chainLimit: Int
   let records: UnsafeMutablePointer<BlockOperationRecord>
+  // Written before they are read, and left untouched until then: a slab of an idle queue costs no memory.
   private let guestBuffers: UnsafeMutablePointer<GuestBuffer>
   private let vectorStorage: UnsafeMutablePointer<DataVector>
   private let bounceNumbers: UnsafeMutablePointer<UInt32>
-  private let rangeStorage: UnsafeMutablePointer<(UInt64, UInt64)>
+  private let rangeStorage: UnsafeMutablePointer<Range>
+  private let links: UnsafeMutablePointer<Link>
   private let free: UnsafeMutablePointer<UInt32>
   private(set) var freeCount: Int
+  private var oldest: Int32 = -1
+  private var newest: Int32 = -1
 
   init(count: Int, chainLimit: Int) {
     self.count = count
@@ -44,13 +66,11 @@ struct OperationSlab: ~Copyable {
     records = .allocate(capacity: count)
     records.initialize(repeating: BlockOperationRecord(), count: count)
     guestBuffers = .allocate(capacity: count * chainLimit)
-    guestBuffers.initialize(repeating: GuestBuffer(address: 0, length: 0), count: count * chainLimit)
     vectorStorage = .allocate(capacity: count * chainLimit)
-    vectorStorage.initialize(repeating: DataVector(start: nil, length: 0), count: count * chainLimit)
     bounceNumbers = .allocate(capacity: count * Self.buffersPerStep)
-    bounceNumbers.initialize(repeating: 0, count: count * Self.buffersPerStep)
     rangeStorage = .allocate(capacity: count * BlockConfiguration.rangesMaximum)
-    rangeStorage.initialize(repeating: (0, 0), count: count * BlockConfiguration.rangesMaximum)
+    links = .allocate(capacity: count)
+    links.initialize(repeating: Link(older: -1, newer: -1, since: 0), count: count)
     free = .allocate(capacity: count)
     for index in 0..<count { free[index] = UInt32(count - 1 - index) }
     freeCount = count
@@ -62,18 +82,30 @@ struct OperationSlab: ~Copyable {
     vectorStorage.deallocate()
     bounceNumbers.deallocate()
     rangeStorage.deallocate()
+    links.deallocate()
     free.deallocate()
   }
 
   var busyCount: Int { count &- freeCount }
 
-  mutating func take() -> Int? {
+  /// When the oldest slot in use was taken; 0 when none is.
+  var oldestSince: UInt64 { oldest < 0 ? 0 : links[Int(oldest)].since }
+
+  /// - Parameter now: monotonic time in nanoseconds.
+  mutating func take(at now: UInt64) -> Int? {
     guard freeCount > 0 else { return nil }
     freeCount &-= 1
-    return Int(free[freeCount])
+    let slot = Int32(truncatingIfNeeded: free[freeCount])
+    links[Int(slot)] = Link(older: newest, newer: -1, since: now)
+    if newest >= 0 { links[Int(newest)].newer = slot } else { oldest = slot }
+    newest = slot
+    return Int(slot)
   }
 
   mutating func give(_ slot: Int) {
+    let link = links[slot]
+    if link.older >= 0 { links[Int(link.older)].newer = link.newer } else { oldest = link.newer }
+    if link.newer >= 0 { links[Int(link.newer)].older = link.older } else { newest = link.older }
     free[freeCount] = UInt32(truncatingIfNeeded: slot)
     freeCount &+= 1
   }
@@ -81,8 +113,5 @@ struct OperationSlab: ~Copyable {
   func buffers(_ slot: Int) -> UnsafeMutablePointer<GuestBuffer> { guestBuffers + slot &* chainLimit }
   func vectors(_ slot: Int) -> UnsafeMutablePointer<DataVector> { vectorStorage + slot &* chainLimit }
   func bounce(_ slot: Int) -> UnsafeMutablePointer<UInt32> { bounceNumbers + slot &* Self.buffersPerStep }
-  /// Offset and length in bytes of each range.
-  func ranges(_ slot: Int) -> UnsafeMutablePointer<(UInt64, UInt64)> {
-    rangeStorage + slot &* BlockConfiguration.rangesMaximum
-  }
+  func ranges(_ slot: Int) -> UnsafeMutablePointer<Range> { rangeStorage + slot &* BlockConfiguration.rangesMaximum }
 }

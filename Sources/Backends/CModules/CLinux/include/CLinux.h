@@ -14,6 +14,13 @@ int clinux_block_device_blocks(int fd, uint32_t *logical, uint32_t *physical);
 /// Discards or zeroes a range of a block device; 0 or an errno.
 int clinux_block_device_discard(int fd, uint64_t offset, uint64_t length);
 int clinux_block_device_zero(int fd, uint64_t offset, uint64_t length);
+/// Erases a range so that no copy is left; 0 or an errno.
+int clinux_block_device_secure_erase(int fd, uint64_t offset, uint64_t length);
+/// Whether the device can; asks without erasing anything.
+int clinux_block_device_can_secure_erase(int fd);
+/// The two halves of a device number.
+unsigned int clinux_device_major(dev_t device);
+unsigned int clinux_device_minor(dev_t device);
 /// Locks a whole file through its open file description (F_OFD_SETLK); 0 or an errno.
 int clinux_lock_description(int fd, int exclusive);
 /// The process that holds a conflicting lock on the file: its pid, -1 for a lock of an open file description (which has no
@@ -32,6 +39,8 @@ uint64_t clinux_thread_cpu_nanoseconds(void);
 int clinux_fallocate(int fd, int mode, int64_t offset, int64_t length);
 /// Accepts a connection, non-blocking and closed on exec; the descriptor or -1.
 int clinux_accept(int fd);
+/// The flag SOCK_CLOEXEC, an enumerator in glibc.
+int clinux_socket_cloexec(void);
 /// The flag O_DIRECT, which only GNU's headers show.
 int clinux_o_direct(void);
 

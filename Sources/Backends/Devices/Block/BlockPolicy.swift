@@ -1,0 +1,62 @@
+/// What a completed write is worth.
+package enum BlockCacheMode: String, Sendable, CaseIterable {
+  /// Completed writes are in the store's cache; a completed flush makes them durable. The driver may ask for write-through
+  /// (VIRTIO_BLK_F_CONFIG_WCE).
+  case writeback
+  /// Completed writes are durable.
+  case writethrough
+  /// Flushes do nothing: a crash of the host may lose or tear anything. For data that can be made again.
+  case unsafe
+}
+
+/// What happens to a request that the store failed.
+package struct BlockErrorPolicy: Equatable, Sendable {
+  package enum Action: Equatable, Sendable {
+    /// The guest gets VIRTIO_BLK_S_IOERR.
+    case report
+    /// The request is tried again until so many milliseconds have passed since its first failure; then it is reported.
+    case retry(milliseconds: UInt64)
+    /// The queue stops with the request in it and the guest waits, until an operator says `resume`.
+    case hold
+  }
+
+  /// Errors of the store, ENOSPC excepted.
+  package var onError: Action = .report
+  /// ENOSPC: a thin store is full.
+  package var onNoSpace: Action = .report
+  /// Pause between two tries, in milliseconds.
+  package var retryPause: UInt64 = 250
+
+  package init() {}
+
+  /// - Parameter result: a negated errno.
+  package func action(for result: Int) -> Action {
+    switch result {
+    // The engine was short of something itself: not the store's word, and over soon.
+    case -11: .retry(milliseconds: Self.shortageLimit)  // EAGAIN
+    case -28: onNoSpace  // ENOSPC
+    default: onError
+    }
+  }
+
+  /// How long an engine may be short of something before its requests fail, in milliseconds.
+  private static let shortageLimit: UInt64 = 10_000
+}
+
+/// How a pump serves its queue.
+package struct BlockPumpSettings: Sendable {
+  /// Answer to GET_ID, at most 20 bytes are used.
+  package var serial: [UInt8] = []
+  /// Requests that are worked on at a time at most.
+  package var slots = 256
+  /// Memory for data on its way, where the engine cannot reach guest memory itself, in bytes.
+  package var bounceBytes = 4 << 20
+  /// Copy also where the engine could reach guest memory: for measurements.
+  package var copiesAlways = false
+  /// See `IdlePoll`; off where driver and device share a thread.
+  package var pollsWhenIdle = true
+  package var cache = BlockCacheMode.writeback
+  package var errors = BlockErrorPolicy()
+
+  package init() {}
+}

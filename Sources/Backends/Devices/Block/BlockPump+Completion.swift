@@ -1,0 +1,129 @@
+import Virtqueue
+
+/// From the engine's answers to the guest's, and what happens in between when the store fails.
+extension BlockPump {
+  private static var shortTransfer: Int { -5 }  // EIO
+  private static var noSpace: Int { -28 }  // ENOSPC
+  private static var notSupported: Int { -95 }  // EOPNOTSUPP
+
+  mutating func finishStep(_ slot: Int, _ result: Int) {
+    inFlight &-= 1
+    let record = slab.records + slot
+    switch record.pointee.kind {
+    case .flush:
+      guard result >= 0 else { return failStep(slot, result) }
+      complete(slot, .ok)
+    case .discard, .writeZeroes, .secureErase:
+      if result == Self.notSupported { return complete(slot, .unsupported) }
+      guard result >= 0 else { return failStep(slot, result) }
+      record.pointee.failedSince = 0
+      if record.pointee.nextRange < record.pointee.rangeCount { stageRange(slot) } else { complete(slot, .ok) }
+    case .read, .write:
+      guard result >= 0, UInt64(result) == record.pointee.stepBytes else {
+        // A store that takes a part of a write is full; one that gives a part of a read has shrunk.
+        let reason = result < 0 ? result : record.pointee.kind == .write ? Self.noSpace : Self.shortTransfer
+        return failStep(slot, reason)
+      }
+      if record.pointee.kind == .read {
+        if record.pointee.bufferCount > 0 {
+          guard copyToGuest(slot) else { return complete(slot, .ioError) }
+        }
+        record.pointee.written &+= UInt32(truncatingIfNeeded: record.pointee.stepBytes)
+      }
+      record.pointee.failedSince = 0
+      record.pointee.doneBytes &+= record.pointee.stepBytes
+      if record.pointee.doneBytes == record.pointee.dataBytes { complete(slot, .ok) } else { stageTransfer(slot) }
+    }
+  }
+
+  private mutating func copyToGuest(_ slot: Int) -> Bool {
+    let record = slab.records[slot]
+    let numbers = slab.bounce(slot)
+    var cursor = dataCursor(slot)
+    cursor.skip(record.doneBytes)
+    var rest = record.stepBytes
+    var index = 0
+    while rest > 0, index < record.bufferCount {
+      let length = Int(truncatingIfNeeded: min(rest, UInt64(bounce.bytes(numbers[index]))))
+      do throws(GuestMemoryFault) {
+        guard try cursor.write(&memory, from: bounce.start(numbers[index]), count: length) == length else {
+          return false
+        }
+      } catch {
+        return false
+      }
+      rest &-= UInt64(length)
+      index &+= 1
+    }
+    return true
+  }
+
+  /// Answers a request: status byte, used element.
+  mutating func complete(_ slot: Int, _ status: BlockStatus) {
+    let record = slab.records[slot]
+    if status == .ioError { tally.failed &+= 1 }
+    if status == .unsupported { tally.unsupported &+= 1 }
+    var byte = status.rawValue
+    var written = status == .ok ? record.written : 1
+    do throws(GuestMemoryFault) {
+      try memory.copyOut(from: &byte, to: record.statusAddress, count: 1)
+    } catch {
+      written = 0  // nowhere to say it; the used element alone tells the driver that the request is over
+    }
+    queue.pushUsed(record.ticket, length: written)
+    release(slot)
+  }
+
+  // MARK: Failures
+
+  /// The store failed a step: its request is answered, or waits for another try, as the policy says.
+  private mutating func failStep(_ slot: Int, _ result: Int) {
+    switch settings.errors.action(for: result) {
+    case .report: return complete(slot, .ioError)
+    case .retry(let milliseconds):
+      if slab.records[slot].failedSince == 0 { slab.records[slot].failedSince = now }
+      guard now &- slab.records[slot].failedSince < milliseconds &* 1_000_000 else { return complete(slot, .ioError) }
+      if retryAt == 0 { retryAt = now &+ settings.errors.retryPause &* 1_000_000 }
+    case .hold:
+      if heldResult == 0 { heldResult = result }
+    }
+    waiting[waitingCount] = UInt32(truncatingIfNeeded: slot)
+    waitingCount &+= 1
+  }
+
+  /// Ends a hold: what waits is tried again by the next `run`, and the queue goes on.
+  package mutating func resume() {
+    heldResult = 0
+    retryAt = 0
+  }
+
+  /// Stages the steps that failed once more.
+  mutating func tryAgain() {
+    retryAt = 0
+    let count = waitingCount
+    waitingCount = 0
+    tally.retries &+= UInt64(count)
+    for index in 0..<count { stageAgain(Int(waiting[index])) }
+    submit()
+  }
+
+  private mutating func stageAgain(_ slot: Int) {
+    let record = slab.records + slot
+    switch record.pointee.kind {
+    case .flush: stage(slot, offset: 0, length: 0, vectorCount: 0)
+    case .discard, .writeZeroes, .secureErase:
+      record.pointee.nextRange &-= 1
+      stageRange(slot)
+    case .read, .write:
+      if record.pointee.bufferCount > 0 {
+        // The data of a write is still in its bounce buffers.
+        return stage(
+          slot, offset: record.pointee.offset &+ record.pointee.doneBytes, length: record.pointee.stepBytes,
+          vectorCount: record.pointee.vectorCount)
+      }
+      // The guest's memory may be mapped elsewhere by now.
+      guard let vectors = directVectors(slot) else { return complete(slot, .ioError) }
+      stage(slot, offset: record.pointee.offset, length: record.pointee.dataBytes, vectorCount: vectors)
+    }
+  }
+}

@@ -1,0 +1,244 @@
+import Virtqueue
+
+/// From a chain to the engine's requests.
+extension BlockPump {
+  /// Starts the request in a slot.
+  ///
+  /// - Returns: false when no bounce buffer is left.
+  mutating func begin(_ slot: Int, _ chain: DescriptorChain) throws(VirtqueueFault) -> Bool {
+    guard let statusAddress = BlockRequest.statusAddress(chain) else { throw .requestTooShort }
+    slab.records[slot] = BlockOperationRecord(
+      life: life, ticket: chain.ticket, statusAddress: statusAddress, readableCount: chain.readableCount,
+      writableCount: chain.writableCount, written: 1)
+    let request: BlockRequest
+    do throws(GuestMemoryFault) {
+      request = try BlockRequest.parse(chain, memory: &memory)
+    } catch {
+      complete(slot, .ioError)
+      return true
+    }
+    slab.records[slot].dataBytes = request.dataBytes
+    switch request.kind {
+    case .read: return transfer(slot, .read, request)
+    case .write: return transfer(slot, .write, request)
+    case .flush:
+      tally.flushes &+= 1
+      if settings.cache == .unsafe {
+        complete(slot, .ok)
+      } else {
+        slab.records[slot].kind = .flush
+        stage(slot, offset: 0, length: 0, vectorCount: 0)
+      }
+    case .discard: beginRanges(slot, .discard, isOffered: geometry.canDiscard)
+    case .writeZeroes: beginRanges(slot, .writeZeroes, isOffered: geometry.canWriteZeroes)
+    case .secureErase: beginRanges(slot, .secureErase, isOffered: geometry.canSecureErase)
+    case .getID:
+      var identifier: (UInt64, UInt64, UInt32) = (0, 0, 0)
+      withUnsafeMutableBytes(of: &identifier) { bytes in
+        for index in 0..<serial.count { bytes[index] = serial[index] }
+      }
+      withUnsafeBytes(of: &identifier) { answer(slot, UnsafeRawBufferPointer(rebasing: $0[..<20])) }
+    case .getLifetime:
+      guard let lifetime = geometry.lifetime else {
+        tally.others &+= 1
+        complete(slot, .unsupported)
+        return true
+      }
+      // struct virtio_blk_lifetime: pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b
+      var words = (
+        lifetime.preEndOfLife.littleEndian, lifetime.typicalA.littleEndian, lifetime.typicalB.littleEndian
+      )
+      withUnsafeBytes(of: &words) { answer(slot, UnsafeRawBufferPointer(rebasing: $0[..<6])) }
+    case .unknown:
+      tally.others &+= 1
+      complete(slot, .unsupported)
+    }
+    return true
+  }
+
+  /// Answers a request that asks for a few bytes of ours; a shorter buffer gets the first ones.
+  private mutating func answer(_ slot: Int, _ bytes: UnsafeRawBufferPointer) {
+    tally.others &+= 1
+    guard let start = bytes.baseAddress else { return complete(slot, .ioError) }
+    let record = slab.records[slot]
+    var cursor = ChainCursor(slab.buffers(slot) + record.readableCount, count: record.writableCount)
+    let room = Int(truncatingIfNeeded: min(record.dataBytes, UInt64(bytes.count)))
+    do throws(GuestMemoryFault) {
+      _ = try cursor.write(&memory, from: start, count: room)
+    } catch {
+      return complete(slot, .ioError)
+    }
+    slab.records[slot].written = UInt32(truncatingIfNeeded: room &+ 1)
+    complete(slot, .ok)
+  }
+
+  // MARK: Reads and writes
+
+  private mutating func transfer(_ slot: Int, _ operation: BlockOperation, _ request: BlockRequest) -> Bool {
+    let block = UInt64(geometry.logicalBlock)
+    guard BlockRequest.isOnDisk(sector: request.sector, bytes: request.dataBytes, capacity: geometry.capacity),
+      request.dataBytes % block == 0,
+      (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes > 0,
+      request.dataBytes < 1 << 31, operation == .read || !geometry.readOnly
+    else {
+      complete(slot, .ioError)
+      return true
+    }
+    slab.records[slot].kind = operation
+    slab.records[slot].offset = request.sector &* BlockConfiguration.sectorSize
+    if direct, let vectors = directVectors(slot) {
+      slab.records[slot].stepBytes = request.dataBytes
+      count(operation, request.dataBytes)
+      stage(slot, offset: slab.records[slot].offset, length: request.dataBytes, vectorCount: vectors)
+      return true
+    }
+    guard takeBuffers(slot, request.dataBytes) else { return false }
+    count(operation, request.dataBytes)
+    stageTransfer(slot)
+    return true
+  }
+
+  private mutating func count(_ operation: BlockOperation, _ bytes: UInt64) {
+    if operation == .read {
+      tally.reads &+= 1
+      tally.readBytes &+= bytes
+    } else {
+      tally.writes &+= 1
+      tally.writtenBytes &+= bytes
+    }
+  }
+
+  /// Bounce buffers for the first step: as many as the data needs, or as many as there are.
+  private mutating func takeBuffers(_ slot: Int, _ bytes: UInt64) -> Bool {
+    let numbers = slab.bounce(slot)
+    var taken = 0
+    var rest = bytes
+    while rest > 0, taken < OperationSlab.buffersPerStep, let buffer = bounce.take(bytes: rest) {
+      numbers[taken] = buffer
+      taken &+= 1
+      rest &-= min(rest, UInt64(bounce.bytes(buffer)))
+    }
+    slab.records[slot].bufferCount = taken
+    return taken > 0
+  }
+
+  /// The guest's data buffers as vectors, when the engine can use all of them.
+  mutating func directVectors(_ slot: Int) -> Int? {
+    var cursor = dataCursor(slot)
+    let vectors = slab.vectors(slot)
+    var count = 0
+    var rest = slab.records[slot].dataBytes
+    while rest > 0, let run = cursor.take(Int(truncatingIfNeeded: rest)) {
+      var done: UInt32 = 0
+      while done < run.length {
+        guard count < slab.chainLimit else { return nil }
+        guard
+          let (pointer, length) = try? memory.translate(
+            run.address &+ UInt64(done), Int(run.length &- done)),
+          (UInt64(UInt(bitPattern: pointer)) | UInt64(length)) & alignmentMask == 0
+        else { return nil }
+        vectors[count] = DataVector(start: pointer, length: length)
+        count &+= 1
+        done &+= UInt32(truncatingIfNeeded: length)
+      }
+      rest &-= UInt64(run.length)
+    }
+    return count
+  }
+
+  /// A cursor over the data of a request: behind the header of a write, before the status byte of a read.
+  func dataCursor(_ slot: Int) -> ChainCursor {
+    let record = slab.records + slot
+    let buffers = slab.buffers(slot)
+    if record.pointee.kind == .read {
+      return ChainCursor(buffers + record.pointee.readableCount, count: record.pointee.writableCount)
+    }
+    var cursor = ChainCursor(buffers, count: record.pointee.readableCount)
+    cursor.skip(UInt64(BlockRequest.headerBytes))
+    return cursor
+  }
+
+  /// One step of a transfer through the bounce buffers of its slot.
+  mutating func stageTransfer(_ slot: Int) {
+    let record = slab.records + slot
+    let numbers = slab.bounce(slot)
+    let vectors = slab.vectors(slot)
+    var rest = record.pointee.dataBytes &- record.pointee.doneBytes
+    var count = 0
+    var cursor = dataCursor(slot)
+    let copies = record.pointee.kind == .write
+    if copies { cursor.skip(record.pointee.doneBytes) }
+    record.pointee.stepBytes = 0
+    while count < record.pointee.bufferCount, rest > 0 {
+      let start = bounce.start(numbers[count])
+      let length = Int(truncatingIfNeeded: min(rest, UInt64(bounce.bytes(numbers[count]))))
+      if copies {
+        do throws(GuestMemoryFault) {
+          _ = try cursor.read(&memory, to: start, count: length)
+        } catch {
+          return complete(slot, .ioError)
+        }
+      }
+      vectors[count] = DataVector(start: start, length: length)
+      rest &-= UInt64(length)
+      record.pointee.stepBytes &+= UInt64(length)
+      count &+= 1
+    }
+    stage(
+      slot, offset: record.pointee.offset &+ record.pointee.doneBytes, length: record.pointee.stepBytes,
+      vectorCount: count)
+  }
+
+  // MARK: Ranges
+
+  /// Discard, write zeroes, secure erase: each range becomes a step of its own.
+  private mutating func beginRanges(_ slot: Int, _ operation: BlockOperation, isOffered: Bool) {
+    switch operation {
+    case .discard: tally.discards &+= 1
+    case .writeZeroes: tally.writeZeroes &+= 1
+    default: tally.others &+= 1
+    }
+    let dataBytes = slab.records[slot].dataBytes
+    let count = Int(truncatingIfNeeded: min(dataBytes / 16, UInt64(BlockConfiguration.rangesMaximum) + 1))
+    guard dataBytes % 16 == 0, count > 0, count <= BlockConfiguration.rangesMaximum, !geometry.readOnly else {
+      return complete(slot, .ioError)
+    }
+    guard isOffered else { return complete(slot, .unsupported) }
+    slab.records[slot].kind = operation
+    var cursor = dataCursor(slot)
+    for index in 0..<count {
+      // struct virtio_blk_discard_write_zeroes: sector u64, num_sectors u32, flags u32
+      var words: (UInt64, UInt64) = (0, 0)
+      var fault = false
+      withUnsafeMutableBytes(of: &words) { bytes in
+        guard let start = bytes.baseAddress else { return }
+        do throws(GuestMemoryFault) {
+          fault = try cursor.read(&memory, to: start, count: 16) != 16
+        } catch {
+          fault = true
+        }
+      }
+      let sector = UInt64(littleEndian: words.0)
+      let second = UInt64(littleEndian: words.1)
+      let sectors = UInt32(truncatingIfNeeded: second)
+      let flags = UInt32(truncatingIfNeeded: second >> 32)
+      // The flag UNMAP belongs to write zeroes alone; unknown ones are refused (virtio 1.2, 5.2.6.2).
+      guard flags & ~(operation == .writeZeroes ? 1 : 0) == 0 else { return complete(slot, .unsupported) }
+      let bytes = UInt64(sectors) &* BlockConfiguration.sectorSize
+      guard !fault, sectors <= BlockConfiguration.rangeSectorsMaximum,
+        BlockRequest.isOnDisk(sector: sector, bytes: bytes, capacity: geometry.capacity)
+      else { return complete(slot, .ioError) }
+      slab.ranges(slot)[index] = OperationSlab.Range(
+        offset: sector &* BlockConfiguration.sectorSize, length: bytes, mayUnmap: flags & 1 == 1)
+    }
+    slab.records[slot].rangeCount = count
+    stageRange(slot)
+  }
+
+  /// Stages the next range of a request that names several.
+  mutating func stageRange(_ slot: Int) {
+    let range = slab.ranges(slot)[slab.records[slot].nextRange]
+    slab.records[slot].nextRange &+= 1
+    stage(slot, offset: range.offset, length: range.length, vectorCount: 0, mayUnmap: range.mayUnmap)
+  }
+}

@@ -1,0 +1,456 @@
+import CLinux
+package import Devices
+import EventLoop
+import Glibc
+
+/// Block engine over an NBD export: image formats and network storage that a server of its own serves (qemu-storage-daemon,
+/// nbdkit, qemu-nbd).
+///
+/// Confined to the queue's data thread. Requests are pipelined; replies come in any order. When the connection is lost, what is
+/// outstanding waits, is sent again on the next connection, and fails only when none comes within the limit. Sending a write
+/// again is harmless: the guest has not been told of it, so nothing it did afterwards depends on it.
+package final class NBDEngine: BlockEngine {
+  /// What an engine reports of its connection: nil when it is there, else why it is not. Called on any thread.
+  package typealias Notice = @Sendable (_ trouble: String?) -> Void
+
+  private enum Phase: UInt8 {
+    case free
+    case queued
+    case sent
+  }
+
+  private struct Operation {
+    var request: EngineRequest
+    var phase = Phase.free
+    /// A write without force unit access at the server whose flush is under way: bytes of the write.
+    var flushingAfter = -1
+  }
+
+  package let geometry: BlockGeometry
+  /// Whether several connections see each other's writes and flushes (NBD_FLAG_CAN_MULTI_CONN).
+  package let allowsSeveralQueues: Bool
+  package var readiness: Int32 { epoll.raw }
+
+  private let depth: Int
+  private let flags: NBDProtocol.ExportFlags
+  private let reconnectLimit: UInt64
+  private let onNotice: Notice
+  private let epoll: OwnedDescriptor
+  private let wakeUp: EventDescriptor
+  private let connector: NBDConnector
+  private var descriptor: OwnedDescriptor?
+  private var wantsWritable = false
+  /// Counts the connections; a part of each handle, so that nothing of an older one is taken for the present one's.
+  private var generation: UInt32 = 1
+  private var lostAt: UInt64 = 0
+  private var isAbandoned = false
+
+  private let operations: UnsafeMutablePointer<Operation>
+  private let headers: UnsafeMutableRawPointer
+  /// Tags to be sent, first in first out; bytes of the first that are sent already.
+  private let sendQueue: UnsafeMutablePointer<UInt32>
+  private var sendFirst = 0
+  private var sendCount = 0
+  private var sentOfFirst = 0
+  private let vectors: UnsafeMutablePointer<iovec>
+  private static let vectorCapacity = 128
+
+  private let replyHeader: UnsafeMutableRawPointer
+  private var replyHeaderBytes = 0
+  /// The read whose data comes now, and how much of it has come; -1 between replies.
+  private var receivingTag = -1
+  private var receivedBytes = 0
+
+  private let finished: UnsafeMutablePointer<EngineCompletion>
+  private var finishedCount = 0
+  private var outstanding = 0
+
+  /// Connects; blocks for as long as the server takes, within limits.
+  ///
+  /// - Parameters:
+  ///   - depth: operations at a time at most; tags are below it.
+  ///   - reconnectMilliseconds: how long requests wait for a lost server before they fail.
+  package init(
+    address: NBDAddress, readOnly: Bool, discard: Bool, depth: Int, reconnectMilliseconds: UInt64,
+    onNotice: @escaping Notice
+  ) throws(ImageFault) {
+    let connection = try NBDConnection(address)
+    flags = NBDProtocol.ExportFlags(rawValue: connection.flags)
+    guard readOnly || !flags.contains(.readOnly) else {
+      throw .nbd(address.text, "the export is read-only and the disk is not (mode 'r' would do)")
+    }
+    guard connection.minimumBlock <= 4096 else {
+      throw .nbd(address.text, "the export's smallest block has \(connection.minimumBlock) bytes; 4096 is the most")
+    }
+    guard connection.maximumBytes >= BlockConfiguration.segmentBytesMaximum else {
+      throw .nbd(address.text, "the server takes \(connection.maximumBytes) bytes at a time; 1 MiB is needed")
+    }
+    let block = max(512, connection.minimumBlock)
+    guard connection.capacity >= UInt64(block) else { throw .tooSmall(path: address.text, bytes: connection.capacity) }
+    geometry = BlockGeometry(
+      capacity: connection.capacity - connection.capacity % UInt64(block), logicalBlock: block,
+      physicalBlock: max(4096, block), canDiscard: discard && !readOnly && flags.contains(.canTrim),
+      readOnly: readOnly, canWriteZeroes: flags.contains(.canWriteZeroes))
+    allowsSeveralQueues = flags.contains(.canMultipleConnections) || flags.contains(.readOnly)
+    self.depth = depth
+    self.onNotice = onNotice
+    reconnectLimit = reconnectMilliseconds &* 1_000_000
+    do throws(Errno) {
+      epoll = OwnedDescriptor(adopting: try retrying { epoll_create1(Int32(EPOLL_CLOEXEC)) })
+      wakeUp = try EventDescriptor()
+      connector = try NBDConnector(address, capacity: geometry.capacity, wakeUp: wakeUp.raw)
+    } catch {
+      throw .host(what: "cannot make an NBD engine", error)
+    }
+    operations = .allocate(capacity: depth)
+    headers = .allocate(byteCount: depth * 32, alignment: 8)
+    sendQueue = .allocate(capacity: depth)
+    vectors = .allocate(capacity: Self.vectorCapacity)
+    replyHeader = .allocate(byteCount: NBDProtocol.replyBytes, alignment: 8)
+    finished = .allocate(capacity: depth)
+    let none = EngineRequest(operation: .flush, tag: 0, offset: 0, vectors: noVectors)
+    operations.initialize(repeating: Operation(request: none), count: depth)
+    var event = epoll_event()
+    event.events = EPOLLIN.rawValue
+    guard epoll_ctl(epoll.raw, EPOLL_CTL_ADD, wakeUp.raw, &event) == 0 else {
+      throw .host(what: "epoll", Errno.last)
+    }
+    adopt(connection.descriptor)
+  }
+
+  private let noVectors = UnsafeMutablePointer<DataVector>.allocate(capacity: 1)
+
+  deinit {
+    connector.stop()
+    operations.deallocate()
+    headers.deallocate()
+    sendQueue.deallocate()
+    vectors.deallocate()
+    replyHeader.deallocate()
+    finished.deallocate()
+    noVectors.deallocate()
+  }
+
+  // MARK: BlockEngine
+
+  package var reachesGuestMemory: Bool { false }
+  package var movesDataInSubmit: Bool { false }
+  package var memoryAlignment: Int { 1 }
+  package var now: UInt64 { EventLoop.now() }
+
+  package func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
+    for index in 0..<count {
+      let tag = Int(requests[index].tag)
+      guard tag < depth else { continue }
+      operations[tag] = Operation(request: requests[index])
+      outstanding &+= 1
+      begin(tag)
+    }
+    send()
+  }
+
+  package func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
+    if descriptor == nil { lookForConnection() }
+    if outstanding > finishedCount || descriptor != nil {
+      send()
+      receive()
+    }
+    let count = min(capacity, finishedCount)
+    for index in 0..<count { completions[index] = finished[index] }
+    finishedCount &-= count
+    for index in 0..<finishedCount { finished[index] = finished[index &+ count] }
+    outstanding &-= count
+    if finishedCount > 0 { wakeUp.signal() }
+    return count
+  }
+
+  package func waitForCompletion() {
+    guard finishedCount == 0 else { return }
+    var ready = pollfd(fd: epoll.raw, events: Int16(POLLIN), revents: 0)
+    _ = poll(&ready, 1, 1000)
+    acknowledgeReadiness()
+  }
+
+  package func acknowledgeReadiness() { wakeUp.drain() }
+
+  package func abandon() {
+    isAbandoned = true
+    hangUp()
+    failEverything()
+  }
+
+  // MARK: Operations
+
+  private func begin(_ tag: Int) {
+    let request = operations[tag].request
+    switch request.operation {
+    case .flush where !flags.contains(.canFlush), .discard where request.length == 0,
+      .writeZeroes where request.length == 0:
+      return finish(tag, 0)
+    case .secureErase: return finish(tag, -Int(EOPNOTSUPP))
+    default: break
+    }
+    guard !isAbandoned, descriptor != nil || waitsForConnection else { return finish(tag, -Int(EIO)) }
+    enqueue(tag)
+  }
+
+  private func enqueue(_ tag: Int) {
+    operations[tag].phase = .queued
+    sendQueue[(sendFirst &+ sendCount) % depth] = UInt32(truncatingIfNeeded: tag)
+    sendCount &+= 1
+    putHeader(tag)
+  }
+
+  private func putHeader(_ tag: Int) {
+    let operation = operations[tag]
+    var commandFlags: UInt16 = 0
+    var length = operation.request.length
+    let command: NBDProtocol.Command
+    switch operation.request.operation {
+    case .read, .write:
+      command = operation.request.operation == .read ? .read : .write
+      length = 0
+      for index in 0..<operation.request.vectorCount { length &+= UInt64(operation.request.vectors[index].length) }
+    case .discard: command = .trim
+    case .writeZeroes:
+      command = .writeZeroes
+      if !operation.request.mayUnmap { commandFlags |= NBDProtocol.noHole }
+    case .flush, .secureErase: command = .flush
+    }
+    if operation.request.isDurable, command != .read, command != .flush, flags.contains(.canForceUnitAccess) {
+      commandFlags |= NBDProtocol.forceUnitAccess
+    }
+    let isFlush = operation.flushingAfter >= 0 || command == .flush
+    NBDProtocol.putRequest(
+      at: headers + 32 &* tag, flags: isFlush ? 0 : commandFlags, command: isFlush ? .flush : command,
+      handle: UInt64(generation) << 32 | UInt64(UInt(bitPattern: tag)), offset: isFlush ? 0 : operation.request.offset,
+      length: isFlush ? 0 : UInt32(truncatingIfNeeded: length))
+  }
+
+  /// The server's answer to an operation.
+  private func answered(_ tag: Int, _ result: Int) {
+    let operation = operations[tag]
+    if result >= 0, operation.flushingAfter < 0, operation.request.isDurable, operation.request.operation != .read,
+      operation.request.operation != .flush, !flags.contains(.canForceUnitAccess), flags.contains(.canFlush)
+    {
+      operations[tag].flushingAfter = result
+      return enqueue(tag)
+    }
+    finish(tag, result >= 0 && operation.flushingAfter >= 0 ? operation.flushingAfter : result)
+  }
+
+  private func finish(_ tag: Int, _ result: Int) {
+    operations[tag].phase = .free
+    operations[tag].flushingAfter = -1
+    if finishedCount == 0 { wakeUp.signal() }
+    finished[finishedCount] = EngineCompletion(tag: UInt32(truncatingIfNeeded: tag), result: result)
+    finishedCount &+= 1
+  }
+
+  private func failEverything() {
+    sendCount = 0
+    sentOfFirst = 0
+    for tag in 0..<depth where operations[tag].phase != .free { finish(tag, -Int(EIO)) }
+  }
+
+  // MARK: Connection
+
+  private var waitsForConnection: Bool { EventLoop.now() &- lostAt < reconnectLimit }
+
+  private func adopt(_ connected: consuming OwnedDescriptor) {
+    var event = epoll_event()
+    event.events = EPOLLIN.rawValue | EPOLLRDHUP.rawValue
+    epoll_ctl(epoll.raw, EPOLL_CTL_ADD, connected.raw, &event)
+    wantsWritable = false
+    descriptor = consume connected
+  }
+
+  private func hangUp() {
+    // Closing takes the socket out of the epoll set too.
+    descriptor = nil
+    replyHeaderBytes = 0
+    receivingTag = -1
+    sentOfFirst = 0
+  }
+
+  private func lose(_ reason: String) {
+    guard descriptor != nil else { return }
+    hangUp()
+    generation &+= 1
+    lostAt = EventLoop.now()
+    // All of it again, in the order of the tags: requests that are under way together have no order.
+    sendFirst = 0
+    sendCount = 0
+    for tag in 0..<depth where operations[tag].phase != .free { enqueue(tag) }
+    onNotice(reason)
+    connector.start(limit: reconnectLimit)
+  }
+
+  private func lookForConnection() {
+    guard !isAbandoned else { return }
+    if let connected = connector.take() {
+      adopt(connected)
+      onNotice(nil)
+      send()
+    } else if lostAt != 0, !waitsForConnection {
+      failEverything()
+    }
+  }
+
+  private func watch(writable: Bool) {
+    guard writable != wantsWritable, let raw = descriptor?.raw else { return }
+    wantsWritable = writable
+    var event = epoll_event()
+    event.events = EPOLLIN.rawValue | EPOLLRDHUP.rawValue | (writable ? EPOLLOUT.rawValue : 0)
+    epoll_ctl(epoll.raw, EPOLL_CTL_MOD, raw, &event)
+  }
+
+  // MARK: Sending
+
+  private func send() {
+    while sendCount > 0, let raw = descriptor?.raw {
+      let count = gather()
+      var message = msghdr()
+      message.msg_iov = vectors
+      message.msg_iovlen = count
+      let sent = sendmsg(raw, &message, Int32(MSG_NOSIGNAL))
+      if sent < 0 {
+        if errno == EINTR { continue }
+        if errno == EAGAIN { return watch(writable: true) }
+        return lose("the connection to the NBD server broke: \(Errno.last)")
+      }
+      advance(sent)
+    }
+    watch(writable: false)
+  }
+
+  private func bytesToSend(_ tag: Int) -> Int {
+    let operation = operations[tag]
+    guard operation.request.operation == .write, operation.flushingAfter < 0 else { return NBDProtocol.requestBytes }
+    var bytes = NBDProtocol.requestBytes
+    for index in 0..<operation.request.vectorCount { bytes &+= operation.request.vectors[index].length }
+    return bytes
+  }
+
+  /// What is to be sent next, as vectors.
+  private func gather() -> Int {
+    var count = 0
+    var skip = sentOfFirst
+    func add(_ start: UnsafeMutableRawPointer?, _ length: Int) {
+      guard skip < length else {
+        skip &-= length
+        return
+      }
+      vectors[count] = iovec(iov_base: start.map { $0 + skip }, iov_len: length &- skip)
+      skip = 0
+      count &+= 1
+    }
+    for position in 0..<sendCount {
+      let tag = Int(sendQueue[(sendFirst &+ position) % depth])
+      let operation = operations[tag]
+      let hasData = operation.request.operation == .write && operation.flushingAfter < 0
+      let needed = 1 &+ (hasData ? operation.request.vectorCount : 0)
+      guard count &+ needed <= Self.vectorCapacity else { break }
+      add(headers + 32 &* tag, NBDProtocol.requestBytes)
+      guard hasData else { continue }
+      for index in 0..<operation.request.vectorCount {
+        add(operation.request.vectors[index].start, operation.request.vectors[index].length)
+      }
+    }
+    return count
+  }
+
+  private func advance(_ sent: Int) {
+    var rest = sent &+ sentOfFirst
+    while sendCount > 0 {
+      let tag = Int(sendQueue[sendFirst])
+      let bytes = bytesToSend(tag)
+      guard rest >= bytes else { break }
+      rest &-= bytes
+      operations[tag].phase = .sent
+      sendFirst = (sendFirst &+ 1) % depth
+      sendCount &-= 1
+    }
+    sentOfFirst = rest
+  }
+
+  // MARK: Receiving
+
+  private func receive() {
+    while let raw = descriptor?.raw {
+      var count = 0
+      if receivingTag >= 0 { count = gatherReceive() }
+      vectors[count] = iovec(
+        iov_base: replyHeader + replyHeaderBytes, iov_len: NBDProtocol.replyBytes &- replyHeaderBytes)
+      let got = readv(raw, vectors, Int32(truncatingIfNeeded: count &+ 1))
+      if got < 0 {
+        if errno == EINTR { continue }
+        if errno == EAGAIN { return }
+        return lose("the connection to the NBD server broke: \(Errno.last)")
+      }
+      guard got > 0 else { return lose("the NBD server hung up") }
+      guard take(got) else { return lose("the NBD server's reply is malformed") }
+    }
+  }
+
+  private func gatherReceive() -> Int {
+    let request = operations[receivingTag].request
+    var count = 0
+    var skip = receivedBytes
+    for index in 0..<request.vectorCount {
+      let vector = request.vectors[index]
+      if skip >= vector.length {
+        skip &-= vector.length
+        continue
+      }
+      guard count < Self.vectorCapacity &- 1 else { break }
+      vectors[count] = iovec(iov_base: vector.start.map { $0 + skip }, iov_len: vector.length &- skip)
+      skip = 0
+      count &+= 1
+    }
+    return count
+  }
+
+  /// - Returns: false when the bytes make no sense.
+  private func take(_ got: Int) -> Bool {
+    var rest = got
+    if receivingTag >= 0 {
+      let data = min(rest, expectedBytes(receivingTag) &- receivedBytes)
+      receivedBytes &+= data
+      rest &-= data
+      if receivedBytes == expectedBytes(receivingTag) {
+        let tag = receivingTag
+        receivingTag = -1
+        answered(tag, receivedBytes)
+      }
+    }
+    replyHeaderBytes &+= rest
+    guard replyHeaderBytes == NBDProtocol.replyBytes else { return true }
+    replyHeaderBytes = 0
+    let magic = UInt32(bigEndian: replyHeader.load(as: UInt32.self))
+    let error = UInt32(bigEndian: replyHeader.load(fromByteOffset: 4, as: UInt32.self))
+    let handle = UInt64(bigEndian: replyHeader.load(fromByteOffset: 8, as: UInt64.self))
+    let tag = Int(handle & 0xffff_ffff)
+    guard magic == NBDProtocol.replyMagic, handle >> 32 == UInt64(generation), tag < depth,
+      operations[tag].phase == .sent
+    else { return false }
+    if error != 0 {
+      answered(tag, -NBDProtocol.errno(error))
+    } else if operations[tag].request.operation == .read {
+      receivingTag = tag
+      receivedBytes = 0
+    } else {
+      answered(tag, operations[tag].flushingAfter >= 0 ? 0 : expectedBytes(tag))
+    }
+    return true
+  }
+
+  /// Bytes of data of a read or write.
+  private func expectedBytes(_ tag: Int) -> Int {
+    let request = operations[tag].request
+    guard request.operation == .read || request.operation == .write else { return 0 }
+    var bytes = 0
+    for index in 0..<request.vectorCount { bytes &+= request.vectors[index].length }
+    return bytes
+  }
+}

@@ -1,0 +1,95 @@
+import Synchronization
+
+/// The split format (virtio 1.2, 2.7): descriptor table, available ring in the driver area, used ring in the device area.
+extension Virtqueue {
+  private var mask: UInt16 { layout.size &- 1 }
+
+  mutating func nextSplit(
+    _ memory: inout GuestMemoryView, _ chain: inout DescriptorChain
+  ) throws(VirtqueueFault) -> Bool {
+    guard let available = driverArea, let table = descriptors?.start else { throw .ringUnmapped }
+    let pending = RingWord.acquire(available.start, 2) &- layout.nextAvailable
+    guard pending != 0 else { return false }
+    guard pending <= layout.size else { throw .availableIndexJumped(pending: pending) }
+    let slot = 4 &+ 2 &* Int(layout.nextAvailable & mask)
+    let head = RingWord.load(available.start, slot)
+    guard head < layout.size else { throw .headOutOfRange(head) }
+    let bit: UInt64 = 1 << UInt64(head & 63)
+    guard inUse[Int(head >> 6)] & bit == 0 else { throw .headInUse(head) }
+    inUse[Int(head >> 6)] |= bit
+    layout.nextAvailable &+= 1
+    chain.ticket = ChainTicket(head: head, slots: 1)
+    if let last = try walkSplit(table, count: Int(layout.size), from: Int(head), &chain) {
+      try readIndirect(last, &memory, &chain)
+    }
+    return true
+  }
+
+  mutating func putBackSplit(_ ticket: ChainTicket) {
+    inUse[Int(ticket.head >> 6)] &= ~(1 << UInt64(ticket.head & 63))
+    layout.nextAvailable &-= 1
+  }
+
+  /// Follows a chain through a table of `count` entries, from the entry `start`, which is below `count`.
+  ///
+  /// - Returns: the indirect descriptor that ends the chain in this table, if one does (virtio 1.2, 2.7.5.3.2: direct
+  ///   descriptors may come before it).
+  func walkSplit(
+    _ table: UnsafeMutableRawPointer, count: Int, from start: Int, _ chain: inout DescriptorChain
+  ) throws(VirtqueueFault) -> Descriptor? {
+    var index = start
+    var steps = 0
+    while true {
+      let descriptor = Descriptor(copying: table + 16 &* index)
+      if descriptor.isIndirect { return descriptor }
+      // A chain visits each entry once at most; `append` limits it too, but not by this table's length.
+      guard steps < count else { throw .chainTooLong }
+      steps &+= 1
+      try append(descriptor, &chain)
+      guard descriptor.hasNext else { return nil }
+      guard Int(descriptor.next) < count else { throw .nextOutOfRange(descriptor.next) }
+      index = Int(descriptor.next)
+    }
+  }
+
+  func hasPendingSplit() -> Bool {
+    guard let driverArea else { return false }
+    return RingWord.acquire(driverArea.start, 2) != layout.nextAvailable
+  }
+
+  mutating func disableNotificationsSplit() {
+    guard !eventIndex, let deviceArea else { return }
+    RingWord.store(1, deviceArea.start, 0)  // VIRTQ_USED_F_NO_NOTIFY
+  }
+
+  mutating func enableNotificationsSplit() -> Bool {
+    guard let deviceArea else { return false }
+    if eventIndex {
+      RingWord.store(layout.nextAvailable, deviceArea.start, 4 &+ 8 &* Int(layout.size))
+    } else {
+      RingWord.store(0, deviceArea.start, 0)
+    }
+    // The request for a notification must be visible before the index is read again, or a chain could slip between.
+    atomicMemoryFence(ordering: .sequentiallyConsistent)
+    return hasPendingSplit()
+  }
+
+  mutating func pushUsedSplit(_ ticket: ChainTicket, _ length: UInt32) {
+    inUse[Int(ticket.head >> 6)] &= ~(1 << UInt64(ticket.head & 63))
+    guard let deviceArea else { return }
+    let entry = deviceArea.start + (4 &+ 8 &* Int(layout.nextUsed & mask))
+    entry.storeBytes(of: UInt32(ticket.head).littleEndian, as: UInt32.self)
+    entry.storeBytes(of: length.littleEndian, toByteOffset: 4, as: UInt32.self)
+    layout.nextUsed &+= 1
+    unpublished &+= 1
+  }
+
+  mutating func publishSplit() -> Bool {
+    guard let deviceArea, let driverArea else { return false }
+    RingWord.release(layout.nextUsed, deviceArea.start, 2)
+    atomicMemoryFence(ordering: .sequentiallyConsistent)
+    guard eventIndex else { return RingWord.load(driverArea.start, 0) & 1 == 0 }  // VIRTQ_AVAIL_F_NO_INTERRUPT
+    let event = RingWord.load(driverArea.start, 4 &+ 2 &* Int(layout.size))
+    return Int(layout.nextUsed &- event &- 1) < unpublished
+  }
+}

@@ -1,0 +1,187 @@
+/// The device's side of an active virtqueue, split or packed (virtio 1.2, 2.7 and 2.8). Confined to one thread.
+///
+/// The three ring parts are mapped on their own and mapped again, lazily, after an invalidation. Every index, flag and length
+/// that the driver writes is read once into a local, and the local is what gets checked and used. What is particular to a
+/// format lies in `Virtqueue+Split.swift` and `Virtqueue+Packed.swift`.
+package struct Virtqueue: ~Copyable {
+  /// What the queue was set up with; the positions in it are kept current.
+  package internal(set) var layout: QueueLayout
+  /// Buffers in a chain at most, those of an indirect table included.
+  package let chainLimit: Int
+  let isPacked: Bool
+  let eventIndex: Bool
+  let indirect: Bool
+  private let source: any GuestMemorySource
+  let indirectTable: UnsafeMutableRawPointer
+  /// A bit per head of a split ring that the device works on: a second use of it is the driver's fault.
+  let inUse: UnsafeMutablePointer<UInt64>
+  /// Slots of a packed ring that the device works on.
+  var occupied = 0
+  /// Slots of a packed ring, or entries of a split one, that were used since the last `publish`.
+  var unpublished = 0
+  private var order: CompletionOrder
+
+  var descriptors: RangeMapping?
+  var driverArea: RangeMapping?
+  var deviceArea: RangeMapping?
+  private var seenInvalidations: UInt64 = .max
+
+  /// - Throws: `badLayout`, see `QueueLayout.validate`.
+  package init(
+    layout: QueueLayout, maximumSize: UInt16, chainLimit: Int, features: FeatureBits, source: any GuestMemorySource
+  ) throws(VirtqueueFault) {
+    isPacked = features.contains(.ringPacked)
+    try layout.validate(maximum: maximumSize, packed: isPacked)
+    self.layout = layout
+    self.chainLimit = chainLimit
+    self.source = source
+    eventIndex = features.contains(.eventIndex)
+    indirect = features.contains(.indirectDescriptors)
+    indirectTable = .allocate(byteCount: chainLimit * 16, alignment: 16)
+    let words = (Int(layout.size) + 63) / 64
+    inUse = .allocate(capacity: words)
+    inUse.initialize(repeating: 0, count: words)
+    order = CompletionOrder(size: layout.size, isKept: features.contains(.inOrder))
+  }
+
+  deinit {
+    for range in [descriptors, driverArea, deviceArea] {
+      if let range { source.unmapRange(range) }
+    }
+    indirectTable.deallocate()
+    inUse.deallocate()
+  }
+
+  /// Makes the rings usable for a batch: maps them at first use and after an invalidation.
+  package mutating func prepare(invalidations: UInt64) throws(VirtqueueFault) {
+    guard invalidations != seenInvalidations else { return }
+    forgetRings()
+    let packed = isPacked
+    do throws(GuestMemoryFault) {
+      descriptors = try source.mapRange(address: layout.descriptorArea, length: layout.descriptorBytes)
+      driverArea = try source.mapRange(address: layout.driverArea, length: layout.driverBytes(packed: packed))
+      deviceArea = try source.mapRange(address: layout.deviceArea, length: layout.deviceBytes(packed: packed))
+    } catch {
+      throw .ringUnmapped
+    }
+    seenInvalidations = invalidations
+  }
+
+  /// Gives the mappings of the rings back; the queue is not used any more.
+  package mutating func forgetRings() {
+    let ranges = [descriptors, driverArea, deviceArea]
+    (descriptors, driverArea, deviceArea) = (nil, nil, nil)
+    for range in ranges { if let range { source.unmapRange(range) } }
+    seenInvalidations = .max
+  }
+
+  // MARK: Available chains
+
+  /// Takes the next chain that the driver made available, copied and checked as a whole.
+  ///
+  /// - Returns: false when there is none.
+  package mutating func next(
+    memory: inout GuestMemoryView, into chain: inout DescriptorChain
+  ) throws(VirtqueueFault) -> Bool {
+    chain.clear()
+    if isPacked {
+      guard try nextPacked(&memory, &chain) else { return false }
+    } else {
+      guard try nextSplit(&memory, &chain) else { return false }
+    }
+    if order.isKept { chain.ticket.sequence = order.issue() }
+    return true
+  }
+
+  /// Puts the chain that was taken last back, as if it had not been taken: the device has no room for it now.
+  package mutating func putBack(_ ticket: ChainTicket) {
+    if isPacked { putBackPacked(ticket) } else { putBackSplit(ticket) }
+    if order.isKept { order.withdraw() }
+  }
+
+  /// Whether chains wait that have not been taken.
+  package func hasPending() -> Bool { isPacked ? hasPendingPacked() : hasPendingSplit() }
+
+  /// Tells the driver that notifications are not needed for now (virtio 1.2, 2.7.7 and 2.8.10).
+  package mutating func disableNotifications() {
+    if isPacked { disableNotificationsPacked() } else { disableNotificationsSplit() }
+  }
+
+  /// Asks the driver for a notification of the next chain.
+  ///
+  /// - Returns: whether chains arrived meanwhile; then they must be taken first.
+  package mutating func enableNotifications() -> Bool {
+    isPacked ? enableNotificationsPacked() : enableNotificationsSplit()
+  }
+
+  // MARK: Used chains
+
+  /// Gives a chain back to the driver, which may see it at once and does after the next `publish`.
+  ///
+  /// - Parameter length: bytes that the device wrote into it.
+  package mutating func pushUsed(_ ticket: ChainTicket, length: UInt32) {
+    guard order.isKept else { return pushNow(ticket, length) }
+    order.finish(ticket, length)
+    while let (first, length) = order.takeFirst() { pushNow(first, length) }
+  }
+
+  private mutating func pushNow(_ ticket: ChainTicket, _ length: UInt32) {
+    if isPacked { pushUsedPacked(ticket, length) } else { pushUsedSplit(ticket, length) }
+  }
+
+  /// Publishes what `pushUsed` wrote.
+  ///
+  /// - Returns: whether the driver wants an interrupt for it (virtio 1.2, 2.7.7, 2.7.10 and 2.8.10).
+  package mutating func publish() -> Bool {
+    guard unpublished > 0 else { return false }
+    defer { unpublished = 0 }
+    return isPacked ? publishPacked() : publishSplit()
+  }
+
+  // MARK: Descriptors
+
+  /// Reads the table that an indirect descriptor names, behind what `chain` has so far.
+  ///
+  /// In a split table entries are linked by `next`; in a packed one they follow each other (virtio 1.2, 2.7.5.3 and 2.8.7).
+  mutating func readIndirect(
+    _ descriptor: Descriptor, _ memory: inout GuestMemoryView, _ chain: inout DescriptorChain
+  ) throws(VirtqueueFault) {
+    guard indirect else { throw .indirectNotNegotiated }
+    guard !descriptor.hasNext else { throw .nestedIndirect }
+    guard descriptor.length > 0, descriptor.length & 15 == 0, Int(descriptor.length) <= chainLimit &* 16 else {
+      throw .badIndirectTable(length: descriptor.length)
+    }
+    do throws(GuestMemoryFault) {
+      try memory.copyIn(from: descriptor.address, to: indirectTable, count: Int(descriptor.length))
+    } catch {
+      throw .ringUnmapped
+    }
+    let count = Int(descriptor.length >> 4)
+    if isPacked {
+      for index in 0..<count {
+        let entry = Descriptor(copying: indirectTable + 16 &* index, packed: true)
+        guard !entry.isIndirect else { throw .nestedIndirect }
+        try append(entry, &chain)
+      }
+    } else {
+      guard try walkSplit(indirectTable, count: count, from: 0, &chain) == nil else { throw .nestedIndirect }
+    }
+  }
+
+  func append(_ descriptor: Descriptor, _ chain: inout DescriptorChain) throws(VirtqueueFault) {
+    let index = chain.readableCount &+ chain.writableCount
+    guard index < chainLimit else { throw .chainTooLong }
+    let length = UInt64(descriptor.length)
+    guard !descriptor.address.addingReportingOverflow(length).overflow else { throw .bufferOverflow }
+    let buffer = GuestBuffer(address: descriptor.address, length: descriptor.length)
+    chain.buffers[index] = buffer
+    if descriptor.isWritable {
+      chain.writableCount &+= 1
+      chain.writableBytes &+= length
+    } else {
+      guard chain.writableCount == 0 else { throw .readableAfterWritable }
+      chain.readableCount &+= 1
+      chain.readableBytes &+= length
+    }
+  }
+}
