@@ -20,7 +20,7 @@ package final class BlockFixture {
   package init(
     _ settings: BlockSettings, memoryBytes: Int = 32 << 20, queueSize: UInt16 = 256, indirect: Bool = true,
     wanted: FeatureBits = [.indirectDescriptors, .eventIndex], mappingBudget: UInt64 = 1 << 30, bucketShift: Int = 16,
-    queueCount: Int = 1, vcpuCount: Int = 1,
+    onlyWanted: Bool = false, queueCount: Int = 1, vcpuCount: Int = 1,
     decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
     report: @escaping @Sendable (BlockReport) -> Void = { _ in }
   ) throws {
@@ -45,7 +45,10 @@ package final class BlockFixture {
     }
     transport = MMIOTransport(device: backend, line: SlotTable.slot(0).line(of: handle), onStatus: { _ in })
     driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
-    try driver.start(wanted: wanted.union(backend.offeredFeatures), queueSize: queueSize, queueCount: queueCount)
+    // Device bits always; ring formats only where a test asks for them.
+    let rings: FeatureBits = [.ringPacked, .inOrder, .ringReset, .indirectDescriptors, .eventIndex]
+    let offered = onlyWanted ? backend.offeredFeatures.subtracting(rings) : backend.offeredFeatures.subtracting([.ringPacked, .inOrder])
+    try driver.start(wanted: wanted.union(offered), queueSize: queueSize, queueCount: queueCount)
     guest = SimulatedBlockGuest(domain: domain, driver: driver, indirect: indirect)
   }
 

@@ -70,6 +70,10 @@ start_vxd() { # OPTION... : starts the daemon and waits until its control socket
   wait_until 20 vxctl status --json || { failed "vxd starts and answers its control socket"; show_logs; verdict; poweroff -f; }
 }
 
+profiles() { # JSON : options of disks, for the next start of vxd
+  printf '{"version": 1, "disks": [%s]}\n' "$1" >/etc/vxd/profiles.json
+}
+
 stop_vxd() {
   kill -TERM "$(vxd_pid)"
   wait "$(vxd_pid)"
@@ -126,7 +130,7 @@ name = "$name"
 type = "hvm"
 memory = ${GUEST_MEMORY:-200}
 vcpus = ${GUEST_VCPUS:-1}
-cpus = "$GUEST_CPU"
+cpus = "${GUEST_CPUS:-$GUEST_CPU}"
 device_model_args_hvm = [ "-drive", "if=none,id=boot,format=raw,file=/disks/boot-$name.img",
   "-device", "ich9-ahci,id=ahci", "-device", "ide-hd,drive=boot,bus=ahci.0" ]
 acpi_firmware = "/etc/vxd/slots.aml"
@@ -143,11 +147,13 @@ CONFIG
 
 create() { # NAME
   rm -f "$(console_of "$1")"
-  xl create "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1 && xl domid "$1" >"/run/domid-$1"
+  rm -f "/run/domid-$1"
+  xl create "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1 || { cat "/tmp/xl-$1.out"; return 1; }
+  xl domid "$1" >"/run/domid-$1"
 }
 console_of() { echo "/var/log/xen/guest-$1.log"; }
 console_says() { grep -q "$2" "$(console_of "$1")" 2>/dev/null; }
-console_says_or_ended() { console_says "$1" "$2" || ! xenstore-exists "/local/domain/$(domid_of "$1")"; }
+console_says_or_ended() { console_says "$1" "$2" || [ -z "$(domid_of "$1")" ] || ! xenstore-exists "/local/domain/$(domid_of "$1")"; }
 domid_of() { cat "/run/domid-$1" 2>/dev/null; }
 wait_console() { # NAME PATTERN SECONDS : also ends when the guest does
   wait_until "$3" console_says_or_ended "$1" "$2"

@@ -70,3 +70,75 @@ test_load() {
     say "ROUND $round"
   done
 }
+
+# fio with checksums in every block; a mismatch is an error of fio's.
+verified_io() { # NAME OPTION...
+  name=$1
+  shift
+  if fio --name="$name" --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --group_reporting --output=/tmp/fio.out "$@" \
+    >/tmp/fio.err 2>&1 && ! grep -q 'err= *[1-9]' /tmp/fio.out; then
+    say "VERIFIED $name"
+  else
+    say "FAIL fio $name: $(grep -h -i -m 3 'verify\|err\|fail' /tmp/fio.err /tmp/fio.out | tr '\n' ' ')"
+  fi
+}
+
+# Every queue at work at once, on each disk: random reads and writes, flushes, discards, all verified.
+test_queues() {
+  wait_for_disks "${vx_disks:-1}"
+  describe_disks
+  for disk in /sys/block/vd*; do
+    name=$(basename "$disk")
+    say "QUEUES $name $(ls "$disk/mq" | wc -l) of $(nproc) processors"
+    verified_io "$name-writes" --filename="/dev/$name" --rw=randwrite --bsrange=4k-64k --size=6m --offset_increment=8m \
+      --numjobs=4 --iodepth=16 --fsync=16 --verify_backlog=64
+    verified_io "$name-mixed" --filename="/dev/$name" --rw=randrw --bs=4k --size=3m --offset_increment=8m \
+      --numjobs=4 --iodepth=8 --fdatasync=32
+    verified_io "$name-discards" --filename="/dev/$name" --rw=randwrite --bs=4k --size=4m --offset=32m --iodepth=8 \
+      --trim_percentage=25 --trim_backlog=32 --trim_verify_zero=1 --verify_backlog=64
+  done
+  say "DONE"
+}
+
+# Verified I/O in rounds through pages that come and go, while the toolstack takes memory away and gives it back.
+test_balloon() {
+  wait_for_disks 1
+  mkdir -p /tmp/mnt
+  mkfs.ext4 -q -F /dev/vda
+  mount -t ext4 /dev/vda /tmp/mnt
+  say "MEMORY $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
+  round=0
+  while true; do
+    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=write --bs=64k --size=24m --verify=crc32c --do_verify=0 \
+      --end_fsync=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT write in round $round"
+    echo 3 >/proc/sys/vm/drop_caches
+    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=read --bs=64k --size=24m --verify=crc32c --verify_fatal=1 \
+      --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT cached data in round $round"
+    echo 3 >/proc/sys/vm/drop_caches
+    fio --name=direct --ioengine=libaio --direct=1 --directory=/tmp/mnt --rw=randwrite --bs=32k --size=8m --iodepth=16 \
+      --verify=crc32c --verify_fatal=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT direct data in round $round"
+    round=$((round + 1))
+    say "ROUND $round"
+  done
+}
+
+# A disk on an NBD server (vdb), one that grows (vda), one whose store runs full (vdc).
+test_store() {
+  wait_for_disks 3
+  describe_disks
+  check_filesystem vdb
+  verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=4m --iodepth=8 --fsync=16
+  say "WAITING for the server's end"
+  verified_io vdb-again --filename=/dev/vdb --rw=randrw --bs=4k --size=6m --iodepth=8 --loops=3
+  sectors=$(cat /sys/block/vda/size)
+  say "SIZE vda $sectors"
+  while [ "$(cat /sys/block/vda/size)" = "$sectors" ]; do usleep 100000; done
+  say "RESIZED vda $(cat /sys/block/vda/size)"
+  verified_io vda-new --filename=/dev/vda --rw=write --bs=64k --offset=$((sectors * 512)) --size=8m --iodepth=4
+  say "WRITING vdc"
+  dd if=/dev/urandom of=/tmp/data bs=64k count=384 2>/dev/null
+  dd if=/tmp/data of=/dev/vdc bs=64k conv=fsync 2>/dev/null || say "FAIL write to vdc"
+  echo 3 >/proc/sys/vm/drop_caches
+  dd if=/dev/vdc bs=64k count=384 2>/dev/null | cmp - /tmp/data && say "WRITTEN vdc equal"
+  say "DONE"
+}

@@ -4,7 +4,7 @@
 # xen-utils-common is only a wrapper around xen-utils-4.17 and is left out.
 TESTBED_PACKAGES="xen-hypervisor-4.17-amd64 xen-utils-4.17 xenstore-utils libxenmisc4.17 libxenhypfs1 libxenstore4
   libxentoolcore1 libxentoollog1 libxencall1 libxendevicemodel1 libxenevtchn1 libxenforeignmemory1 libxengnttab1
-  busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools"
+  qemu-system-common qemu-utils busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools"
 
 fetch_packages() { # sets PACKAGES_ROOT
   local kernel uris key folder
@@ -29,4 +29,32 @@ fetch_packages() { # sets PACKAGES_ROOT
   done
   rm -rf "$folder/debs"
   touch "$folder/complete"
+}
+
+# fio for the guest, built from Debian's source: the package brings 70 MB of libraries for clusters that no guest here has.
+fetch_fio() { # sets FIO
+  local folder=$CACHE/fio-3.33-1 apt list
+  FIO=$folder/fio
+  [ -x "$FIO" ] && return
+  need_command gcc gcc
+  need_command make make
+  say "building fio for the guest from Debian's source package"
+  rm -rf "$folder"
+  mkdir -p "$folder/apt/parts" "$folder/apt/lists/partial"
+  for list in /etc/apt/sources.list.d/*.sources; do
+    [ -e "$list" ] && sed 's/^Types:.*/Types: deb-src/' "$list" >"$folder/apt/parts/$(basename "$list")"
+  done
+  sed -n 's/^deb /deb-src /p' /etc/apt/sources.list /etc/apt/sources.list.d/*.list >"$folder/apt/sources.list" 2>/dev/null
+  # A state of apt's own: the machine's sources stay as they are.
+  apt="-qq -o Dir::Etc::sourcelist=$folder/apt/sources.list -o Dir::Etc::sourceparts=$folder/apt/parts -o Dir::State::lists=$folder/apt/lists"
+  # shellcheck disable=SC2086
+  (cd "$folder" && apt-get $apt update && apt-get $apt source --download-only fio) >"$folder/apt.log" 2>&1 ||
+    die "the source of fio cannot be downloaded: $(tail -n 2 "$folder/apt.log")"
+  (cd "$folder" && mkdir source && tar xf fio_*.orig.tar.[gx]z -C source --strip-components=1) ||
+    die "the source of fio cannot be unpacked"
+  (cd "$folder/source" && ./configure --build-static --disable-native --disable-http --disable-rdma --disable-rados --disable-rbd \
+    --disable-gfapi --disable-numa --disable-pmem --disable-shm && make -j2 fio) >"$folder/build.log" 2>&1 ||
+    die "fio cannot be built: $(tail -n 3 "$folder/build.log")"
+  strip -o "$FIO" "$folder/source/fio"
+  rm -rf "$folder/source" "$folder/apt"
 }

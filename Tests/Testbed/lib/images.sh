@@ -43,6 +43,7 @@ build_guest_image() { # ARCHIVE
   image=$(mktemp -d)
   base_image "$image"
   copy_with_libraries "$image" "$PACKAGES_ROOT/sbin/mke2fs" /sbin/mkfs.ext4
+  install -m 755 "$FIO" "$image/bin/fio"
   copy_modules "$image" virtio_ring virtio virtio_mmio virtio_blk crc16 mbcache jbd2 crc32c_generic libcrc32c ext4
   cp "$TESTBED"/guest/* "$image/"
   mv "$image/mke2fs.conf" "$image/etc/"
@@ -89,6 +90,7 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   done
   ln -s ../lib/xen-4.17/bin/xl "$image/sbin/xl"
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/libexec/xen-qemu-system-i386" /usr/libexec/xen-qemu-system-i386
+  for tool in qemu-storage-daemon qemu-img; do copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"; done
   install -D "$PACKAGES_ROOT/usr/lib/xen-4.17/boot/hvmloader" "$image/usr/lib/xen-4.17/boot/hvmloader"
   install -D "$PACKAGES_ROOT/usr/share/seabios/bios-256k.bin" "$image/usr/share/seabios/bios-256k.bin"
   mkdir -p "$image/usr/share/qemu/keymaps"
@@ -107,6 +109,7 @@ prepare_images() { # sets IMAGES
   need_command cpio cpio
   mkdir -p "$CACHE" || die "cannot write to the cache folder $CACHE (set VXD_CACHE to another one)"
   fetch_packages
+  fetch_fio
   local key
   key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/guest/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$key

@@ -15,10 +15,10 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
 }
 
-# Four processors on any machine: dom0 keeps two, and each guest gets one of its own (write_config), since guests that take turns
+# Four processors on any machine, or as many as the scenario says ("# processors: N"): dom0 keeps two, and each guest gets one of its own (write_config), since guests that take turns
 # on a processor are lost more often.
 boot() { # INITRD : runs the machine in the foreground, its console on standard output
-  qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp 4 -m "$MACHINE_MEMORY" \
+  qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
     -nographic -monitor none -serial stdio -no-reboot -nodefaults -display none \
     -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 dom0_vcpus_pin loglvl=warning guest_loglvl=warning" \
     -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$1"

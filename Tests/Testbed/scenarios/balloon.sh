@@ -1,0 +1,45 @@
+# limit: 1200 s
+# Memory taken from a guest and given back under verified I/O; and the proof that the test sees a mapping that stayed.
+make_disk /disks/one.img 96
+memory_is() { equal "$(xl list alpha | awk 'NR == 2 {print $3}')" "$1"; }
+rounds() { grep -c 'GUEST ROUND' "$(console_of alpha)"; }
+more_rounds() { test "$(rounds)" -ge "$1"; }
+
+balloon() { # TIMES : down and up again, with rounds of I/O at both sizes
+  for turn in $(seq "$1"); do
+    xl mem-set alpha 150 && wait_until 120 memory_is 150 || return 1
+    wait_until 200 more_rounds $(($(rounds) + 1)) || return 1
+    xl mem-set alpha 240 && wait_until 120 memory_is 240 || return 1
+    wait_until 200 more_rounds $(($(rounds) + 2)) || return 1
+    ! console_says alpha CORRUPT || return 0
+  done
+}
+
+start_vxd
+remember_resources
+GUEST_MEMORY=240
+write_config alpha "vx.test=balloon" "$(disk xvde /disks/one.img)"
+check "xl create succeeds" create alpha
+check "the guest does verified I/O" wait_console alpha "GUEST ROUND 2" 400
+step "taking memory away and giving it back, three times"
+check "the guest balloons down and up under I/O" balloon 3
+check "Xen told vxd of it" test "$(vxctl status --json | tr ',{}' '\n\n\n' | sed -n 's/.*"invalidations": *\([0-9]*\).*/\1/p' | head -n 1)" -gt 0
+vxctl status --json | tr ',{}' '\n\n\n' | grep invalidations | sed 's/^/| /'
+check "not a byte differs" not console_says alpha CORRUPT
+check "the guest is content" guest_says_nothing_bad alpha
+xl destroy alpha
+check "the domain is gone" wait_until 30 domain_gone alpha
+no_trace_left
+stop_vxd
+
+step "the same with invalidations ignored: the test must see it"
+start_vxd --test-ignore-invalidations
+write_config alpha "vx.test=balloon" "$(disk xvde /disks/one.img)"
+check "xl create succeeds" create alpha
+check "the guest does verified I/O" wait_console alpha "GUEST ROUND 1" 400
+balloon 3 >/dev/null
+check "data is corrupt, or the guest stands still" sh -c "grep -q -E 'CORRUPT|I/O error|hung task|EXT4-fs error' $(console_of alpha)"
+grep -m 3 -E 'CORRUPT|I/O error|hung task|EXT4-fs error' "$(console_of alpha)" | sed 's/^/| /'
+xl destroy alpha
+check "the domain is gone all the same" wait_until 30 domain_gone alpha
+stop_vxd
