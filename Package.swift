@@ -81,6 +81,7 @@ let package = Package(
       name: "BackendsTests",
       dependencies: [
         "Backends", "Engines", "Devices", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport", "SimulatedXen",
+        "Supervisor", "CLinux",
       ],
       swiftSettings: house),
     .testTarget(

@@ -1,6 +1,7 @@
 package import Backends
 package import ControlAPI
 import Devices
+import Engines
 import EventLoop
 import Glibc
 
@@ -128,6 +129,14 @@ package struct DiskProfiles: Equatable, Sendable {
       case "queues": settings.queues = Int(try number(option.value, field, 1...64))
       case "threads": settings.threads = Int(try number(option.value, field, 1...64))
       case "queueSize": settings.queueSize = UInt16(try number(option.value, field, 1...32768))
+      // libxl wants a target that exists: it names a file then, and the address stands here.
+      case "nbd":
+        guard let address = option.value.stringValue else { throw ProfileFault(field: field, reason: "a string is wanted") }
+        do throws(ImageFault) {
+          settings.path = try NBDAddress(address).text
+        } catch {
+          throw ProfileFault(field: field, reason: error.message)
+        }
       case "packed": settings.packed = try flag(option.value, field)
       case "inOrder": settings.inOrder = try flag(option.value, field)
       case "direct": settings.direct = try flag(option.value, field)
@@ -147,7 +156,7 @@ package struct DiskProfiles: Equatable, Sendable {
         throw ProfileFault(
           field: field,
           reason:
-            "there is no such option; queues, threads, queueSize, packed, inOrder, direct, cache, onError, onNoSpace, "
+            "there is no such option; nbd, queues, threads, queueSize, packed, inOrder, direct, cache, onError, onNoSpace, "
             + "retrySeconds, reconnectSeconds, stuckSeconds and bounceMiB are")
       }
     }

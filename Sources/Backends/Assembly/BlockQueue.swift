@@ -98,6 +98,8 @@ final class BlockQueue: @unchecked Sendable {
   func resume() {
     thread.loop.enqueue { [self] in
       pump?.resume()
+      // Said before the next try, which may end in another hold.
+      reportHold()
       run()
     }
   }

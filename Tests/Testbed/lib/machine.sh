@@ -17,8 +17,8 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
 
 # Four processors on any machine, or as many as the scenario says ("# processors: N"): dom0 keeps two, and each guest gets one of its own (write_config), since guests that take turns
 # on a processor are lost more often.
-boot() { # INITRD : runs the machine in the foreground, its console on standard output
-  qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
+boot() { # INITRD : becomes the machine, its console on standard output
+  exec qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
     -nographic -monitor none -serial stdio -no-reboot -nodefaults -display none \
     -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 dom0_vcpus_pin loglvl=warning guest_loglvl=warning" \
     -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$1"

@@ -1,0 +1,255 @@
+import Devices
+import Engines
+import EventLoop
+import Glibc
+import Synchronization
+import TestSupport
+import Testing
+
+/// The NBD engine against qemu-storage-daemon, and against servers that misbehave.
+@Suite struct NBDEngineTests {
+  private let folder = TemporaryFolder()
+
+  private final class Notices: Sendable {
+    let all = Mutex<[String?]>([])
+    var list: [String?] { all.withLock { $0 } }
+  }
+
+  /// An engine with buffers of its own: what a pump is to it.
+  private final class Harness {
+    let engine: NBDEngine
+    let buffer = UnsafeMutableRawPointer.allocate(byteCount: 1 << 20, alignment: 4096)
+    let vectors = UnsafeMutablePointer<DataVector>.allocate(capacity: 64)
+    let notices = Notices()
+
+    init(_ address: String, readOnly: Bool = false, reconnect: UInt64 = 10_000) throws {
+      let notices = notices
+      engine = try NBDEngine(
+        address: try NBDAddress(address), readOnly: readOnly, discard: true, depth: 64,
+        reconnectMilliseconds: reconnect, onNotice: { notice in notices.all.withLock { $0.append(notice) } })
+    }
+
+    deinit {
+      buffer.deallocate()
+      vectors.deallocate()
+    }
+
+    func submit(_ operation: BlockOperation, tag: UInt32, offset: UInt64, bytes: Int = 0, durable: Bool = false) {
+      vectors[Int(tag)] = DataVector(start: buffer + Int(tag) * 16384, length: bytes)
+      var request = EngineRequest(
+        operation: operation, tag: tag, offset: offset, length: UInt64(bytes), vectors: vectors + Int(tag),
+        vectorCount: bytes > 0 && (operation == .read || operation == .write) ? 1 : 0)
+      request.isDurable = durable
+      engine.submit(&request, count: 1)
+    }
+
+    /// Completions by tag.
+    func collect(_ count: Int, seconds: Int = 20) -> [UInt32: Int] {
+      var results: [UInt32: Int] = [:]
+      let space = UnsafeMutablePointer<EngineCompletion>.allocate(capacity: 64)
+      defer { space.deallocate() }
+      let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
+      while results.count < count, EventLoop.now() < deadline {
+        let got = engine.reap(into: space, capacity: 64)
+        for index in 0..<got { results[space[index].tag] = space[index].result }
+        if got == 0 { engine.waitForCompletion() }
+      }
+      return results
+    }
+
+    func fill(_ tag: Int, _ byte: UInt8) { memset(buffer + tag * 16384, Int32(byte), 16384) }
+    func holds(_ tag: Int, _ byte: UInt8, count: Int) -> Bool {
+      (0..<count).allSatisfy { (buffer + tag * 16384).load(fromByteOffset: $0, as: UInt8.self) == byte }
+    }
+  }
+
+  private func server(_ image: String) throws -> StorageDaemon { try StorageDaemon(folder: folder, image: image) }
+
+  @Test func dataIsReadBackThroughARealServer() throws {
+    let server = try server(folder.file("disk.img", bytes: 16 << 20))
+    defer { server.stop() }
+    let harness = try Harness(server.address)
+    #expect(harness.engine.geometry.capacity == 16 << 20)
+    #expect(harness.engine.geometry.canDiscard)
+    #expect(harness.engine.geometry.canWriteZeroes)
+    for tag in 0..<64 { harness.fill(tag, UInt8(tag + 1)) }
+    for tag in 0..<64 { harness.submit(.write, tag: UInt32(tag), offset: UInt64(tag) * 16384, bytes: 16384, durable: tag % 2 == 0) }
+    #expect(harness.collect(64).values.allSatisfy { $0 == 16384 })
+    harness.submit(.flush, tag: 0, offset: 0)
+    #expect(harness.collect(1) == [0: 0])
+    for tag in 0..<64 { harness.fill(tag, 0) }
+    for tag in 0..<64 { harness.submit(.read, tag: UInt32(tag), offset: UInt64(63 - tag) * 16384, bytes: 16384) }
+    #expect(harness.collect(64).count == 64)
+    for tag in 0..<64 { #expect(harness.holds(tag, UInt8(64 - tag), count: 16384)) }
+    harness.submit(.writeZeroes, tag: 1, offset: 0, bytes: 16384)
+    harness.submit(.discard, tag: 2, offset: 16384, bytes: 16384)
+    #expect(harness.collect(2) == [1: 0, 2: 0])
+    harness.submit(.read, tag: 3, offset: 0, bytes: 16384)
+    #expect(harness.collect(1) == [3: 16384])
+    #expect(harness.holds(3, 0, count: 16384))
+  }
+
+  @Test func lostServerIsFoundAgainAndNothingIsLost() throws {
+    let image = folder.file("disk.img", bytes: 16 << 20)
+    let first = try server(image)
+    let harness = try Harness(first.address)
+    first.stop()
+    for tag in 0..<16 { harness.fill(tag, UInt8(tag + 1)) }
+    for tag in 0..<16 { harness.submit(.write, tag: UInt32(tag), offset: UInt64(tag) * 16384, bytes: 16384) }
+    #expect(harness.collect(16, seconds: 1).isEmpty)
+    let second = try server(image)
+    defer { second.stop() }
+    #expect(harness.collect(16).values.allSatisfy { $0 == 16384 })
+    #expect(harness.notices.list.count == 2)
+    #expect(harness.notices.list.first! != nil)
+    #expect(harness.notices.list.last! == nil)
+    for tag in 0..<16 { harness.fill(tag, 0) }
+    for tag in 0..<16 { harness.submit(.read, tag: UInt32(tag), offset: UInt64(tag) * 16384, bytes: 16384) }
+    #expect(harness.collect(16).count == 16)
+    for tag in 0..<16 { #expect(harness.holds(tag, UInt8(tag + 1), count: 16384)) }
+  }
+
+  @Test func requestsFailWhenNoServerComesBackInTime() throws {
+    let server = try server(folder.file("disk.img", bytes: 1 << 20))
+    let harness = try Harness(server.address, reconnect: 200)
+    server.stop()
+    harness.submit(.write, tag: 0, offset: 0, bytes: 512)
+    harness.submit(.flush, tag: 1, offset: 0)
+    #expect(harness.collect(2) == [0: -5, 1: -5])
+    // From then on at once, until the server is back.
+    harness.submit(.read, tag: 2, offset: 0, bytes: 512)
+    #expect(harness.collect(1) == [2: -5])
+  }
+
+  @Test func abandonedEngineFailsWhatWaits() throws {
+    let server = try server(folder.file("disk.img", bytes: 1 << 20))
+    let harness = try Harness(server.address, reconnect: 60_000)
+    server.stop()
+    harness.submit(.write, tag: 0, offset: 0, bytes: 512)
+    #expect(harness.collect(1, seconds: 1).isEmpty)
+    harness.engine.abandon()
+    #expect(harness.collect(1) == [0: -5])
+  }
+
+  @Test func unknownExportIsNamed() throws {
+    let server = try server(folder.file("disk.img", bytes: 1 << 20))
+    defer { server.stop() }
+    let address = "nbd+unix:///other?socket=\(folder.path)/nbd.sock"
+    let fault = #expect(throws: ImageFault.self) { _ = try Harness(address) }
+    #expect(fault?.message.contains("there is no export 'other'") == true)
+  }
+
+  static let mistakes = [
+    ("nbd://", "the host is missing"), ("nbd://host:0/x", "the port"), ("nbd://[::1/x", "the bracket"),
+    ("nbd+unix:///x", "'?socket=/path'"), ("nbd+unix:///x?socket=relative", "an absolute path"),
+    ("nbd+unix://host/x?socket=/s", "starts with nbd+unix:///"), ("nbds://host/x", "TLS"), ("nbdx://a", "neither"),
+    ("nbd://host/%zz", "no escape"),
+  ]
+
+  @Test(arguments: mistakes) func addressWithAMistakeIsRefused(text: String, reason: String) {
+    let fault = #expect(throws: ImageFault.self) { _ = try NBDAddress(text) }
+    #expect(fault?.message.contains(reason) == true)
+  }
+
+  @Test func addressesAreUnderstood() throws {
+    #expect(try NBDAddress("nbd://host").place == .tcp(host: "host", port: 10809))
+    #expect(try NBDAddress("nbd://[::1]:99/a%20b").place == .tcp(host: "::1", port: 99))
+    #expect(try NBDAddress("nbd://[::1]:99/a%20b").export == "a b")
+    #expect(try NBDAddress("nbd+unix:///d?socket=/run/x").place == .unix(path: "/run/x"))
+  }
+
+  /// Servers that greet wrongly, hang up, or send garbage: a fault with words, never a trap.
+  @Test(arguments: UInt64(1)...40) func garbageInTheHandshakeIsAFault(seed: UInt64) throws {
+    var random = SeededGenerator(seed: seed)
+    var answer: [UInt8] = Array("NBDMAGICIHAVEOPT".utf8) + [0, 3]
+    if seed % 4 == 0 { answer = (0..<40).map { _ in UInt8.random(in: 0...255, using: &random) } }
+    if seed % 4 != 0 {
+      answer += [0, 3, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9]
+      answer += (0..<Int.random(in: 0...64, using: &random)).map { _ in
+        seed % 4 == 1 ? 0 : UInt8.random(in: 0...255, using: &random)
+      }
+    }
+    let server = try LiarServer(path: folder.path + "/liar", answer: answer)
+    defer { server.stop() }
+    #expect(throws: ImageFault.self) {
+      _ = try Harness("nbd+unix:///x?socket=\(folder.path)/liar")
+    }
+  }
+}
+
+/// qemu-storage-daemon with one raw export over a Unix socket.
+private final class StorageDaemon {
+  let address: String
+  private let socket: String
+  private var process: pid_t = 0
+
+  init(folder: TemporaryFolder, image: String) throws {
+    socket = folder.path + "/nbd.sock"
+    address = "nbd+unix:///disk?socket=\(socket)"
+    unlink(socket)
+    let arguments = [
+      "qemu-storage-daemon", "--blockdev", "driver=file,node-name=file,filename=\(image),discard=unmap", "--blockdev",
+      "driver=raw,node-name=image,file=file,discard=unmap", "--nbd-server", "addr.type=unix,addr.path=\(socket)",
+      "--export", "type=nbd,id=export,node-name=image,name=disk,writable=on",
+    ]
+    var pointers: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) } + [nil]
+    defer { for pointer in pointers { free(pointer) } }
+    let result = posix_spawnp(&process, "qemu-storage-daemon", nil, nil, &pointers, environ)
+    guard result == 0 else { throw Errno(result) }
+    let path = socket
+    guard eventually({ access(path, F_OK) == 0 && (try? NBDProbe.connect(path)) != nil }) else { throw Errno(ETIMEDOUT) }
+  }
+
+  func stop() {
+    kill(process, SIGKILL)
+    var status: Int32 = 0
+    waitpid(process, &status, 0)
+    unlink(socket)
+  }
+}
+
+/// Whether somebody listens.
+private enum NBDProbe {
+  static func connect(_ path: String) throws {
+    _ = try NBDEngine(
+      address: try NBDAddress("nbd+unix:///disk?socket=\(path)"), readOnly: true, discard: false, depth: 1,
+      reconnectMilliseconds: 0, onNotice: { _ in })
+  }
+}
+
+/// Accepts connections, sends a fixed answer, and hangs up.
+private final class LiarServer: @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: immutable after `init`.
+  private let thread: LoopThread
+  private let listener: OwnedDescriptor
+
+  init(path: String, answer: [UInt8]) throws {
+    unlink(path)
+    let raw = Glibc.socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0)
+    listener = OwnedDescriptor(adopting: raw)
+    var name = sockaddr_un()
+    name.sun_family = sa_family_t(AF_UNIX)
+    withUnsafeMutableBytes(of: &name.sun_path) { room in
+      for (index, byte) in path.utf8.enumerated() { room[index] = byte }
+    }
+    let bound = withUnsafePointer(to: &name) {
+      $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+        bind(raw, $0, socklen_t(MemoryLayout<sockaddr_un>.size))
+      }
+    }
+    guard bound == 0, listen(raw, 4) == 0 else { throw Errno.last }
+    thread = try LoopThread(name: "liar")
+    thread.loop.enqueue {
+      let client = accept(raw, nil, nil)
+      guard client >= 0 else { return }
+      _ = answer.withUnsafeBytes { send(client, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL)) }
+      shutdown(client, Int32(SHUT_WR))
+      close(client)
+    }
+  }
+
+  func stop() {
+    shutdown(listener.raw, Int32(SHUT_RDWR))
+    thread.stopAndJoin()
+  }
+}
