@@ -48,7 +48,8 @@ let package = Package(
 
     // An in-process Xen with guests that play the virtio driver's side.
     .target(
-      name: "SimulatedXen", dependencies: ["Virtqueue", "Devices", "Transport", "EventLoop", "Xen", "ControlAPI", "CLinux"],
+      name: "SimulatedXen",
+      dependencies: ["Virtqueue", "Devices", "Transport", "EventLoop", "Xen", "ControlAPI", "CLinux"],
       swiftSettings: house),
 
     // The control plane.

@@ -38,7 +38,7 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
     self.signals = signals
     do {
       try pump.activate(
-        layout: layout, maximumSize: 256, features: features, writeback: true, source: source)
+        layout: layout, maximumSize: 256, features: features, source: source)
     } catch {
       fatalError("\(error)")
     }

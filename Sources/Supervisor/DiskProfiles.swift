@@ -131,7 +131,9 @@ package struct DiskProfiles: Equatable, Sendable {
       case "queueSize": settings.queueSize = UInt16(try number(option.value, field, 1...32768))
       // libxl wants a target that exists: it names a file then, and the address stands here.
       case "nbd":
-        guard let address = option.value.stringValue else { throw ProfileFault(field: field, reason: "a string is wanted") }
+        guard let address = option.value.stringValue else {
+          throw ProfileFault(field: field, reason: "a string is wanted")
+        }
         do throws(ImageFault) {
           settings.path = try NBDAddress(address).text
         } catch {

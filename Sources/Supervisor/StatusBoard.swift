@@ -40,6 +40,7 @@ package final class StatusBoard: Sendable {
     var guests: [DomainID: Guest] = [:]
     var watches = 0
     var hypervisor = ""
+    var hasXenstore = false
   }
 
   private let contents = Mutex(Contents())

@@ -54,6 +54,12 @@ package actor Supervisor {
   ///
   /// Called on the loop's thread.
   package func start() throws(XenError) {
+    try connect()
+    log.info("watching Xenstore for virtio devices (\(hypervisor.summary))")
+    checkStoreLater()
+  }
+
+  private func connect() throws(XenError) {
     let store = try XenStore(socketPath: settings.xenstoreSocket)
     self.store = store
     for kind in DeviceKey.Kind.allCases { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
@@ -71,8 +77,38 @@ package actor Supervisor {
     board.update {
       $0.watches = store.watchCount
       $0.hypervisor = hypervisor.summary
+      $0.hasXenstore = true
     }
-    log.info("watching Xenstore for virtio devices (\(hypervisor.summary))")
+  }
+
+  // MARK: The end of xenstored
+
+  private func checkStoreLater() {
+    loop.schedule(afterMilliseconds: settings.storeCheckMilliseconds) { [weak self] in
+      self?.assumeIsolated { $0.checkStore() }
+    }
+  }
+
+  /// Guests go on without xenstored; what starts and ends them does not. A new one is connected to as soon as it is there, and
+  /// its watches bring everything in line that changed meanwhile.
+  private func checkStore() {
+    guard !isStopping else { return }
+    defer { checkStoreLater() }
+    if let store, store.isAlive { return }
+    if store != nil {
+      log.error("xenstored does not answer any more: devices go on, new ones wait until it is back")
+      board.update { $0.hasXenstore = false }
+    }
+    if let storeToken { loop.remove(storeToken) }
+    storeToken = nil
+    store = nil
+    do throws(XenError) {
+      try connect()
+      log.notice("xenstored is back")
+    } catch {
+      store = nil
+      log.debug("xenstored is not back: \(error)")
+    }
   }
 
   /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.

@@ -161,7 +161,7 @@ package enum SupervisorControl {
         guests.reduce(0) { $0 + $1.devices.filter { $0.phase.reason != nil }.count }),
       "ioreqServers": .count(guests.filter { $0.server != nil }.count),
       "mappedPages": .count(pools.reduce(0) { $0 + $1.mappedPages }),
-      "xenstoreWatches": .count(contents.watches),
+      "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
     ]
   }
 

@@ -10,6 +10,8 @@ package struct SupervisorSettings: Sendable {
   package var mappingBudget: UInt64 = 1 << 30
   /// Bytes of a mapping bucket as a power of two, 12 to 30.
   package var bucketShift = 21
+  /// Milliseconds between two checks that xenstored is there.
+  package var storeCheckMilliseconds: UInt64 = 5000
   /// Options of disks that libxl cannot carry.
   package var profiles = DiskProfiles()
   /// For a test that shows what invalidations are for: do nothing at one.

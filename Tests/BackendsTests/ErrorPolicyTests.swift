@@ -79,7 +79,9 @@ import Virtqueue
     #expect(eventually { fixture.backend.counters[0].failed.value == 1 })
   }
 
-  @Test(arguments: [BlockOperation.read, .write, .flush, .discard]) func everyOperationIsRetried(operation: BlockOperation)
+  @Test(arguments: [BlockOperation.read, .write, .flush, .discard]) func everyOperationIsRetried(
+    operation: BlockOperation
+  )
     throws
   {
     let fixture = try fixture { $0.onError = .retry(milliseconds: 10_000) }

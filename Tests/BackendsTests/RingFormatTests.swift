@@ -13,7 +13,9 @@ import Virtqueue
     var indirect: Bool
     var size: UInt16
 
-    var testDescription: String { "features \(String(features.rawValue, radix: 16)), indirect \(indirect), size \(size)" }
+    var testDescription: String {
+      "features \(String(features.rawValue, radix: 16)), indirect \(indirect), size \(size)"
+    }
 
     static let all: [Form] = {
       var forms: [Form] = []
@@ -75,7 +77,8 @@ import Virtqueue
       #expect(try fixture.guest.waitForUsed(queue: queue).length == 1025, "seed \(seed)")
       let data = fixture.driver.memory.pointer(place + 0x1000)
       #expect(
-        (0..<1024).allSatisfy { data.load(fromByteOffset: $0, as: UInt8.self) == fill }, "seed \(seed), sector \(sector)")
+        (0..<1024).allSatisfy { data.load(fromByteOffset: $0, as: UInt8.self) == fill },
+        "seed \(seed), sector \(sector)")
       #expect(fixture.driver.memory.pointer(place + 32).load(as: UInt8.self) == 0)
     }
   }
@@ -104,7 +107,8 @@ import Virtqueue
     try exercise(fixture, queue: 0, indirect: false, seed: UInt64(size))
   }
 
-  @Test(arguments: [FeatureBits([]), .ringPacked]) func queuesWorkAtOnceOnThreadsOfTheirOwn(format: FeatureBits) throws {
+  @Test(arguments: [FeatureBits([]), .ringPacked]) func queuesWorkAtOnceOnThreadsOfTheirOwn(format: FeatureBits) throws
+  {
     let fixture = try BlockFixture(
       settings(queues: 4), memoryBytes: 64 << 20,
       wanted: format.union([.indirectDescriptors, .eventIndex, .blockQueues]), onlyWanted: true, queueCount: 4)

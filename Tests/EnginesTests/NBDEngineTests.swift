@@ -73,7 +73,9 @@ import Testing
     #expect(harness.engine.geometry.canDiscard)
     #expect(harness.engine.geometry.canWriteZeroes)
     for tag in 0..<64 { harness.fill(tag, UInt8(tag + 1)) }
-    for tag in 0..<64 { harness.submit(.write, tag: UInt32(tag), offset: UInt64(tag) * 16384, bytes: 16384, durable: tag % 2 == 0) }
+    for tag in 0..<64 {
+      harness.submit(.write, tag: UInt32(tag), offset: UInt64(tag) * 16384, bytes: 16384, durable: tag % 2 == 0)
+    }
     #expect(harness.collect(64).values.allSatisfy { $0 == 16384 })
     harness.submit(.flush, tag: 0, offset: 0)
     #expect(harness.collect(1) == [0: 0])
@@ -197,7 +199,9 @@ private final class StorageDaemon {
     let result = posix_spawnp(&process, "qemu-storage-daemon", nil, nil, &pointers, environ)
     guard result == 0 else { throw Errno(result) }
     let path = socket
-    guard eventually({ access(path, F_OK) == 0 && (try? NBDProbe.connect(path)) != nil }) else { throw Errno(ETIMEDOUT) }
+    guard eventually({ access(path, F_OK) == 0 && (try? NBDProbe.connect(path)) != nil }) else {
+      throw Errno(ETIMEDOUT)
+    }
   }
 
   func stop() {

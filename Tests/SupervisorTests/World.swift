@@ -22,6 +22,7 @@ final class World {
   private var thread: LoopThread?
   private var supervisor: Supervisor?
   private let methods: ControlMethods
+  private let actions = SupervisorControl.Actions()
 
   private final class Events: Sendable {
     let list = Mutex<[SupervisorEvent]>([])
@@ -30,7 +31,7 @@ final class World {
   init() throws {
     server = try XenstoreServer(path: folder.path + "/xenstored")
     toolstack = try SimulatedToolstack(server: server, hypervisor: hypervisor)
-    methods = SupervisorControl.methods(board: board, isSimulated: true)
+    methods = SupervisorControl.methods(board: board, isSimulated: true, actions: actions)
   }
 
   /// Starts a supervisor, as the start of the daemon does.
@@ -40,6 +41,7 @@ final class World {
     settings.xenstoreSocket = server.path
     settings.slots = slots
     settings.bucketShift = 16
+    settings.storeCheckMilliseconds = 50
     let events = events
     let supervisor = Supervisor(
       loop: thread.loop, hypervisor: hypervisor, settings: settings,
@@ -47,6 +49,7 @@ final class World {
       announce: { event in events.list.withLock { $0.append(event) } })
     self.thread = thread
     self.supervisor = supervisor
+    actions.connect(supervisor)
     let failure = Events2()
     thread.perform {
       supervisor.assumeIsolated { supervisor in

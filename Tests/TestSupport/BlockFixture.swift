@@ -47,7 +47,9 @@ package final class BlockFixture {
     driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
     // Device bits always; ring formats only where a test asks for them.
     let rings: FeatureBits = [.ringPacked, .inOrder, .ringReset, .indirectDescriptors, .eventIndex]
-    let offered = onlyWanted ? backend.offeredFeatures.subtracting(rings) : backend.offeredFeatures.subtracting([.ringPacked, .inOrder])
+    let offered =
+      onlyWanted
+      ? backend.offeredFeatures.subtracting(rings) : backend.offeredFeatures.subtracting([.ringPacked, .inOrder])
     try driver.start(wanted: wanted.union(offered), queueSize: queueSize, queueCount: queueCount)
     guest = SimulatedBlockGuest(domain: domain, driver: driver, indirect: indirect)
   }

@@ -10,7 +10,7 @@ package import Virtqueue
 /// The transport's calls (`VirtioDevice`) come from the guest's ioreq thread and are handed to the queues' threads, which alone
 /// touch rings, engines and guest memory.
 package final class BlockBackend: VirtioDevice, @unchecked Sendable {
-  // Invariant behind @unchecked Sendable: `negotiated` and `writeback` are touched by the ioreq thread only; all others are
+  // Invariant behind @unchecked Sendable: `negotiated` is touched by the ioreq thread only; all others are
   // immutable or made for sharing.
 
   package let deviceID: UInt32 = 2
@@ -28,11 +28,11 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
   private let threads: [LoopThread]
   private let store: BlockStore
   private let bytes: Atomic<UInt64>
+  private let writeback = WritebackSwitch()
   private let signals = Mutex<(any TransportSignals)?>(nil)
 
   // Ioreq thread
   private var negotiated: FeatureBits = []
-  private var writeback = true
 
   /// Opens the store and builds the device on threads of its own; nothing here blocks the caller.
   ///
@@ -103,7 +103,7 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
         queues.append(
           try BlockQueue(
             engine: engine, settings: settings, thread: threads[index % threads.count], source: source,
-            reports: reports))
+            writeback: writeback, reports: reports))
       }
     } catch {
       throw .host(error)
@@ -143,7 +143,7 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
     negotiated = features
     self.signals.withLock { $0 = signals }
     for (queue, layout) in zip(queues, layouts) {
-      if let layout { queue.activate(layout, features: features, writeback: writeback, signals: signals) }
+      if let layout { queue.activate(layout, features: features, signals: signals) }
     }
   }
 
@@ -155,7 +155,7 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
 
   package func enableQueue(_ queue: Int, layout: QueueLayout) {
     guard queues.indices.contains(queue), let signals = signals.withLock({ $0 }) else { return }
-    queues[queue].activate(layout, features: negotiated, writeback: writeback, signals: signals)
+    queues[queue].activate(layout, features: negotiated, signals: signals)
   }
 
   package func notify(queue: Int) {
@@ -184,12 +184,11 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
     // Nothing else in the space is the driver's to write (virtio 1.2, 5.2.5).
     guard negotiated.contains(.blockConfigureWriteback), bytes.indices.contains(index) else { return }
     setWriteback(bytes[index] != 0)
-    for queue in queues { queue.set(writeback: writeback) }
   }
 
   private func setWriteback(_ value: Bool) {
-    guard offeredFeatures.contains(.blockConfigureWriteback), value != writeback else { return }
-    writeback = value
+    guard offeredFeatures.contains(.blockConfigureWriteback), value != writeback.isOn else { return }
+    writeback.isOn = value
     configuration.update { $0[BlockConfiguration.writebackOffset] = value ? 1 : 0 }
   }
 

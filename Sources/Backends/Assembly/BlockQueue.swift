@@ -36,7 +36,7 @@ final class BlockQueue: @unchecked Sendable {
   /// Made before the queue's thread serves anything of it, or on that thread.
   init(
     engine: any BlockEngine, settings: BlockSettings, thread: LoopThread, source: any GuestMemorySource,
-    reports: Reports
+    writeback: WritebackSwitch, reports: Reports
   ) throws(Errno) {
     self.engine = engine
     self.thread = thread
@@ -46,7 +46,7 @@ final class BlockQueue: @unchecked Sendable {
     kick = try EventDescriptor()
     // The layout of the idle queue is one that `validate` accepts.
     pump = try? BlockPump(
-      engine: engine, source: source, counters: counters, settings: settings.pump,
+      engine: engine, source: source, counters: counters, settings: settings.pump, writeback: writeback,
       chainLimit: BlockPump.chainLimit(queueSize: settings.queueSize))
   }
 
@@ -71,12 +71,12 @@ final class BlockQueue: @unchecked Sendable {
     if !kicked.exchange(true, ordering: .acquiringAndReleasing) { kick.signal() }
   }
 
-  func activate(_ layout: QueueLayout, features: FeatureBits, writeback: Bool, signals: any TransportSignals) {
+  func activate(_ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals) {
     thread.loop.enqueue { [self] in
       self.signals = signals
       do throws(DeviceFault) {
         try pump?.activate(
-          layout: layout, maximumSize: maximumSize, features: features, writeback: writeback, source: source)
+          layout: layout, maximumSize: maximumSize, features: features, source: source)
       } catch {
         return fail(error)
       }
@@ -85,8 +85,6 @@ final class BlockQueue: @unchecked Sendable {
       signals.interruptForUsedBuffers()
     }
   }
-
-  func set(writeback: Bool) { thread.loop.enqueue { [self] in pump?.set(writeback: writeback) } }
 
   func set(capacity: UInt64, then done: @escaping @Sendable () -> Void) {
     thread.loop.enqueue { [self] in

@@ -104,6 +104,8 @@ package final class IOReqServer: EventSource {
       guest.unmask(port)
       if let vcpu = vcpuOfPort[port] { serve(vcpu) }
     }
+    // An event that was lost would leave its vCPU waiting for ever: a look at the slots costs a byte each.
+    for vcpu in ports.indices { serve(vcpu) }
   }
 
   private func serve(_ vcpu: Int) {

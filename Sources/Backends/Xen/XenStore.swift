@@ -74,6 +74,14 @@ package final class XenStore {
     throw XenError("xs_transaction_end", Errno(EAGAIN))
   }
 
+  /// Whether xenstored still answers. libxenstore closes a broken connection without a word to those who wait for watches.
+  package var isAlive: Bool {
+    var length: UInt32 = 0
+    guard let value = xs_read(handle, 0, "domid", &length) else { return errno == ENOENT || errno == EACCES }
+    free(value)
+    return true
+  }
+
   // MARK: Watches
 
   /// Watches a node and what is below it. Fires once at once.

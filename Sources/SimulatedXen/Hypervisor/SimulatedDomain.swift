@@ -46,6 +46,9 @@ package final class SimulatedDomain: @unchecked Sendable {
   /// How often an interrupt line rose, and how often backends sent mapping calls.
   package let interrupts = Atomic<UInt64>(0)
   package let mapCalls = Atomic<UInt64>(0)
+  /// Faults: so many mapping calls fail for want of memory, and so many events of vCPUs get lost.
+  package let mapFailures = Atomic<Int>(0)
+  package let lostEvents = Atomic<Int>(0)
   let state = Mutex(State())
   /// Opened whenever a line rises.
   private let interruptGate = Latch()
@@ -86,6 +89,12 @@ package final class SimulatedDomain: @unchecked Sendable {
       return true
     }
     return interruptGate.wait(seconds: seconds)
+  }
+
+  /// Whether one of so many faults hits now.
+  static func strikes(_ faults: borrowing Atomic<Int>) -> Bool {
+    guard faults.load(ordering: .relaxed) > 0 else { return false }
+    return faults.wrappingSubtract(1, ordering: .relaxed).oldValue > 0
   }
 
   func destroy() { state.withLock { $0.isDestroyed = true } }
@@ -146,7 +155,7 @@ package final class SimulatedDomain: @unchecked Sendable {
     let flags: UInt8 = (isPointer ? 0x10 : 0) | (isRead ? 0x20 : 0) | (stepsDown ? 0x40 : 0)
     let stateByte = IOReqPage(page).stateByte(vcpu)
     stateByte.pointee.store(flags | IOReqPage.State.ready, ordering: .releasing)
-    channel.raise()
+    if !Self.strikes(lostEvents) { channel.raise() }
     while stateByte.pointee.load(ordering: .acquiring) & IOReqPage.State.mask != IOReqPage.State.responseReady {
       guard answers[vcpu].wait(seconds: 30) else { fatalError("no ioreq server answered vCPU \(vcpu) within 30 s") }
     }

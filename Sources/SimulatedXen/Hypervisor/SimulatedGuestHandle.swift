@@ -233,6 +233,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   ) -> UnsafeMutableRawPointer? {
     domain.mapCalls.wrappingAdd(1, ordering: .relaxed)
     guard !domain.state.withLock({ $0.isDestroyed }) else { return nil }
+    if SimulatedDomain.strikes(domain.mapFailures) { return nil }
     guard let start = domain.memory.map(frames: frames, count: count, errors: errors) else { return nil }
     domain.state.withLock { $0.usage.mappings += 1 }
     return start

@@ -18,6 +18,8 @@ package final class XenstoreServer: @unchecked Sendable {
   private var clients: [Int32: Client] = [:]
   private var transactions: [UInt32: Transaction] = [:]
   private var nextTransaction: UInt32 = 1
+  private var isDown = false
+  private var conflicts = 0
 
   private struct Transaction {
     var tree: XenstoreTree
@@ -67,6 +69,19 @@ package final class XenstoreServer: @unchecked Sendable {
     unlink(path)
   }
 
+  /// As after a crash: every connection breaks, and none is taken until the next call with `false`. The tree stays.
+  package func setDown(_ isDown: Bool) {
+    thread.perform { [self] in
+      self.isDown = isDown
+      if isDown { for raw in clients.keys { drop(raw) } }
+    }
+  }
+
+  /// Transactions of clients end with a conflict, so many times.
+  package func failTransactions(_ count: Int) {
+    thread.perform { [self] in conflicts = count }
+  }
+
   /// Watches that clients have set.
   package var watchCount: Int {
     let count = Mutex(0)
@@ -84,6 +99,10 @@ package final class XenstoreServer: @unchecked Sendable {
   private func accept() {
     let raw = Glibc.accept(listener.raw, nil, nil)
     guard raw >= 0 else { return }
+    guard !isDown else {
+      close(raw)
+      return
+    }
     let client = Client(OwnedDescriptor(adopting: raw))
     client.token = try? thread.loop.onReadable(raw) { [unowned self] in receive(raw) }
     clients[raw] = client
@@ -207,6 +226,10 @@ package final class XenstoreServer: @unchecked Sendable {
         throw StoreFault(name: "ENOENT")
       }
       guard first == "T", !transaction.touched.isEmpty else { return ok }
+      guard conflicts == 0 else {
+        conflicts -= 1
+        throw StoreFault(name: "EAGAIN")
+      }
       guard transaction.changesAtStart == self.changes else { throw StoreFault(name: "EAGAIN") }
       tree = transaction.tree
       self.changes &+= 1

@@ -1,3 +1,5 @@
+import Synchronization
+
 /// What a completed write is worth.
 package enum BlockCacheMode: String, Sendable, CaseIterable {
   /// Completed writes are in the store's cache; a completed flush makes them durable. The driver may ask for write-through
@@ -7,6 +9,18 @@ package enum BlockCacheMode: String, Sendable, CaseIterable {
   case writethrough
   /// Flushes do nothing: a crash of the host may lose or tear anything. For data that can be made again.
   case unsafe
+}
+
+/// The driver's choice between write-back and write-through, made by its register accesses and read by the data threads.
+package final class WritebackSwitch: Sendable {
+  private let word = Atomic<Bool>(true)
+
+  package init() {}
+
+  package var isOn: Bool {
+    get { word.load(ordering: .relaxed) }
+    set { word.store(newValue, ordering: .relaxed) }
+  }
 }
 
 /// What happens to a request that the store failed.

@@ -50,9 +50,10 @@ package struct BlockPump: ~Copyable {
   private var idle = IdlePoll()
   /// Time of the batch, in nanoseconds.
   var now: UInt64 = 0
-  /// Whether writes of the present life must be durable when they complete.
-  var isWriteThrough: Bool
-  private var features: FeatureBits = []
+  /// Whether writes of the present life must be durable when they complete, or whether the driver decides by `writeback`.
+  private var isWriteThrough = false
+  private var followsDriver = false
+  private let writeback: WritebackSwitch
 
   /// Slots whose step failed and is to be tried again: after a while, or at an operator's word.
   let waiting: UnsafeMutablePointer<UInt32>
@@ -80,14 +81,14 @@ package struct BlockPump: ~Copyable {
   /// - Parameter chainLimit: buffers in a chain at most, see `chainLimit(queueSize:)`.
   package init(
     engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, settings: BlockPumpSettings,
-    chainLimit: Int
+    writeback: WritebackSwitch = WritebackSwitch(), chainLimit: Int
   ) throws(VirtqueueFault) {
     self.engine = engine
     self.counters = counters
+    self.writeback = writeback
     self.settings = settings
     geometry = engine.geometry
     serial = Array(settings.serial.prefix(20))
-    isWriteThrough = settings.cache == .writethrough
     direct = !settings.copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
     groupLimit = engine.movesDataInSubmit ? 16 : Self.batchLimit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
@@ -120,7 +121,7 @@ package struct BlockPump: ~Copyable {
 
   /// The driver's queue goes live.
   package mutating func activate(
-    layout: QueueLayout, maximumSize: UInt16, features: FeatureBits, writeback: Bool, source: any GuestMemorySource
+    layout: QueueLayout, maximumSize: UInt16, features: FeatureBits, source: any GuestMemorySource
   ) throws(DeviceFault) {
     do throws(VirtqueueFault) {
       queue = try Virtqueue(
@@ -128,16 +129,11 @@ package struct BlockPump: ~Copyable {
     } catch {
       throw .virtqueue(error)
     }
-    self.features = features
-    set(writeback: writeback)
-    isActive = true
-  }
-
-  /// The driver chose between write-back and write-through (virtio 1.2, 5.2.6.2: without FLUSH it is write-through too).
-  package mutating func set(writeback: Bool) {
+    // virtio 1.2, 5.2.6.2: a driver that cannot flush gets write-through.
     isWriteThrough =
-      settings.cache == .writethrough
-      || settings.cache == .writeback && (!features.contains(.blockFlush) || !writeback)
+      settings.cache == .writethrough || settings.cache == .writeback && !features.contains(.blockFlush)
+    followsDriver = features.contains(.blockConfigureWriteback)
+    isActive = true
   }
 
   /// The store has another size: requests that are taken from now on are checked against it.
@@ -329,7 +325,8 @@ package struct BlockPump: ~Copyable {
     staged[stagedCount] = EngineRequest(
       operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
       vectors: slab.vectors(slot), vectorCount: vectorCount)
-    staged[stagedCount].isDurable = isWriteThrough
+    // Read behind the chain's arrival: what the driver wrote before it made the chain available counts.
+    staged[stagedCount].isDurable = isWriteThrough || followsDriver && !writeback.isOn
     staged[stagedCount].mayUnmap = mayUnmap
     stagedCount &+= 1
     inFlight &+= 1

@@ -1,0 +1,130 @@
+import EventLoop
+import SimulatedXen
+import Supervisor
+import TestSupport
+import Testing
+import Xen
+
+/// What guest and operator see when Xen's own services fail.
+@Suite struct XenFaultTests {
+  private func world(_ disks: [String] = ["xvde"], vcpus: Int = 1) throws -> (World, SimulatedDomain) {
+    let world = try World()
+    let domain = try world.domain(5, name: "web1", vcpus: vcpus)
+    for disk in disks { try world.toolstack.attach(disk: disk, image: world.image("\(disk).img"), to: 5) }
+    try world.start()
+    for disk in disks { #expect(eventually { world.state("web1", disk) == "ready" }) }
+    return (world, domain)
+  }
+
+  private func block(_ byte: UInt8) -> [UInt8] { [UInt8](repeating: byte, count: 4096) }
+
+  /// ENOMEM on a mapping: the request of that buffer fails, the ring goes on, the next request is served.
+  @Test func failedMappingFailsOneRequestAndNoMore() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    // A bucket that nothing has touched yet, so that its mapping fails.
+    let far: UInt64 = 12 << 20
+    domain.mapFailures.store(2, ordering: .relaxed)
+    let failed = try guest.request(type: 1, sector: 0, data: [.init(far, 4096, writable: false)])
+    #expect(failed.status == 1)
+    domain.mapFailures.store(0, ordering: .relaxed)
+    let served = try guest.request(type: 1, sector: 0, data: [.init(far, 4096, writable: false)])
+    #expect(served.status == 0)
+    #expect(eventually { world.device("web1", "xvde")["counters"]?["failed"] == 1 })
+    #expect(world.state("web1", "xvde") == "connected")
+  }
+
+  /// Without memory for its rings the device asks for a reset, and works after it.
+  @Test func ringsThatCannotBeMappedNeedAReset() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    domain.mapFailures.store(3, ordering: .relaxed)
+    let guest = try world.boot(domain)
+    guest.driver.notify()
+    #expect(eventually { world.state("web1", "xvde") == "faulted" })
+    #expect(world.device("web1", "xvde")["reason"]?.stringValue?.contains("not mapped") == true)
+    domain.mapFailures.store(0, ordering: .relaxed)
+    let again = try world.boot(domain)
+    #expect(try again.write(block(2), sector: 0) == 0)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+  }
+
+  /// An event channel's event that gets lost: the vCPU goes on with the next event of any vCPU.
+  @Test func lostEventIsMadeGoodByTheNext() throws {
+    let (world, domain) = try world(vcpus: 2)
+    defer { world.end() }
+    let base = SlotTable.slot(0).base
+    let waiting = try LoopThread(name: "vcpu0")
+    defer { waiting.stopAndJoin() }
+    let done = Latch()
+    domain.lostEvents.store(1, ordering: .relaxed)
+    waiting.loop.enqueue {
+      _ = domain.access(vcpu: 0, address: base, size: 4)
+      done.open()
+    }
+    #expect(eventually { domain.lostEvents.load(ordering: .relaxed) == 0 })
+    #expect(domain.access(vcpu: 1, address: base, size: 4) & 0xffff_ffff == 0x7472_6976)
+    #expect(done.wait(seconds: 10))
+  }
+
+  @Test func guestsGoOnWithoutXenstoredAndNewOnesComeWhenItIsBack() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    let watches = world.info("xenstoreWatches")
+    world.server.setDown(true)
+    #expect(eventually { world.call("system.info")["xenstoreConnected"] == false })
+    #expect(try guest.write(block(2), sector: 8) == 0)
+    #expect(try guest.read(sector: 8, count: 4096).bytes == block(2))
+    world.server.setDown(false)
+    #expect(eventually { world.call("system.info")["xenstoreConnected"] == true })
+    #expect(world.info("xenstoreWatches") == watches)
+    let toolstack = try SimulatedToolstack(server: world.server, hypervisor: world.hypervisor)
+    let second = try SimulatedDomain(identifier: 6, memoryBytes: 16 << 20)
+    try toolstack.create(second, name: "web2")
+    try toolstack.attach(disk: "xvde", image: world.image("second.img"), to: 6)
+    #expect(eventually { world.state("web2", "xvde") == "ready" })
+    #expect(world.state("web1", "xvde") == "connected")
+    #expect(try toolstack.destroy(6, disks: ["xvde"]))
+  }
+
+  @Test func conflictsOfTransactionsAreTriedAgain() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    _ = domain
+    let second = try world.domain(6, name: "web2")
+    _ = second
+    // Attached first, so that the conflicts hit vxd's transactions and not the toolstack's.
+    world.server.failTransactions(0)
+    try world.toolstack.attach(disk: "xvde", image: world.image("second.img"), to: 6)
+    world.server.failTransactions(5)
+    #expect(eventually { world.state("web2", "xvde") == "ready" })
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 6))
+  }
+
+  /// A hold and its end, as an operator sees and does them.
+  @Test func resumeOfADeviceThatIsNotHeldSaysSo() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    _ = domain
+    let answer = world.call("device.resume", ["guest": "web1", "device": "xvde"])
+    #expect(answer["message"]?.stringValue == "'web1/xvde' is not held, it is ready")
+  }
+
+  @Test func resizeByTheControlSocketReachesTheGuest() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(world.call("device.resize", ["guest": "web1", "device": "xvde", "bytes": 8_388_608])["accepted"] == true)
+    #expect(eventually { guest.driver.registers.read(0x100, width: 8) == 16384 })
+    #expect(eventually { world.eventKinds.contains(.deviceResized) })
+    #expect(world.device("web1", "xvde")["bytes"] == 8_388_608)
+    #expect(world.call("device.resize", ["guest": "web1", "device": "xvde", "bytes": 512])["accepted"] == true)
+    #expect(eventually { world.eventKinds.contains(.deviceNotResized) })
+    let refused = world.call("device.resize", ["guest": "web1", "device": "xvde", "bytes": 1000])
+    #expect(refused["message"]?.stringValue == "'bytes' must be a positive multiple of 512, not 1000")
+  }
+}
