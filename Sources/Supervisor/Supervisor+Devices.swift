@@ -11,7 +11,15 @@ extension Supervisor {
   /// Brings one device in line with its entry. May be called at any time, for the same device again and again.
   func reconcile(_ key: DeviceKey) {
     guard let store, !isStopping else { return }
-    let keys = read(key, store)
+    let keys: [String: String]?
+    let hasFrontend: Bool
+    do throws(XenError) {
+      keys = try read(key, store)
+      hasFrontend = try !isFrontendGone(key, keys ?? [:], store)
+    } catch {
+      // Nothing follows from an answer that did not come: a xenstored that is gone takes no device with it.
+      return log.warning("cannot read \(key.path): \(error)")
+    }
     guard let keys, !keys.isEmpty else {
       // The entry is gone: nobody waits for a state any more.
       if let (session, record) = known(key) { close(record, of: session, wantsClosedState: false) }
@@ -26,7 +34,7 @@ extension Supervisor {
       }
       return
     }
-    if isFrontendGone(key, keys, store) {
+    if !hasFrontend {
       if let (session, record) = known(key) { close(record, of: session, wantsClosedState: true) }
       return
     }
@@ -52,11 +60,11 @@ extension Supervisor {
   }
 
   /// All keys of an entry as of one moment; nil when there is none.
-  private func read(_ key: DeviceKey, _ store: XenStore) -> [String: String]? {
-    try? store.transaction { transaction throws(XenError) -> [String: String]? in
-      guard let names = store.list(key.path, in: transaction) else { return nil }
+  private func read(_ key: DeviceKey, _ store: XenStore) throws(XenError) -> [String: String]? {
+    try store.transaction { transaction throws(XenError) -> [String: String]? in
+      guard let names = try store.listIfThere(key.path, in: transaction) else { return nil }
       var keys: [String: String] = [:]
-      for name in names { keys[name] = store.read("\(key.path)/\(name)", in: transaction) }
+      for name in names { keys[name] = try store.readIfThere("\(key.path)/\(name)", in: transaction) }
       return keys
     }
   }
@@ -68,9 +76,11 @@ extension Supervisor {
 
   /// A toolstack that died halfway leaves entries behind whose guest is no more: the frontend's directory is gone then, or
   /// belongs to another backend.
-  private func isFrontendGone(_ key: DeviceKey, _ keys: [String: String], _ store: XenStore) -> Bool {
-    guard let frontend = keys["frontend"], !frontend.isEmpty else { return false }  // `parse` names the missing key
-    guard let backend = store.read("\(frontend)/backend") else { return true }
+  private func isFrontendGone(_ key: DeviceKey, _ keys: [String: String], _ store: XenStore) throws(XenError)
+    -> Bool
+  {
+    guard let frontend = keys["frontend"], frontend.hasPrefix("/") else { return false }  // `parse` names the missing key
+    guard let backend = try store.readIfThere("\(frontend)/backend") else { return true }
     return !backend.hasSuffix("/" + key.path)
   }
 

@@ -35,13 +35,14 @@ final class World {
   }
 
   /// Starts a supervisor, as the start of the daemon does.
-  func start(slots: Int = 8) throws {
+  func start(slots: Int = 8, profiles: String? = nil) throws {
     let thread = try LoopThread(name: "supervisor")
     var settings = SupervisorSettings()
     settings.xenstoreSocket = server.path
     settings.slots = slots
     settings.bucketShift = 16
     settings.storeCheckMilliseconds = 50
+    if let profiles { settings.profiles = try DiskProfiles(try JSONText.parse(Array(profiles.utf8))) }
     let events = events
     let supervisor = Supervisor(
       loop: thread.loop, hypervisor: hypervisor, settings: settings,

@@ -45,6 +45,19 @@ package final class XenStore {
     return (0..<Int(count)).compactMap { names[$0].map { String(cString: $0) } }
   }
 
+  /// As `read` and `list`, for those who draw conclusions from a node's absence: nil means that it is not there, and nothing else.
+  package func readIfThere(_ path: String, in transaction: UInt32 = 0) throws(XenError) -> String? {
+    if let value = read(path, in: transaction) { return value }
+    guard errno == ENOENT else { throw XenError("xs_read \(path)", Errno.last) }
+    return nil
+  }
+
+  package func listIfThere(_ path: String, in transaction: UInt32 = 0) throws(XenError) -> [String]? {
+    if let names = list(path, in: transaction) { return names }
+    guard errno == ENOENT else { throw XenError("xs_directory \(path)", Errno.last) }
+    return nil
+  }
+
   package func write(_ path: String, _ value: String, in transaction: UInt32 = 0) throws(XenError) {
     guard xs_write(handle, transaction, path, value, UInt32(value.utf8.count)) else {
       throw XenError("xs_write \(path)", Errno.last)

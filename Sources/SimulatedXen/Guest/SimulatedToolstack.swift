@@ -115,6 +115,11 @@ package final class SimulatedToolstack {
     server.fire(special: "@releaseDomain")
   }
 
+  /// Removes what the frontend sees of its devices.
+  package func removeFrontend(of domain: DomainID) throws(XenError) {
+    try store.remove("/local/domain/\(domain)/device/virtio_disk")
+  }
+
   /// Removes an entry without any ceremony.
   package func removeEntry(disk: String, of domain: DomainID) throws(XenError) {
     try store.remove(Self.backendPath(domain, disk))
