@@ -102,3 +102,15 @@ let package = Package(
     .testTarget(name: "HouseTests", swiftSettings: house),
   ]
 )
+
+// Fuzz targets have libFuzzer's main, so they are built only where that is linked: see Tests/Fuzz/run.
+if Context.environment["VXD_FUZZ"] != nil {
+  package.targets.append(
+    .executableTarget(
+      name: "vxd-fuzz",
+      dependencies: [
+        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
+        "ControlAPI", "TestSupport",
+      ],
+      path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))
+}

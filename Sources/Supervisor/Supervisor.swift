@@ -158,7 +158,7 @@ package actor Supervisor {
   }
 
   /// The device that a changed path belongs to: backend/KIND/DOMAIN/DEVICE/...; nil for a path above that.
-  static func key(_ kind: DeviceKey.Kind, path: String) -> DeviceKey? {
+  package static func key(_ kind: DeviceKey.Kind, path: String) -> DeviceKey? {
     let parts = path.split(separator: "/", omittingEmptySubsequences: false)
     guard parts.count >= 4, let domain = DomainID(parts[2]), let device = UInt32(parts[3]) else { return nil }
     return DeviceKey(kind: kind, domain: domain, device: device)

@@ -73,13 +73,13 @@ test_load() {
 
 # fio with checksums in every block; a mismatch is an error of fio's.
 verified_io() { # NAME OPTION...
-  name=$1
+  job=$1
   shift
-  if fio --name="$name" --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --group_reporting --output=/tmp/fio.out "$@" \
+  if fio --name="$job" --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --group_reporting --output=/tmp/fio.out "$@" \
     >/tmp/fio.err 2>&1 && ! grep -q 'err= *[1-9]' /tmp/fio.out; then
-    say "VERIFIED $name"
+    say "VERIFIED $job"
   else
-    say "FAIL fio $name: $(grep -h -i -m 3 'verify\|err\|fail' /tmp/fio.err /tmp/fio.out | tr '\n' ' ')"
+    say "FAIL fio $job: $(grep -h -i -m 3 'verify\|err\|fail' /tmp/fio.err /tmp/fio.out | tr '\n' ' ')"
   fi
 }
 
@@ -97,7 +97,9 @@ test_queues() {
     verified_io "$name-discards" --filename="/dev/$name" --rw=randwrite --bs=4k --size=4m --offset=32m --iodepth=8 \
       --trim_percentage=25 --trim_backlog=32 --trim_verify_zero=1 --verify_backlog=64
   done
+  # The scenario looks at the devices now, and shuts this guest down.
   say "DONE"
+  while true; do sleep 60; done
 }
 
 # Verified I/O in rounds through pages that come and go, while the toolstack takes memory away and gives it back.
@@ -129,7 +131,7 @@ test_store() {
   check_filesystem vdb
   verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=4m --iodepth=8 --fsync=16
   say "WAITING for the server's end"
-  verified_io vdb-again --filename=/dev/vdb --rw=randrw --bs=4k --size=6m --iodepth=8 --loops=3
+  verified_io vdb-again --filename=/dev/vdb --rw=randrw --bs=4k --size=3m --iodepth=8 --loops=2
   sectors=$(cat /sys/block/vda/size)
   say "SIZE vda $sectors"
   while [ "$(cat /sys/block/vda/size)" = "$sectors" ]; do usleep 100000; done

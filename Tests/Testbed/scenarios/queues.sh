@@ -18,13 +18,14 @@ for name in vda vdb; do
   check "$name: random writes and flushes verify" wait_console alpha "GUEST VERIFIED $name-writes" 400
   check "$name: mixed reads and writes verify" wait_console alpha "GUEST VERIFIED $name-mixed" 400
   check "$name: writes and discards verify" wait_console alpha "GUEST VERIFIED $name-discards" 400
-  [ $name = vdb ] || vxctl show alpha/xvde | sed 's/^/| /'
 done
+check "the guest is done" wait_console alpha "GUEST DONE" 100
 used_queues() { vxctl show "$1" --json | tr -d ' \n' | sed 's/.*"requestsByQueue":\[\([0-9,]*\)\].*/\1/' | tr ',' '\n' | grep -c -v '^0$'; }
 check "every queue of the split disk was used" equal "$(used_queues alpha/xvde)" 4
 check "every queue of the packed disk was used" equal "$(used_queues alpha/xvdf)" 4
 check "the packed disk negotiated packed rings" sh -c "grep 'DISK vdb' $(console_of alpha) | sed 's/.*features=//' | cut -c35 | grep -q 1"
 vxctl show alpha/xvdf | sed 's/^/| /'
+check "the guest shuts down" xl shutdown alpha
 check "the guest is content" guest_says_nothing_bad alpha
 check "the guest powers off and is gone" wait_gone alpha 120
 no_trace_left

@@ -1,0 +1,51 @@
+import Glibc
+
+/// libFuzzer's entry: hands each input to the target that VXD_FUZZ_TARGET names.
+///
+/// A target never fails on an input: what libFuzzer looks for are traps, hangs and memory beyond its limit.
+@_cdecl("LLVMFuzzerTestOneInput")
+public func fuzzOneInput(_ data: UnsafePointer<UInt8>?, _ count: Int) -> Int32 {
+  guard let data, count <= 65536 else { return 0 }
+  target(UnsafeBufferPointer(start: data, count: count))
+  return 0
+}
+
+/// What the environment chose, once.
+private let target: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = {
+  let name = getenv("VXD_FUZZ_TARGET").map { String(cString: $0) } ?? ""
+  switch name {
+  case "split-ring": return RingTarget.split
+  case "packed-ring": return RingTarget.packed
+  case "mmio": return RegisterTarget.run
+  case "blk": return BlockTarget.run
+  case "xenstore": return EntryTarget.run
+  case "json-rpc": return ControlTarget.run
+  default: fatalError("VXD_FUZZ_TARGET is one of split-ring, packed-ring, mmio, blk, xenstore, json-rpc, not '\(name)'")
+  }
+}()
+
+/// Reads an input front to back; zeros follow its end.
+struct Input {
+  private let bytes: UnsafeBufferPointer<UInt8>
+  private var position = 0
+
+  init(_ bytes: UnsafeBufferPointer<UInt8>) { self.bytes = bytes }
+
+  var isEmpty: Bool { position >= bytes.count }
+
+  mutating func byte() -> UInt8 {
+    guard position < bytes.count else { return 0 }
+    defer { position += 1 }
+    return bytes[position]
+  }
+
+  mutating func number(bytes count: Int) -> UInt64 {
+    (0..<count).reduce(0) { value, _ in value << 8 | UInt64(byte()) }
+  }
+
+  /// What is left.
+  mutating func rest() -> UnsafeBufferPointer<UInt8> {
+    defer { position = bytes.count }
+    return UnsafeBufferPointer(rebasing: bytes[min(position, bytes.count)...])
+  }
+}

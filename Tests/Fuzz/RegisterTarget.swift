@@ -1,0 +1,24 @@
+import TestSupport
+import Transport
+
+/// A virtio-mmio window under any sequence of accesses.
+enum RegisterTarget {
+  static let run: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = { bytes in
+    var input = Input(bytes)
+    let line = RecordingLine()
+    let transport = MMIOTransport(device: RecordingDevice(), line: line, onStatus: { _ in })
+    while !input.isEmpty {
+      let action = input.byte()
+      // Registers by their number, so that most accesses hit one; any offset where the top bit is set.
+      let offset = action & 0x80 != 0 ? input.number(bytes: 2) : UInt64(action & 0x3f) * 4
+      let width = [1, 2, 4, 8][Int(input.byte() & 3)]
+      if action & 0x40 != 0 {
+        transport.write(offset: offset, width: width == 1 ? 4 : width, value: input.number(bytes: 4))
+      } else {
+        _ = transport.read(offset: offset, width: width)
+      }
+    }
+    transport.remove()
+    precondition(line.levels.last ?? false == false, "the line stays up behind a removed device")
+  }
+}
