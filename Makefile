@@ -4,13 +4,16 @@ SHELL := /bin/bash
 SWIFT_RELEASE := -c release --static-swift-stdlib
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps build debug unit testbed test demo bench format lint clean install
+.PHONY: help deps build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
 	@echo 'make test     everything: format, warnings, unit tests, real Xen scenarios'
 	@echo 'make unit     the fast lane: unit tests only'
 	@echo 'make testbed  the real Xen scenarios only (SCENARIO=name for one; make shell for a console)'
+	@echo 'make asan     the unit tests under AddressSanitizer; make tsan under ThreadSanitizer'
+	@echo 'make fuzz     coverage-guided fuzzing of six targets (SECONDS=n each; TARGET=name for one; KEEP=1 keeps what is found)'
+	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make install  binaries, unit and ACPI table below DESTDIR (default /)'
@@ -31,13 +34,29 @@ format:
 unit: deps
 	Tests/run-unit-tests
 
+asan: deps
+	Tests/run-unit-tests address
+
+tsan: deps
+	Tests/run-unit-tests thread
+
+SECONDS ?= 60
+fuzz: deps
+	Tests/Fuzz/run $(SECONDS) $(TARGET)
+
+profile:
+	@deploy/build/install-dependencies valgrind
+	swift build $(SWIFT_RELEASE) --product vxd-bench
+	Benchmarks/profile .build/release/vxd-bench
+
 testbed: build
 	$(TESTBED) run $(SCENARIO)
 
 shell: build
 	$(TESTBED) shell
 
-test: deps lint unit build
+test: deps lint unit asan tsan build
+	Tests/Fuzz/run 10
 	Tests/check-release .build/release
 	$(TESTBED) run
 

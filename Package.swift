@@ -69,7 +69,7 @@ let package = Package(
       dependencies: [
         "Backends", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
       ],
-      path: "Benchmarks", swiftSettings: house),
+      path: "Benchmarks", exclude: ["profile"], swiftSettings: house),
 
     .target(
       name: "TestSupport",

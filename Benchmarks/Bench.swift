@@ -11,6 +11,9 @@ enum Bench {
   static let seconds = 0.5
 
   static func main() throws {
+    if CommandLine.arguments.dropFirst().first == "profile" {
+      return try Profile.run(Array(CommandLine.arguments.dropFirst(2)))
+    }
     let path = CommandLine.arguments.dropFirst().first ?? "/dev/shm/vxd-bench-\(getpid()).img"
     let isOwn = CommandLine.arguments.count < 2
     if isOwn { try makeFile(path) }

@@ -17,14 +17,16 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
   private var pump: BlockPump
   private var signals: (any TransportSignals)?
 
-  init(path: String, source: ForeignMappingPool, copies: Bool) throws {
+  init(path: String, source: ForeignMappingPool, copies: Bool, slots: Int = 256) throws {
     self.source = source
     let image = try RawImage(path: path, holder: "bench", readOnly: false, discard: false)
-    let engine = try AIOEngine(image: image, depth: 256)
+    let engine = try AIOEngine(image: image, depth: slots)
     offeredFeatures = BlockConfiguration.features(engine.geometry)
     configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
     var settings = BlockPumpSettings()
     settings.copiesAlways = copies
+    settings.slots = slots
+    settings.bounceBytes = 1 << 20
     settings.pollsWhenIdle = false
     pump = try BlockPump(
       engine: engine, source: source, counters: BlockCounters(), settings: settings,

@@ -1,6 +1,7 @@
+import Glibc
 import Synchronization
 
-/// One data thread's window on a guest's memory: a small cache of translations in front of the shared pool.
+/// One data thread's window on a guest's memory: a cache of translations in front of the shared pool.
 ///
 /// Confined to one thread. Between `enter` and `leave` the pointers that it hands out stay mapped; afterwards they must not
 /// be kept. A hit costs no lock, no allocation and no call out of this module.
@@ -8,12 +9,15 @@ package struct GuestMemoryView: ~Copyable {
   private struct Entry {
     /// Bucket number plus one; 0 when the entry is empty.
     var tag: UInt64
+    /// The generation that the entry is good for: one that is older than the view's is as good as empty.
+    var generation: UInt64
     var base: UnsafeMutableRawPointer?
     var validPages: UnsafePointer<UInt64>?
     var stamp: UnsafeMutablePointer<UInt64>?
   }
 
-  private static var entryCount: Int { 64 }
+  /// With buckets of 2 MiB, 8 GiB of a guest's memory. Entries that are never used cost no memory.
+  private static var entryCount: Int { 4096 }
   private static var pageShift: UInt64 { 12 }
 
   private let source: any GuestMemorySource
@@ -33,15 +37,16 @@ package struct GuestMemoryView: ~Copyable {
     generation = source.generation
     bucketShift = UInt64(source.bucketShift)
     bucketSize = 1 << source.bucketShift
-    entries = .allocate(capacity: Self.entryCount)
-    entries.initialize(repeating: Entry(tag: 0), count: Self.entryCount)
+    // Zeroed by the kernel, page by page as they are used: all of an entry's fields are empty as zeros.
+    guard let zeroed = calloc(Self.entryCount, MemoryLayout<Entry>.stride) else { fatalError("out of memory") }
+    entries = zeroed.bindMemory(to: Entry.self, capacity: Self.entryCount)
     source.add(viewer: viewer)
   }
 
   deinit {
     viewer.epoch.store(0, ordering: .releasing)
     source.remove(viewer: viewer)
-    entries.deallocate()
+    free(entries)
   }
 
   /// Starts a batch.
@@ -58,7 +63,6 @@ package struct GuestMemoryView: ~Copyable {
       now = again
     }
     if now != seenGeneration {
-      for index in 0..<Self.entryCount { entries[index].tag = 0 }
       seenGeneration = now
     }
     clock = generation.clock.load(ordering: .relaxed)
@@ -80,7 +84,7 @@ package struct GuestMemoryView: ~Copyable {
     let offset = Int(truncatingIfNeeded: address & UInt64(truncatingIfNeeded: bucketSize &- 1))
     let index = Int(truncatingIfNeeded: number & UInt64(truncatingIfNeeded: Self.entryCount &- 1))
     let run = min(length, bucketSize &- offset)
-    if entries[index].tag == number &+ 1, let base = entries[index].base {
+    if entries[index].tag == number &+ 1, entries[index].generation == seenGeneration, let base = entries[index].base {
       hits &+= 1
       entries[index].stamp?.pointee = clock
       guard let valid = entries[index].validPages else { return (base + offset, run) }
@@ -94,7 +98,7 @@ package struct GuestMemoryView: ~Copyable {
     _ address: UInt64, _ number: UInt64, _ offset: Int, _ run: Int, _ index: Int
   ) throws(GuestMemoryFault) -> (pointer: UnsafeMutableRawPointer, length: Int) {
     misses &+= 1
-    let known = entries[index].tag == number &+ 1
+    let known = entries[index].tag == number &+ 1 && entries[index].generation == seenGeneration
     var mapping = known ? try source.refreshedBucket(number) : try source.bucket(number)
     var backed = run
     if let valid = mapping.validPages {
@@ -106,7 +110,7 @@ package struct GuestMemoryView: ~Copyable {
     }
     mapping.stamp.pointee = clock
     entries[index] = Entry(
-      tag: number &+ 1, base: mapping.base, validPages: mapping.validPages, stamp: mapping.stamp)
+      tag: number &+ 1, generation: seenGeneration, base: mapping.base, validPages: mapping.validPages, stamp: mapping.stamp)
     guard backed > 0 else { throw .unmapped(address: address) }
     return (mapping.base + offset, backed)
   }
