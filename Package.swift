@@ -71,9 +71,12 @@ let package = Package(
       ],
       path: "Benchmarks", exclude: ["profile"], swiftSettings: house),
 
+    .target(name: "CThreadSanitizer", path: "Tests/CThreadSanitizer"),
     .target(
       name: "TestSupport",
-      dependencies: ["Backends", "Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen"],
+      dependencies: [
+        "Backends", "Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen", "CThreadSanitizer",
+      ],
       path: "Tests/TestSupport", swiftSettings: house),
     .testTarget(
       name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen"], swiftSettings: house),

@@ -169,7 +169,7 @@ import Virtqueue
     #expect(eventually { reports.list.last == "resumed 0" })
     try fixture.driver.start(wanted: [.eventIndex, .indirectDescriptors])
     #expect(try fixture.guest.write(block(9), sector: 0) == 0)
-    #expect(fixture.backend.counters[0].inFlight.load(ordering: .relaxed) == 0)
+    #expect(eventually { fixture.backend.counters[0].inFlight.load(ordering: .relaxed) == 0 })
   }
 
   @Test func delayedCompletionIsFoundByTheWatchdogWithQueueAndLayer() throws {

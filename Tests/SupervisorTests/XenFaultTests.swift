@@ -33,7 +33,7 @@ import Xen
     let served = try guest.request(type: 1, sector: 0, data: [.init(far, 4096, writable: false)])
     #expect(served.status == 0)
     #expect(eventually { world.device("web1", "xvde")["counters"]?["failed"] == 1 })
-    #expect(world.state("web1", "xvde") == "connected")
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
   }
 
   /// Without memory for its rings the device asks for a reset, and works after it.

@@ -1,3 +1,4 @@
+import CThreadSanitizer
 import EventLoop
 import Glibc
 package import SimulatedXen
@@ -19,6 +20,9 @@ package struct SeededGenerator: RandomNumberGenerator {
     return state &* 0x2545_f491_4f6c_dd1d
   }
 }
+
+/// Whether the tests know the standard library's locks, see CThreadSanitizer.c.
+package let knowsLocks = cthreadsanitizer_present() == 1
 
 /// A folder that is gone after the test.
 package final class TemporaryFolder {

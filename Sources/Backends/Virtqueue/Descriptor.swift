@@ -31,24 +31,20 @@ struct Descriptor {
 /// Loads and stores of the 16-bit words that both sides of a ring use.
 enum RingWord {
   /// - Parameter offset: even, and inside the mapped ring part.
-  @inline(__always)
   static func acquire(_ start: UnsafeMutableRawPointer, _ offset: Int) -> UInt16 {
     UInt16(
       littleEndian: (start + offset).assumingMemoryBound(to: Atomic<UInt16>.self).pointee.load(ordering: .acquiring))
   }
 
-  @inline(__always)
   static func load(_ start: UnsafeMutableRawPointer, _ offset: Int) -> UInt16 {
     UInt16(littleEndian: (start + offset).assumingMemoryBound(to: Atomic<UInt16>.self).pointee.load(ordering: .relaxed))
   }
 
-  @inline(__always)
   static func store(_ value: UInt16, _ start: UnsafeMutableRawPointer, _ offset: Int) {
     (start + offset).assumingMemoryBound(to: Atomic<UInt16>.self).pointee.store(
       value.littleEndian, ordering: .relaxed)
   }
 
-  @inline(__always)
   static func release(_ value: UInt16, _ start: UnsafeMutableRawPointer, _ offset: Int) {
     (start + offset).assumingMemoryBound(to: Atomic<UInt16>.self).pointee.store(
       value.littleEndian, ordering: .releasing)

@@ -1,4 +1,3 @@
-import Glibc
 import Synchronization
 
 /// One data thread's window on a guest's memory: a cache of translations in front of the shared pool.
@@ -16,8 +15,8 @@ package struct GuestMemoryView: ~Copyable {
     var stamp: UnsafeMutablePointer<UInt64>?
   }
 
-  /// With buckets of 2 MiB, 8 GiB of a guest's memory. Entries that are never used cost no memory.
-  private static var entryCount: Int { 4096 }
+  /// With buckets of 2 MiB, 2 GiB of a guest's memory: twice the pool's default budget.
+  private static var entryCount: Int { 1024 }
   private static var pageShift: UInt64 { 12 }
 
   private let source: any GuestMemorySource
@@ -37,16 +36,15 @@ package struct GuestMemoryView: ~Copyable {
     generation = source.generation
     bucketShift = UInt64(source.bucketShift)
     bucketSize = 1 << source.bucketShift
-    // Zeroed by the kernel, page by page as they are used: all of an entry's fields are empty as zeros.
-    guard let zeroed = calloc(Self.entryCount, MemoryLayout<Entry>.stride) else { fatalError("out of memory") }
-    entries = zeroed.bindMemory(to: Entry.self, capacity: Self.entryCount)
+    entries = .allocate(capacity: Self.entryCount)
+    entries.initialize(repeating: Entry(tag: 0, generation: 0), count: Self.entryCount)
     source.add(viewer: viewer)
   }
 
   deinit {
     viewer.epoch.store(0, ordering: .releasing)
     source.remove(viewer: viewer)
-    free(entries)
+    entries.deallocate()
   }
 
   /// Starts a batch.

@@ -14,9 +14,7 @@ extension Virtqueue {
     let slot = 4 &+ 2 &* Int(layout.nextAvailable & mask)
     let head = RingWord.load(available.start, slot)
     guard head < layout.size else { throw .headOutOfRange(head) }
-    let bit: UInt64 = 1 << UInt64(head & 63)
-    guard inUse[Int(head >> 6)] & bit == 0 else { throw .headInUse(head) }
-    inUse[Int(head >> 6)] |= bit
+    guard claim(head) else { throw .headInUse(head) }
     layout.nextAvailable &+= 1
     chain.ticket = ChainTicket(head: head, slots: 1)
     if let last = try walkSplit(table, count: Int(layout.size), from: Int(head), &chain) {
@@ -25,8 +23,23 @@ extension Virtqueue {
     return true
   }
 
+  /// - Returns: false when the device has the head already.
+  private func claim(_ head: UInt16) -> Bool {
+    // By a pointer of its own: Swift 6.3 makes invalid code of `inUse[index] |= bit` under ThreadSanitizer.
+    let word = inUse + Int(head >> 6)
+    let bit: UInt64 = 1 << UInt64(head & 63)
+    guard word.pointee & bit == 0 else { return false }
+    word.pointee |= bit
+    return true
+  }
+
+  private func disclaim(_ head: UInt16) {
+    let word = inUse + Int(head >> 6)
+    word.pointee &= ~(1 << UInt64(head & 63))
+  }
+
   mutating func putBackSplit(_ ticket: ChainTicket) {
-    inUse[Int(ticket.head >> 6)] &= ~(1 << UInt64(ticket.head & 63))
+    disclaim(ticket.head)
     layout.nextAvailable &-= 1
   }
 
@@ -75,7 +88,7 @@ extension Virtqueue {
   }
 
   mutating func pushUsedSplit(_ ticket: ChainTicket, _ length: UInt32) {
-    inUse[Int(ticket.head >> 6)] &= ~(1 << UInt64(ticket.head & 63))
+    disclaim(ticket.head)
     guard let deviceArea else { return }
     let entry = deviceArea.start + (4 &+ 8 &* Int(layout.nextUsed & mask))
     entry.storeBytes(of: UInt32(ticket.head).littleEndian, as: UInt32.self)

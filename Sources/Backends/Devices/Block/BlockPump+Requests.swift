@@ -237,8 +237,10 @@ extension BlockPump {
 
   /// Stages the next range of a request that names several.
   mutating func stageRange(_ slot: Int) {
-    let range = slab.ranges(slot)[slab.records[slot].nextRange]
-    slab.records[slot].nextRange &+= 1
+    // By a pointer of its own, see `Virtqueue.claim`.
+    let record = slab.records + slot
+    let range = slab.ranges(slot)[record.pointee.nextRange]
+    record.pointee.nextRange &+= 1
     stage(slot, offset: range.offset, length: range.length, vectorCount: 0, mayUnmap: range.mayUnmap)
   }
 }
