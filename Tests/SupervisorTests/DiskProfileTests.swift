@@ -65,6 +65,13 @@ import Testing
     #expect(fault?.message == message)
   }
 
+  @Test func exampleThatIsInstalledIsCorrect() throws {
+    let path = #filePath.split(separator: "/").dropLast(3).joined(separator: "/")
+    let profiles = try DiskProfiles(path: "/\(path)/deploy/profiles.example.json", isOptional: false)
+    #expect(settings(profiles, guest: "db7").queues == 4)
+    #expect(settings(profiles, guest: "archive", device: "xvdf").path.hasPrefix("nbd+unix://"))
+  }
+
   @Test func unknownOptionListsTheKnownOnes() {
     let fault = #expect(throws: ProfileFault.self) { _ = try profiles(#"{"version": 1, "disks": [{"queue": 1}]}"#) }
     #expect(fault?.field == "disks[0].queue")
