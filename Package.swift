@@ -75,7 +75,8 @@ let package = Package(
     .target(
       name: "TestSupport",
       dependencies: [
-        "Backends", "Virtqueue", "Transport", "Devices", "EventLoop", "SimulatedXen", "Xen", "CThreadSanitizer",
+        "Backends", "Virtqueue", "Transport", "Devices", "Engines", "EventLoop", "SimulatedXen", "Xen",
+        "CThreadSanitizer",
       ],
       path: "Tests/TestSupport", swiftSettings: house),
     .testTarget(

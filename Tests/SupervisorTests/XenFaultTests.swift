@@ -105,6 +105,33 @@ import Xen
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 6))
   }
 
+  /// A store that does not answer, as the watchdog tells it: device, queue, age, layer.
+  @Test func frozenStoreIsReportedAndTheGuestGoesOnWhenItThaws() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try world.domain(5, name: "web1")
+    let daemon = try StorageDaemon(folder: world.folder, image: world.image("nbd.img"))
+    defer { daemon.stop() }
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    try world.start(profiles: #"{"version": 1, "disks": [{"stuckSeconds": 1, "nbd": "\#(daemon.address)"}]}"#)
+    #expect(eventually { world.state("web1", "xvde") == "ready" })
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    daemon.pause()
+    guest.putHeader(at: 8 << 20, type: 4, sector: 0)
+    #expect(guest.driver.add([.init(8 << 20, 16, writable: false), .init(9 << 20, 1, writable: true)]) != nil)
+    guest.driver.notify()
+    #expect(eventually { world.eventKinds.contains(.deviceStuck) })
+    let stuck = world.device("web1", "xvde")["stuck"]
+    #expect(stuck?["queue"] == 0)
+    #expect(stuck?["layer"] == "engine")
+    #expect(stuck?["milliseconds"]?.integerValue ?? 0 >= 1000)
+    daemon.resume()
+    _ = try guest.waitForUsed()
+    #expect(eventually { world.eventKinds.contains(.deviceUnstuck) })
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+  }
+
   /// A hold and its end, as an operator sees and does them.
   @Test func resumeOfADeviceThatIsNotHeldSaysSo() throws {
     let (world, domain) = try world()
