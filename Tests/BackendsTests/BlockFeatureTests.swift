@@ -20,14 +20,14 @@ import Virtqueue
   }
 
   /// Notes what an engine is asked to do.
-  private final class Witness: BlockEngine {
+  private final class Witness: EngineDecorator {
     final class Notes: Sendable {
       let all = Mutex<[(BlockOperation, isDurable: Bool, mayUnmap: Bool)]>([])
       var list: [(BlockOperation, isDurable: Bool, mayUnmap: Bool)] { all.withLock { $0 } }
       func clear() { all.withLock { $0 = [] } }
     }
 
-    private let engine: any BlockEngine
+    let engine: any BlockEngine
     private let notes: Notes
     private let change: @Sendable (inout BlockGeometry) -> Void
     private var answered: [EngineCompletion] = []
@@ -43,12 +43,6 @@ import Virtqueue
       change(&geometry)
       return geometry
     }
-    var reachesGuestMemory: Bool { engine.reachesGuestMemory }
-    var movesDataInSubmit: Bool { false }
-    var memoryAlignment: Int { engine.memoryAlignment }
-    var now: UInt64 { engine.now }
-    var readiness: Int32 { engine.readiness }
-    func acknowledgeReadiness() { engine.acknowledgeReadiness() }
     func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
       for index in 0..<count {
         notes.all.withLock {
@@ -68,8 +62,6 @@ import Virtqueue
       }
       return engine.reap(into: completions, capacity: capacity)
     }
-    func waitForCompletion() { engine.waitForCompletion() }
-    func abandon() { engine.abandon() }
   }
 
   private let notes = Witness.Notes()

@@ -179,20 +179,13 @@ import Virtqueue
 }
 
 /// Turns the order of each harvest around.
-private final class ShufflingEngine: BlockEngine {
-  private let engine: any BlockEngine
+private final class ShufflingEngine: EngineDecorator {
+  let engine: any BlockEngine
   private var waiting: [EngineCompletion] = []
   private var submitted = 0
 
   init(_ engine: any BlockEngine) { self.engine = engine }
 
-  var geometry: BlockGeometry { engine.geometry }
-  var reachesGuestMemory: Bool { engine.reachesGuestMemory }
-  var movesDataInSubmit: Bool { false }
-  var memoryAlignment: Int { engine.memoryAlignment }
-  var now: UInt64 { engine.now }
-  var readiness: Int32 { engine.readiness }
-  func acknowledgeReadiness() { engine.acknowledgeReadiness() }
   func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
     submitted += count
     engine.submit(requests, count: count)
@@ -208,6 +201,4 @@ private final class ShufflingEngine: BlockEngine {
     submitted -= given
     return given
   }
-  func waitForCompletion() { engine.waitForCompletion() }
-  func abandon() { engine.abandon() }
 }

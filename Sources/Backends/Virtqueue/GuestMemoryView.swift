@@ -108,7 +108,8 @@ package struct GuestMemoryView: ~Copyable {
     }
     mapping.stamp.pointee = clock
     entries[index] = Entry(
-      tag: number &+ 1, generation: seenGeneration, base: mapping.base, validPages: mapping.validPages, stamp: mapping.stamp)
+      tag: number &+ 1, generation: seenGeneration, base: mapping.base, validPages: mapping.validPages,
+      stamp: mapping.stamp)
     guard backed > 0 else { throw .unmapped(address: address) }
     return (mapping.base + offset, backed)
   }

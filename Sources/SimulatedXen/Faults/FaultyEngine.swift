@@ -60,27 +60,16 @@ package final class FaultPlan: Sendable {
 }
 
 /// A real engine with faults in front of it.
-package final class FaultyEngine: BlockEngine {
-  private let engine: any BlockEngine
+package final class FaultyEngine: EngineDecorator {
+  package let engine: any BlockEngine
   private let plan: FaultPlan
   private var failed: [EngineCompletion] = []
   private var held: [EngineCompletion] = []
-  /// Takes the place of what the engine itself says of its store.
-  package var claimedGeometry: BlockGeometry?
 
   package init(_ engine: any BlockEngine, _ plan: FaultPlan) {
     self.engine = engine
     self.plan = plan
   }
-
-  package var geometry: BlockGeometry { claimedGeometry ?? engine.geometry }
-  package var reachesGuestMemory: Bool { engine.reachesGuestMemory }
-  // A completion that is held back must not refer to guest memory.
-  package var movesDataInSubmit: Bool { false }
-  package var memoryAlignment: Int { engine.memoryAlignment }
-  package var now: UInt64 { engine.now }
-  package var readiness: Int32 { engine.readiness }
-  package func acknowledgeReadiness() { engine.acknowledgeReadiness() }
 
   package func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
     for index in 0..<count {
@@ -108,6 +97,4 @@ package final class FaultyEngine: BlockEngine {
     if held.isEmpty && failed.isEmpty { engine.waitForCompletion() }
     if plan.isHolding { yieldThread() }
   }
-
-  package func abandon() { engine.abandon() }
 }

@@ -13,13 +13,13 @@ package final class NBDEngine: BlockEngine {
   /// What an engine reports of its connection: nil when it is there, else why it is not. Called on any thread.
   package typealias Notice = @Sendable (_ trouble: String?) -> Void
 
-  private enum Phase: UInt8 {
+  enum Phase: UInt8 {
     case free
     case queued
     case sent
   }
 
-  private struct Operation {
+  struct Operation {
     var request: EngineRequest
     var phase = Phase.free
     /// A write without force unit access at the server whose flush is under way: bytes of the write.
@@ -31,35 +31,35 @@ package final class NBDEngine: BlockEngine {
   package let allowsSeveralQueues: Bool
   package var readiness: Int32 { epoll.raw }
 
-  private let depth: Int
+  let depth: Int
   private let flags: NBDProtocol.ExportFlags
   private let reconnectLimit: UInt64
   private let onNotice: Notice
   private let epoll: OwnedDescriptor
   private let wakeUp: EventDescriptor
   private let connector: NBDConnector
-  private var descriptor: OwnedDescriptor?
+  var descriptor: OwnedDescriptor?
   private var wantsWritable = false
   /// Counts the connections; a part of each handle, so that nothing of an older one is taken for the present one's.
-  private var generation: UInt32 = 1
+  var generation: UInt32 = 1
   private var lostAt: UInt64 = 0
   private var isAbandoned = false
 
-  private let operations: UnsafeMutablePointer<Operation>
-  private let headers: UnsafeMutableRawPointer
+  let operations: UnsafeMutablePointer<Operation>
+  let headers: UnsafeMutableRawPointer
   /// Tags to be sent, first in first out; bytes of the first that are sent already.
-  private let sendQueue: UnsafeMutablePointer<UInt32>
-  private var sendFirst = 0
-  private var sendCount = 0
-  private var sentOfFirst = 0
-  private let vectors: UnsafeMutablePointer<iovec>
-  private static let vectorCapacity = 128
+  let sendQueue: UnsafeMutablePointer<UInt32>
+  var sendFirst = 0
+  var sendCount = 0
+  var sentOfFirst = 0
+  let vectors: UnsafeMutablePointer<iovec>
+  static let vectorCapacity = 128
 
-  private let replyHeader: UnsafeMutableRawPointer
-  private var replyHeaderBytes = 0
+  let replyHeader: UnsafeMutableRawPointer
+  var replyHeaderBytes = 0
   /// The read whose data comes now, and how much of it has come; -1 between replies.
-  private var receivingTag = -1
-  private var receivedBytes = 0
+  var receivingTag = -1
+  var receivedBytes = 0
 
   private let finished: UnsafeMutablePointer<EngineCompletion>
   private var finishedCount = 0
@@ -228,7 +228,7 @@ package final class NBDEngine: BlockEngine {
   }
 
   /// The server's answer to an operation.
-  private func answered(_ tag: Int, _ result: Int) {
+  func answered(_ tag: Int, _ result: Int) {
     let operation = operations[tag]
     if result >= 0, operation.flushingAfter < 0, operation.request.isDurable, operation.request.operation != .read,
       operation.request.operation != .flush, !flags.contains(.canForceUnitAccess), flags.contains(.canFlush)
@@ -273,7 +273,7 @@ package final class NBDEngine: BlockEngine {
     sentOfFirst = 0
   }
 
-  private func lose(_ reason: String) {
+  func lose(_ reason: String) {
     guard descriptor != nil else { return }
     hangUp()
     generation &+= 1
@@ -297,160 +297,11 @@ package final class NBDEngine: BlockEngine {
     }
   }
 
-  private func watch(writable: Bool) {
+  func watch(writable: Bool) {
     guard writable != wantsWritable, let raw = descriptor?.raw else { return }
     wantsWritable = writable
     var event = epoll_event()
     event.events = EPOLLIN.rawValue | EPOLLRDHUP.rawValue | (writable ? EPOLLOUT.rawValue : 0)
     epoll_ctl(epoll.raw, EPOLL_CTL_MOD, raw, &event)
-  }
-
-  // MARK: Sending
-
-  private func send() {
-    while sendCount > 0, let raw = descriptor?.raw {
-      let count = gather()
-      var message = msghdr()
-      message.msg_iov = vectors
-      message.msg_iovlen = count
-      let sent = sendmsg(raw, &message, Int32(MSG_NOSIGNAL))
-      if sent < 0 {
-        if errno == EINTR { continue }
-        if errno == EAGAIN { return watch(writable: true) }
-        return lose("the connection to the NBD server broke: \(Errno.last)")
-      }
-      advance(sent)
-    }
-    watch(writable: false)
-  }
-
-  private func bytesToSend(_ tag: Int) -> Int {
-    let operation = operations[tag]
-    guard operation.request.operation == .write, operation.flushingAfter < 0 else { return NBDProtocol.requestBytes }
-    var bytes = NBDProtocol.requestBytes
-    for index in 0..<operation.request.vectorCount { bytes &+= operation.request.vectors[index].length }
-    return bytes
-  }
-
-  /// What is to be sent next, as vectors.
-  private func gather() -> Int {
-    var count = 0
-    var skip = sentOfFirst
-    func add(_ start: UnsafeMutableRawPointer?, _ length: Int) {
-      guard skip < length else {
-        skip &-= length
-        return
-      }
-      vectors[count] = iovec(iov_base: start.map { $0 + skip }, iov_len: length &- skip)
-      skip = 0
-      count &+= 1
-    }
-    for position in 0..<sendCount {
-      let tag = Int(sendQueue[(sendFirst &+ position) % depth])
-      let operation = operations[tag]
-      let hasData = operation.request.operation == .write && operation.flushingAfter < 0
-      let needed = 1 &+ (hasData ? operation.request.vectorCount : 0)
-      guard count &+ needed <= Self.vectorCapacity else { break }
-      add(headers + 32 &* tag, NBDProtocol.requestBytes)
-      guard hasData else { continue }
-      for index in 0..<operation.request.vectorCount {
-        add(operation.request.vectors[index].start, operation.request.vectors[index].length)
-      }
-    }
-    return count
-  }
-
-  private func advance(_ sent: Int) {
-    var rest = sent &+ sentOfFirst
-    while sendCount > 0 {
-      let tag = Int(sendQueue[sendFirst])
-      let bytes = bytesToSend(tag)
-      guard rest >= bytes else { break }
-      rest &-= bytes
-      operations[tag].phase = .sent
-      sendFirst = (sendFirst &+ 1) % depth
-      sendCount &-= 1
-    }
-    sentOfFirst = rest
-  }
-
-  // MARK: Receiving
-
-  private func receive() {
-    while let raw = descriptor?.raw {
-      var count = 0
-      if receivingTag >= 0 { count = gatherReceive() }
-      vectors[count] = iovec(
-        iov_base: replyHeader + replyHeaderBytes, iov_len: NBDProtocol.replyBytes &- replyHeaderBytes)
-      let got = readv(raw, vectors, Int32(truncatingIfNeeded: count &+ 1))
-      if got < 0 {
-        if errno == EINTR { continue }
-        if errno == EAGAIN { return }
-        return lose("the connection to the NBD server broke: \(Errno.last)")
-      }
-      guard got > 0 else { return lose("the NBD server hung up") }
-      guard take(got) else { return lose("the NBD server's reply is malformed") }
-    }
-  }
-
-  private func gatherReceive() -> Int {
-    let request = operations[receivingTag].request
-    var count = 0
-    var skip = receivedBytes
-    for index in 0..<request.vectorCount {
-      let vector = request.vectors[index]
-      if skip >= vector.length {
-        skip &-= vector.length
-        continue
-      }
-      guard count < Self.vectorCapacity &- 1 else { break }
-      vectors[count] = iovec(iov_base: vector.start.map { $0 + skip }, iov_len: vector.length &- skip)
-      skip = 0
-      count &+= 1
-    }
-    return count
-  }
-
-  /// - Returns: false when the bytes make no sense.
-  private func take(_ got: Int) -> Bool {
-    var rest = got
-    if receivingTag >= 0 {
-      let data = min(rest, expectedBytes(receivingTag) &- receivedBytes)
-      receivedBytes &+= data
-      rest &-= data
-      if receivedBytes == expectedBytes(receivingTag) {
-        let tag = receivingTag
-        receivingTag = -1
-        answered(tag, receivedBytes)
-      }
-    }
-    replyHeaderBytes &+= rest
-    guard replyHeaderBytes == NBDProtocol.replyBytes else { return true }
-    replyHeaderBytes = 0
-    let magic = UInt32(bigEndian: replyHeader.load(as: UInt32.self))
-    let error = UInt32(bigEndian: replyHeader.load(fromByteOffset: 4, as: UInt32.self))
-    let handle = UInt64(bigEndian: replyHeader.load(fromByteOffset: 8, as: UInt64.self))
-    let tag = Int(handle & 0xffff_ffff)
-    guard magic == NBDProtocol.replyMagic, handle >> 32 == UInt64(generation), tag < depth,
-      operations[tag].phase == .sent
-    else { return false }
-    if error != 0 {
-      answered(tag, -NBDProtocol.errno(error))
-    } else if operations[tag].request.operation == .read {
-      receivingTag = tag
-      receivedBytes = 0
-    } else {
-      answered(tag, operations[tag].flushingAfter >= 0 ? 0 : expectedBytes(tag))
-    }
-    return true
-  }
-
-  /// Bytes of data of a read or write.
-  private func expectedBytes(_ tag: Int) -> Int {
-    let request = operations[tag].request
-    guard request.operation == .read || request.operation == .write else { return 0 }
-    var bytes = 0
-    for index in 0..<request.vectorCount { bytes &+= request.vectors[index].length }
-    return bytes
   }
 }

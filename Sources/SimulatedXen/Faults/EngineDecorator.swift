@@ -1,0 +1,25 @@
+package import Devices
+
+/// An engine in front of another one: what it does not do itself, that one does.
+package protocol EngineDecorator: BlockEngine {
+  var engine: any BlockEngine { get }
+}
+
+extension EngineDecorator {
+  package var geometry: BlockGeometry { engine.geometry }
+  package var reachesGuestMemory: Bool { engine.reachesGuestMemory }
+  // A completion that is held back must not refer to guest memory.
+  package var movesDataInSubmit: Bool { false }
+  package var memoryAlignment: Int { engine.memoryAlignment }
+  package var now: UInt64 { engine.now }
+  package var readiness: Int32 { engine.readiness }
+  package func acknowledgeReadiness() { engine.acknowledgeReadiness() }
+  package func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
+    engine.submit(requests, count: count)
+  }
+  package func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
+    engine.reap(into: completions, capacity: capacity)
+  }
+  package func waitForCompletion() { engine.waitForCompletion() }
+  package func abandon() { engine.abandon() }
+}
