@@ -55,7 +55,7 @@ testbed: build
 shell: build
 	$(TESTBED) shell
 
-test: deps lint unit asan tsan build
+test: deps lint unit build
 	Tests/Fuzz/run 10
 	Tests/check-release .build/release
 	$(TESTBED) run
