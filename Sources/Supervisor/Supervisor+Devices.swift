@@ -79,7 +79,8 @@ extension Supervisor {
   private func isFrontendGone(_ key: DeviceKey, _ keys: [String: String], _ store: XenStore) throws(XenError)
     -> Bool
   {
-    guard let frontend = keys["frontend"], frontend.hasPrefix("/") else { return false }  // `parse` names the missing key
+    // `parse` names a key that is missing or wrong.
+    guard let frontend = keys["frontend"], frontend.hasPrefix("/") else { return false }
     guard let backend = try store.readIfThere("\(frontend)/backend") else { return true }
     return !backend.hasSuffix("/" + key.path)
   }
