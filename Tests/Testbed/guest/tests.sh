@@ -126,6 +126,28 @@ test_balloon() {
   done
 }
 
+# Verified I/O in rounds, while the toolstack takes memory away and gives it back. Each round goes through more than half of the
+# guest's pages, so that vxd has mapped what the balloon takes, and the guest does I/O with what it gets back.
+test_stale() {
+  wait_for_disks 1
+  mkdir -p /tmp/mnt
+  mkfs.ext4 -q -F /dev/vda
+  mount -t ext4 /dev/vda /tmp/mnt
+  say "MEMORY $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
+  fio --name=large --ioengine=psync --directory=/tmp/mnt --rw=write --bs=256k --size=72m --verify=crc32c --do_verify=0 \
+    --end_fsync=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT: the large file cannot be written"
+  round=0
+  while true; do
+    echo 3 >/proc/sys/vm/drop_caches
+    fio --name=large --ioengine=psync --directory=/tmp/mnt --rw=read --bs=256k --size=72m --verify=crc32c --verify_fatal=1 \
+      --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT cached data in round $round"
+    fio --name=direct --ioengine=libaio --direct=1 --directory=/tmp/mnt --rw=randwrite --bs=32k --size=4m --iodepth=16 \
+      --verify=crc32c --verify_fatal=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT direct data in round $round"
+    round=$((round + 1))
+    say "ROUND $round"
+  done
+}
+
 # A disk on an NBD server (vdb), one that grows (vda), one whose store runs full (vdc).
 test_store() {
   wait_for_disks 3
