@@ -1,5 +1,5 @@
 # limit: 1200 s
-# Memory taken from a guest and given back under verified I/O. `stale` is its counterpart.
+# Memory taken from a guest and given back under verified I/O. `extra/stale` is its counterpart.
 make_disk /disks/one.img 96
 memory() { xl list alpha | awk 'NR == 2 {print $3}'; }
 # The balloon stops before what it is told: the guest is busy with its memory.
