@@ -78,12 +78,11 @@ package struct DeviceEntry: Equatable, Sendable {
     let mode = try required("mode")
     guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
     let path = try required("params")
-    guard path.hasPrefix("/") || NBDAddress.isAddress(path) else {
-      throw EntryFault(
-        "params", "'\(path)' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)")
-    }
     if NBDAddress.isAddress(path) {
       do throws(ImageFault) { _ = try NBDAddress(path) } catch { throw EntryFault("params", error.message) }
+    } else if !path.hasPrefix("/") {
+      throw EntryFault(
+        "params", "'\(path)' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)")
     }
     let base = try number("base", required("base"))
     guard base & 0x1ff == 0, base < 1 << 52 else {

@@ -92,11 +92,7 @@ package final class QueueFixture {
   }
 
   package func descriptor(at place: UInt64, _ address: UInt64, _ length: UInt32, flags: UInt16, next: UInt16 = 0) {
-    let entry = domain.memory.pointer(place)
-    entry.storeBytes(of: address, as: UInt64.self)
-    entry.storeBytes(of: length, toByteOffset: 8, as: UInt32.self)
-    entry.storeBytes(of: flags, toByteOffset: 12, as: UInt16.self)
-    entry.storeBytes(of: next, toByteOffset: 14, as: UInt16.self)
+    domain.memory.putDescriptor(at: place, address, length, flags, next)
   }
 
   /// Publishes heads, from the ring's start on.

@@ -217,9 +217,7 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
 
   private func announce(_ size: UInt64) {
     bytes.store(size, ordering: .relaxed)
-    configuration.update { space in
-      for index in 0..<8 { space[index] = UInt8(truncatingIfNeeded: (size / 512) >> UInt64(8 * index)) }
-    }
+    configuration.update { BlockConfiguration.set(capacity: size, in: &$0) }
     signals.withLock { $0 }?.interruptForConfiguration()
   }
 

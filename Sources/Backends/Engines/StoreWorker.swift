@@ -30,8 +30,7 @@ final class StoreWorker: Sendable {
       var result = Self.perform(operation, image, offset, length, mayUnmap: mayUnmap)
       if result == 0, isDurable, fdatasync(image.descriptor) != 0 { result = -Int(errno) }
       finished.withLock { $0.append(EngineCompletion(tag: tag, result: result)) }
-      var one: UInt64 = 1
-      while write(wakeUp, &one, 8) == -1 && errno == EINTR {}
+      EventDescriptor.signal(wakeUp)
     }
   }
 

@@ -23,7 +23,10 @@ package struct EventDescriptor: ~Copyable, Sendable {
   package var raw: Int32 { descriptor.raw }
 
   /// Makes the descriptor readable. Several before it is drained are one.
-  package func signal() {
+  package func signal() { Self.signal(raw) }
+
+  /// The same for whoever knows an eventfd by its number only; its owner outlives the call.
+  package static func signal(_ raw: Int32) {
     var one: UInt64 = 1
     while write(raw, &one, 8) == -1 && errno == EINTR {}
   }

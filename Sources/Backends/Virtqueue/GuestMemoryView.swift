@@ -60,9 +60,7 @@ package struct GuestMemoryView: ~Copyable {
       if again == now { break }
       now = again
     }
-    if now != seenGeneration {
-      seenGeneration = now
-    }
+    seenGeneration = now
     clock = generation.clock.load(ordering: .relaxed)
     return generation.invalidations.load(ordering: .acquiring)
   }

@@ -26,9 +26,8 @@ package final class IOReqServer: EventSource {
   private let ignoresInvalidations: Bool
   private var memory: GuestMemoryView
   private var token: EventLoop.Token?
-  /// Our port of each vCPU, and back.
+  /// Our port of each vCPU.
   private var ports: [UInt32] = []
-  private var vcpuOfPort: [UInt32: Int] = [:]
   /// Windows that are answered, by slot; nil where a slot is empty.
   private var windows: [(slot: DeviceSlot, transport: MMIOTransport?)] = []
   private var mapped: [(first: UInt64, last: UInt64)] = []
@@ -54,7 +53,6 @@ package final class IOReqServer: EventSource {
         guard remote != 0 else { break }
         let port = try guest.bind(remotePort: remote)
         ports.append(port)
-        vcpuOfPort[port] = vcpu
       }
       do throws(Errno) {
         token = try loop.add(guest.eventDescriptor, events: 1 /* EPOLLIN */, source: self)
@@ -100,11 +98,8 @@ package final class IOReqServer: EventSource {
   // MARK: Events
 
   package func ready(events: UInt32) {
-    while let port = guest.nextEvent() {
-      guest.unmask(port)
-      if let vcpu = vcpuOfPort[port] { serve(vcpu) }
-    }
-    // An event that was lost would leave its vCPU waiting for ever: a look at the slots costs a byte each.
+    while let port = guest.nextEvent() { guest.unmask(port) }
+    // The slots say who waits, a byte each: an event that was lost then leaves no vCPU waiting for ever.
     for vcpu in ports.indices { serve(vcpu) }
   }
 

@@ -166,3 +166,23 @@ equal_now() { equal "$(status_field "$1")" "$2"; }
 
 # How Xen numbers the next guests: "random", or "xen", which counts on from the last one that it numbered itself.
 number_domains() { printf 'autoballoon="off"\ndomid_policy="%s"\n' "$1" >/etc/xen/xl.conf; }
+
+# Memory, for guests that say "GUEST ROUND" after each round of I/O
+
+memory_of() { xl list "$1" | awk 'NR == 2 {print $3}'; }
+memory_is_at_most() { test "$(memory_of "$1")" -le "$2"; }
+memory_is_at_least() { test "$(memory_of "$1")" -ge "$2"; }
+rounds_of() { grep -c 'GUEST ROUND' "$(console_of "$1")"; }
+has_rounds() { test "$(rounds_of "$1")" -ge "$2"; }
+
+# Down from 240 MiB and up again, with rounds of I/O at both sizes; ends early when the guest finds its data corrupt. The balloon
+# stops before what it is told, since the guest is busy with its memory: SMALL is what counts as down, in MiB.
+balloon() { # NAME TIMES SMALL
+  for turn in $(seq "$2"); do
+    xl mem-set "$1" 150 && wait_until 120 memory_is_at_most "$1" "$3" || { echo "it has $(memory_of "$1") MiB"; return 1; }
+    wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + 1)) || return 1
+    xl mem-set "$1" 240 && wait_until 120 memory_is_at_least "$1" 225 || { echo "it has $(memory_of "$1") MiB"; return 1; }
+    wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + 2)) || return 1
+    ! console_says "$1" CORRUPT || return 0
+  done
+}

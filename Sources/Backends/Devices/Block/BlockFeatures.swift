@@ -57,6 +57,11 @@ package enum BlockConfiguration {
     !features.contains(.blockConfigureWriteback) || features.contains(.blockFlush)
   }
 
+  /// Writes the field `capacity` of a configuration space.
+  package static func set(capacity: UInt64, in bytes: inout [UInt8]) {
+    for index in 0..<8 { bytes[index] = UInt8(truncatingIfNeeded: (capacity / sectorSize) >> UInt64(8 * index)) }
+  }
+
   /// The 72 bytes up to the end of the secure-erase fields.
   package static func bytes(
     _ geometry: BlockGeometry, queues: Int = 1, cache: BlockCacheMode = .writeback
@@ -67,7 +72,7 @@ package enum BlockConfiguration {
     }
     let blocks = max(1, geometry.physicalBlock / geometry.logicalBlock)
     let alignment = UInt64(max(geometry.physicalBlock, 4096)) / sectorSize
-    put(geometry.capacity / sectorSize, at: 0, width: 8)
+    set(capacity: geometry.capacity, in: &bytes)
     put(UInt64(segmentBytesMaximum), at: 8, width: 4)
     put(UInt64(segmentsMaximum), at: 12, width: 4)
     put(UInt64(geometry.logicalBlock), at: 20, width: 4)

@@ -14,7 +14,6 @@ struct NBDConnection: ~Copyable, Sendable {
   let capacity: UInt64
   let flags: UInt16
   let minimumBlock: UInt32
-  let preferredBlock: UInt32
   let maximumBytes: UInt32
 
   /// Connects and agrees on the export; the descriptor is non-blocking afterwards.
@@ -29,7 +28,6 @@ struct NBDConnection: ~Copyable, Sendable {
     capacity = export.capacity
     flags = export.flags
     minimumBlock = export.minimumBlock
-    preferredBlock = export.preferredBlock
     maximumBytes = export.maximumBytes
   }
 
@@ -107,7 +105,6 @@ private struct Handshake {
     var capacity: UInt64 = 0
     var flags: UInt16 = 0
     var minimumBlock: UInt32 = 1
-    var preferredBlock: UInt32 = 4096
     var maximumBytes: UInt32 = 32 << 20
   }
 
@@ -168,7 +165,6 @@ private struct Handshake {
       case NBDProtocol.informationBlockSize where data.count >= 14:
         var known = export ?? Export()
         known.minimumBlock = UInt32(truncatingIfNeeded: number(data, 2, 4))
-        known.preferredBlock = UInt32(truncatingIfNeeded: number(data, 6, 4))
         known.maximumBytes = UInt32(truncatingIfNeeded: number(data, 10, 4))
         export = known
       default: break

@@ -1,5 +1,4 @@
 import EventLoop
-import Glibc
 import Synchronization
 
 /// Brings a lost connection back, on a thread of its own that exists from the first loss on.
@@ -65,10 +64,7 @@ final class NBDConnector: Sendable {
     signal()
   }
 
-  private func signal() {
-    var one: UInt64 = 1
-    while write(wakeUp, &one, 8) == -1 && errno == EINTR {}
-  }
+  private func signal() { EventDescriptor.signal(wakeUp) }
 
   /// The new connection, once.
   func take() -> OwnedDescriptor? { state.withLock { $0.connected.take() } }

@@ -26,9 +26,7 @@ extension NBDEngine {
   private func bytesToSend(_ tag: Int) -> Int {
     let operation = operations[tag]
     guard operation.request.operation == .write, operation.flushingAfter < 0 else { return NBDProtocol.requestBytes }
-    var bytes = NBDProtocol.requestBytes
-    for index in 0..<operation.request.vectorCount { bytes &+= operation.request.vectors[index].length }
-    return bytes
+    return NBDProtocol.requestBytes &+ dataBytes(tag)
   }
 
   /// What is to be sent next, as vectors.
@@ -114,10 +112,10 @@ extension NBDEngine {
   private func take(_ got: Int) -> Bool {
     var rest = got
     if receivingTag >= 0 {
-      let data = min(rest, expectedBytes(receivingTag) &- receivedBytes)
+      let data = min(rest, dataBytes(receivingTag) &- receivedBytes)
       receivedBytes &+= data
       rest &-= data
-      if receivedBytes == expectedBytes(receivingTag) {
+      if receivedBytes == dataBytes(receivingTag) {
         let tag = receivingTag
         receivingTag = -1
         answered(tag, receivedBytes)
@@ -139,13 +137,13 @@ extension NBDEngine {
       receivingTag = tag
       receivedBytes = 0
     } else {
-      answered(tag, operations[tag].flushingAfter >= 0 ? 0 : expectedBytes(tag))
+      answered(tag, operations[tag].flushingAfter >= 0 ? 0 : dataBytes(tag))
     }
     return true
   }
 
   /// Bytes of data of a read or write.
-  private func expectedBytes(_ tag: Int) -> Int {
+  func dataBytes(_ tag: Int) -> Int {
     let request = operations[tag].request
     guard request.operation == .read || request.operation == .write else { return 0 }
     var bytes = 0

@@ -209,8 +209,7 @@ package final class NBDEngine: BlockEngine {
     switch operation.request.operation {
     case .read, .write:
       command = operation.request.operation == .read ? .read : .write
-      length = 0
-      for index in 0..<operation.request.vectorCount { length &+= UInt64(operation.request.vectors[index].length) }
+      length = UInt64(dataBytes(tag))
     case .discard: command = .trim
     case .writeZeroes:
       command = .writeZeroes

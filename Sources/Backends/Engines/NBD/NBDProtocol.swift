@@ -34,7 +34,6 @@ enum NBDProtocol {
   enum Command: UInt16 {
     case read = 0
     case write = 1
-    case disconnect = 2
     case flush = 3
     case trim = 4
     case writeZeroes = 6
