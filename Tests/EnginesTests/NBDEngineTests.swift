@@ -111,6 +111,23 @@ import Testing
     for tag in 0..<16 { #expect(harness.holds(tag, UInt8(tag + 1), count: 16384)) }
   }
 
+  @Test(arguments: [false, true]) func lossOfAServerTellsHowManyWritesWereOnlyInItsCache(durable: Bool) throws {
+    let server = try server(folder.file("disk.img", bytes: 1 << 20))
+    let harness = try Harness(server.address)
+    for tag in 0..<4 { harness.submit(.write, tag: UInt32(tag), offset: 0, bytes: 512, durable: durable) }
+    #expect(harness.collect(4).count == 4)
+    harness.submit(.flush, tag: 0, offset: 0)
+    #expect(harness.collect(1) == [0: 0])
+    for tag in 0..<3 { harness.submit(.write, tag: UInt32(tag), offset: 0, bytes: 512, durable: durable) }
+    #expect(harness.collect(3).count == 3)
+    server.stop()
+    harness.submit(.read, tag: 0, offset: 0, bytes: 512)
+    #expect(harness.collect(1, seconds: 1).isEmpty)
+    let words = try #require(harness.notices.list.first ?? nil)
+    #expect(words.contains("up to 3 answered writes") == !durable)
+    harness.engine.abandon()
+  }
+
   @Test func requestsFailWhenNoServerComesBackInTime() throws {
     let server = try server(folder.file("disk.img", bytes: 1 << 20))
     let harness = try Harness(server.address, reconnect: 200)

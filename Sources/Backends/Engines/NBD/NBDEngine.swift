@@ -24,6 +24,8 @@ package final class NBDEngine: BlockEngine {
     var phase = Phase.free
     /// A write without force unit access at the server whose flush is under way: bytes of the write.
     var flushingAfter = -1
+    /// Writes that had been answered when this flush was started: what it makes durable.
+    var covered: UInt64 = 0
   }
 
   package let geometry: BlockGeometry
@@ -64,6 +66,10 @@ package final class NBDEngine: BlockEngine {
   private let finished: UnsafeMutablePointer<EngineCompletion>
   private var finishedCount = 0
   private var outstanding = 0
+  /// Writes that the server answered, and how many of them a later flush covers. The rest is in the server's cache, and gone with
+  /// it when it dies.
+  private var writesAnswered: UInt64 = 0
+  private var writesCovered: UInt64 = 0
 
   /// Connects; blocks for as long as the server takes, within limits.
   ///
@@ -196,6 +202,7 @@ package final class NBDEngine: BlockEngine {
 
   private func enqueue(_ tag: Int) {
     operations[tag].phase = .queued
+    operations[tag].covered = writesAnswered
     sendQueue[(sendFirst &+ sendCount) % depth] = UInt32(truncatingIfNeeded: tag)
     sendCount &+= 1
     putHeader(tag)
@@ -234,6 +241,13 @@ package final class NBDEngine: BlockEngine {
     {
       operations[tag].flushingAfter = result
       return enqueue(tag)
+    }
+    if result >= 0 {
+      switch operation.request.operation {
+      case .flush: writesCovered = max(writesCovered, operation.covered)
+      case .write, .writeZeroes, .discard: if !operation.request.isDurable { writesAnswered &+= 1 }
+      default: break
+      }
     }
     finish(tag, result >= 0 && operation.flushingAfter >= 0 ? operation.flushingAfter : result)
   }
@@ -280,8 +294,18 @@ package final class NBDEngine: BlockEngine {
     // All of it again, in the order of the tags: requests that are under way together have no order.
     sendFirst = 0
     sendCount = 0
-    for tag in 0..<depth where operations[tag].phase != .free { enqueue(tag) }
-    onNotice(reason)
+    for tag in 0..<depth where operations[tag].phase != .free {
+      // A write whose flush was under way is as lost as one that had no answer.
+      operations[tag].flushingAfter = -1
+      enqueue(tag)
+    }
+    let atRisk = writesAnswered &- writesCovered
+    writesCovered = writesAnswered
+    onNotice(
+      atRisk == 0
+        ? reason
+        : "\(reason); if the server died, up to \(atRisk) answered writes may be lost that no flush followed (cache: writethrough keeps them)"
+    )
     connector.start(limit: reconnectLimit)
   }
 
