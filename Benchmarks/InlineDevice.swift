@@ -25,17 +25,16 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
     configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
     var settings = BlockPumpSettings()
     settings.copiesAlways = copies
-    settings.slots = slots
     settings.bounceBytes = 1 << 20
     settings.pollsWhenIdle = false
     pump = try BlockPump(
       engine: engine, source: source, counters: BlockCounters(), settings: settings,
-      chainLimit: BlockPump.chainLimit(queueSize: 256))
+      storage: JournalStorage(slotCount: slots, chainLimit: BlockPump.chainLimit(queueSize: 256)))
   }
 
   func accepts(_ features: FeatureBits) -> Bool { true }
 
-  func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
+  func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool) {
     guard let layout = layouts.first ?? nil else { return }
     self.signals = signals
     do {

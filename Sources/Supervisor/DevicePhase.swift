@@ -3,7 +3,9 @@
 ///     opening -> ready -> connected -> closing -> (gone)
 ///        |         ^  \       |  ^ <--> held (the store's errors; `resume` leads back)
 ///        v         |   `--> faulted (the guest's reset leads back to ready)
-///      failed -----'   (when the entry is corrected)
+///      failed -----'   (when the entry is corrected, or by the restart policy)
+///
+///     connected, faulted -> restarting -> connected      -> quarantined (until an operator restarts it)
 package enum DevicePhase: Equatable, Sendable {
   /// The image is being opened, the guest's ioreq server prepared.
   case opening
@@ -17,6 +19,12 @@ package enum DevicePhase: Equatable, Sendable {
   case faulted(reason: String)
   /// A queue stopped at an error of the store, as the disk's policy says: the guest waits until an operator says `resume`.
   case held(reason: String)
+  /// The backend failed and is started again; the guest's requests wait.
+  case restarting(reason: String)
+  /// The backend failed too often: it is left alone until an operator says `vxctl device restart`.
+  case quarantined(reason: String)
+  /// An operator paused the device; the guest's requests wait.
+  case paused
   /// Requests are drained and everything is given back.
   case closing
 
@@ -28,6 +36,9 @@ package enum DevicePhase: Equatable, Sendable {
     case .failed: "failed"
     case .faulted: "faulted"
     case .held: "held"
+    case .restarting: "restarting"
+    case .quarantined: "quarantined"
+    case .paused: "paused"
     case .closing: "closing"
     }
   }
@@ -35,7 +46,9 @@ package enum DevicePhase: Equatable, Sendable {
   /// Why, where there is something to say.
   package var reason: String? {
     switch self {
-    case .failed(let reason), .faulted(let reason), .held(let reason): reason
+    case .failed(let reason), .faulted(let reason), .held(let reason), .restarting(let reason),
+      .quarantined(let reason):
+      reason
     default: nil
     }
   }

@@ -1,4 +1,5 @@
 import Backends
+import Devices
 import EventLoop
 import Synchronization
 import Transport
@@ -28,10 +29,18 @@ final class GuestSession {
   var devices: [DeviceKey: DeviceRecord] = [:]
   /// The ioreq server is ended, the memory unmapped, the thread joined.
   var isServerClosed = false
+  /// Devices that an earlier daemon served, in their slots again, until their entries are looked at.
+  var restored: [DeviceKey: RestoredDevice] = [:]
+  /// Devices whose saved state cannot be used: the driver must reset them.
+  var lost: [DeviceKey: String] = [:]
+  /// The guest's node of the budget tree.
+  let rate: RateNode
 
   init(
-    domain: DomainID, name: String, uuid: String?, handle: any GuestHandle, pool: ForeignMappingPool, thread: LoopThread
+    domain: DomainID, name: String, uuid: String?, handle: any GuestHandle, pool: ForeignMappingPool, thread: LoopThread,
+    rate: RateNode
   ) {
+    self.rate = rate
     self.domain = domain
     self.name = name
     self.uuid = uuid
@@ -41,6 +50,14 @@ final class GuestSession {
   }
 
   var takenSlots: Set<Int> { Set(devices.values.compactMap { $0.slot?.index }) }
+}
+
+/// A device that an earlier daemon served, without its backend.
+struct RestoredDevice {
+  var state: DeviceState
+  var transport: MMIOTransport
+  var slot: DeviceSlot
+  let relay: StatusRelay
 }
 
 /// A place for the ioreq server on its thread.
@@ -103,6 +120,24 @@ final class DeviceRecord {
   var threads: [LoopThread] = []
   var backend: BlockBackend?
   var transport: MMIOTransport?
+  /// What survives its backends; made with the first.
+  var state: DeviceState?
+  let account = DeviceAccount()
+  let rate: RateNode
+  var limits = RateLimits()
+  var restarts = RestartHistory()
+  /// Faults of the guest, which have a budget of their own.
+  var faults = RestartHistory()
+  var policy = RestartPolicy()
+  /// The backend is on its way out, and what comes then.
+  var isStoppingBackend = false
+  var afterStop: AfterStop?
+  /// Tries to start it that failed, before it was served for the first time.
+  var failedStarts = 0
+  /// A restart or another try is under way: a number that changes with each.
+  var restartTicket: UInt64 = 0
+  /// The driver believes the device to be live, and what was saved of it cannot be used.
+  var mustBeReset: String?
   /// What the guest's driver makes us say of it.
   var chatter = Chatter()
   /// Queues that are held by an error of the store.
@@ -118,13 +153,20 @@ final class DeviceRecord {
   /// The image is closed and the thread has ended.
   var isStopped = false
 
+  /// What comes when the backend has stopped.
+  enum AfterStop {
+    case rest
+    case start(afterMilliseconds: UInt64)
+  }
+
   /// Ends and joins the data threads.
   func joinThreads() {
     for thread in threads { thread.stopAndJoin() }
     threads = []
   }
 
-  init(key: DeviceKey, keys: [String: String]) {
+  init(key: DeviceKey, keys: [String: String], rate: RateNode) {
+    self.rate = rate
     self.key = key
     self.keys = keys
   }

@@ -17,6 +17,11 @@ package final class StatusBoard: Sendable {
     var backend: BlockBackend?
     var transport: MMIOTransport?
     var stuck: StuckRequest?
+    var account = DeviceAccount()
+    var limits = RateLimits()
+    var restarts = 0
+    var faults = 0
+    var policy = RestartPolicy()
   }
 
   struct Guest: Sendable {

@@ -44,6 +44,7 @@ extension Supervisor {
     }
     if let (session, record) = known(key) {
       guard case .failed = record.phase, Self.changed(record.keys, keys) else { return }
+      guard !record.isAttached else { return }
       session.devices[key] = nil  // a refused device holds nothing
       open(key, keys, of: session)
       return
@@ -95,16 +96,30 @@ extension Supervisor {
 
   // MARK: Opening
 
-  private func open(_ key: DeviceKey, _ keys: [String: String], of session: GuestSession) {
-    let record = DeviceRecord(key: key, keys: keys)
+  func open(_ key: DeviceKey, _ keys: [String: String], of session: GuestSession, failedStarts: Int = 0) {
+    let record = DeviceRecord(key: key, keys: keys, rate: RateNode(parent: session.rate))
+    record.failedStarts = failedStarts
     session.devices[key] = record
     do throws(EntryFault) {
       var entry = try DeviceEntry.parse(key, keys)
       entry.settings.direct = settings.direct
       profiles.apply(
         to: &entry.settings, guest: session.name, uuid: session.uuid, device: entry.name, number: key.device)
+      record.policy = entry.settings.restart
+      entry.settings.stopsWhenStoreIsGone = record.policy.mode != .never
+      record.limits = entry.settings.limits
+      record.rate.set(record.limits)
+      if let restored = session.restored.removeValue(forKey: key) {
+        take(restored, record, &entry)
+      } else {
+        record.slot = try entry.slot(key, taken: session.takenSlots, count: settings.slots)
+        // The guest's driver is at work, with a device that nobody remembers.
+        record.mustBeReset = session.lost.removeValue(forKey: key)
+        if record.mustBeReset == nil, settings.stateFolder != nil, keys["state"] == XenbusState.connected.rawValue {
+          record.mustBeReset = "nothing is known of the device's life so far: the guest must reset it"
+        }
+      }
       record.entry = entry
-      record.slot = try entry.slot(key, taken: session.takenSlots, count: settings.slots)
       if case .failed(let reason) = session.phase { return fail(record, of: session, reason) }
       startBackend(record, entry, of: session)
     } catch {
@@ -113,11 +128,26 @@ extension Supervisor {
     publish(session)
   }
 
-  private func startBackend(_ record: DeviceRecord, _ entry: DeviceEntry, of session: GuestSession) {
+  /// A device that an earlier daemon served keeps the form in which its driver knows it.
+  private func take(_ restored: RestoredDevice, _ record: DeviceRecord, _ entry: inout DeviceEntry) {
+    let profile = restored.state.shape.profile
+    record.state = restored.state
+    record.transport = restored.transport
+    record.slot = restored.slot
+    record.isAttached = true
+    entry.settings.queues = profile.queueSizes.count
+    entry.settings.threads = min(entry.settings.threads, entry.settings.queues)
+    entry.settings.queueSize = profile.queueSizes.first ?? entry.settings.queueSize
+    entry.settings.offered = profile.offeredFeatures
+  }
+
+  func startBackend(_ record: DeviceRecord, _ entry: DeviceEntry, of session: GuestSession) {
+    guard let slot = record.slot else { return }
     let key = record.key
     let identity = ObjectIdentifier(record)
     record.threads = BlockBackend.start(
-      entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool,
+      entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool, rate: record.rate,
+      account: record.account, makeState: stateMaker(record, slot),
       report: { [self] report in onLoop { $0.reported(key, identity, report) } },
       completion: { [self] result in
         // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.
@@ -126,7 +156,7 @@ extension Supervisor {
   }
 
   /// The device that a late report is about, if it is still the same one.
-  private func current(_ key: DeviceKey, _ identity: ObjectIdentifier) -> (GuestSession, DeviceRecord)? {
+  func current(_ key: DeviceKey, _ identity: ObjectIdentifier) -> (GuestSession, DeviceRecord)? {
     guard let (session, record) = known(key), ObjectIdentifier(record) == identity else { return nil }
     return (session, record)
   }
@@ -138,12 +168,20 @@ extension Supervisor {
     switch result {
     case .success(let backend):
       record.backend = backend
+      record.state = backend.state
       if record.phase == .closing { return stopBackend(record, of: session) }
+      if handledByAfterStop(record, of: session) { return }
       attachIfReady(record, of: session)
     case .failure(let fault):
       record.joinThreads()
       if record.phase == .closing { return stopped(key, identity) }
-      fail(record, of: session, "params: \(fault.message)")
+      if handledByAfterStop(record, of: session) { return }
+      if record.isAttached {
+        backendFailed(record, of: session, "params: \(fault.message)")
+      } else {
+        fail(record, of: session, "params: \(fault.message)")
+        retryStart(record, of: session)
+      }
     }
     publish(session)
   }
@@ -166,21 +204,28 @@ extension Supervisor {
 
   /// Puts a device into its slot when the image is open and the guest's server is there.
   func attachIfReady(_ record: DeviceRecord, of session: GuestSession) {
-    guard record.phase == .opening, session.phase == .running, let backend = record.backend, let slot = record.slot
-    else {
+    guard session.phase == .running, let backend = record.backend, let slot = record.slot else { return }
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    if record.isAttached {
+      guard let transport = record.transport else { return }
+      session.thread.loop.enqueue { [self] in
+        transport.plug(backend)
+        onLoop { $0.attached(key, identity) }
+      }
       return
     }
-    let (key, identity) = (record.key, ObjectIdentifier(record))
-    let relay = StatusRelay()
-    let transport = MMIOTransport(device: backend, line: slot.line(of: session.handle)) { [self] status in
-      if relay.put(status) { onLoop { $0.statusChanged(key, identity, relay.take()) } }
-    }
+    guard record.phase == .opening else { return }
+    let mustBeReset = record.mustBeReset != nil
+    let transport = MMIOTransport(
+      device: backend, line: slot.line(of: session.handle), state: backend.state, needsReset: mustBeReset,
+      onStatus: statusReporter(key, StatusRelay()))
     record.transport = transport
     record.isAttached = true
     let cell = session.cell
     session.thread.loop.enqueue { [self] in
       do throws(XenError) {
         try cell.server?.attach(transport, to: slot)
+        if mustBeReset { transport.interruptForConfiguration() }
         onLoop { $0.attached(key, identity) }
       } catch {
         let reason = "base: \(error)"
@@ -193,19 +238,34 @@ extension Supervisor {
   }
 
   private func attached(_ key: DeviceKey, _ identity: ObjectIdentifier) {
-    guard let (session, record) = current(key, identity), record.phase == .opening else { return }
-    record.phase = .ready
+    guard let (session, record) = current(key, identity), record.phase != .closing, let transport = record.transport
+    else { return }
+    let status = transport.currentStatus
+    let wasRestarting: Bool
+    if case .opening = record.phase { wasRestarting = false } else { wasRestarting = true }
+    record.failedStarts = 0
+    if status.contains(.needsReset) {
+      record.phase = .faulted(reason: record.mustBeReset ?? "the guest must reset the device")
+    } else {
+      record.phase = status.contains(.driverOK) ? .connected : .ready
+    }
     if store?.read("\(key.path)/error") != nil { try? store?.remove("\(key.path)/error") }
     // The server, its page, ranges and channels are ready: the guest's first instruction finds the device.
     if store?.read("\(key.path)/state") == XenbusState.initialising.rawValue {
       write(key, "state", XenbusState.initWait.rawValue)
     }
-    tell(.deviceReady, session, record, reason: "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")")
+    let store = "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")"
+    switch record.phase {
+    case .faulted(let reason): tell(.deviceFaulted, session, record, reason: reason)
+    case .connected where !wasRestarting: tell(.deviceAdopted, session, record, reason: store)
+    default: tell(wasRestarting ? .deviceRestarted : .deviceReady, session, record, reason: store)
+    }
     publish(session)
   }
 
-  private func statusChanged(_ key: DeviceKey, _ identity: ObjectIdentifier, _ status: DeviceStatus) {
-    guard let (session, record) = current(key, identity) else { return }
+  func statusChanged(_ key: DeviceKey, _ status: DeviceStatus) {
+    // A transport belongs to one record; a late report of an earlier one meets a device that is opening, where it changes nothing.
+    guard let (session, record) = known(key) else { return }
     switch record.phase {
     case .ready where status.contains(.driverOK),
       .faulted where status.contains(.driverOK) && !status.contains(.needsReset):
@@ -228,9 +288,12 @@ extension Supervisor {
   private func reported(_ key: DeviceKey, _ identity: ObjectIdentifier, _ report: BlockReport) {
     guard let (session, record) = current(key, identity), record.phase != .closing else { return }
     switch report {
-    case .fault(let fault):
-      record.phase = .faulted(reason: fault.message)
-      tell(.deviceFaulted, session, record, reason: fault.message)
+    case .fault(let fault): guestFaulted(record, of: session, fault.message)
+    case .storeGone(let result):
+      // Each queue says so.
+      if case .restarting = record.phase { return }
+      if case .quarantined = record.phase { return }
+      backendFailed(record, of: session, "the store is gone (\(Errno(Int32(clamping: -result))))")
     case .held(let queue, let result):
       record.heldQueues.insert(queue)
       let reason =
@@ -287,7 +350,7 @@ extension Supervisor {
     record.isReleased = true
     if record.backend != nil {
       stopBackend(record, of: session)
-    } else if record.threads.isEmpty {
+    } else if record.threads.isEmpty, !record.isStoppingBackend {
       stopped(key, identity)
     }
     closeIfUnused(session)
@@ -301,7 +364,7 @@ extension Supervisor {
     backend.stop { [self] in onLoop { $0.stopped(key, identity) } }
   }
 
-  private func stopped(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+  func stopped(_ key: DeviceKey, _ identity: ObjectIdentifier) {
     guard let (session, record) = current(key, identity) else { return }
     record.joinThreads()
     guard record.phase == .closing else { return }

@@ -1,4 +1,5 @@
 import Backends
+import Devices
 import EventLoop
 import Logging
 import Xen
@@ -20,16 +21,38 @@ extension Supervisor {
     } catch {
       throw XenError("start of the ioreq thread", error)
     }
-    let session = GuestSession(domain: domain, name: name, uuid: uuid, handle: handle, pool: pool, thread: thread)
+    let session = GuestSession(
+      domain: domain, name: name, uuid: uuid, handle: handle, pool: pool, thread: thread, rate: RateNode(parent: rate))
     sessions[domain] = session
-    startServer(session)
+    startServer(session, adopting: restore(session))
+    try? store?.watch("/local/domain/\(domain)/name", token: "\(Self.nameToken)\(domain)")
+    countWatches()
     startWatchdog()
     tell(.guestAppeared, session)
     return session
   }
 
-  private func startServer(_ session: GuestSession) {
+  /// The guest was renamed, or its name is looked at for the first time.
+  func readName(_ domain: DomainID) {
+    guard let session = sessions[domain], let name = store?.read("/local/domain/\(domain)/name"), name != session.name
+    else { return }
+    let old = session.name
+    session.name = name
+    tell(.guestRenamed, session, reason: "it was '\(old)'")
+    publish(session)
+  }
+
+  private func countWatches() {
+    let watches = store?.watchCount ?? 0
+    board.update { $0.watches = watches }
+  }
+
+  /// - Parameter adopting: the server of an earlier daemon, whose guest may be waiting for answers from it.
+  private func startServer(_ session: GuestSession, adopting earlier: UInt16?) {
     let domain = session.domain
+    let restored = session.restored.values.map { ($0.transport, $0.slot) }
+    let folder = settings.stateFolder
+    let uuid = session.uuid
     let (cell, handle, pool, loop) = (session.cell, session.handle, session.pool, session.thread.loop)
     let ignoresInvalidations = settings.ignoresInvalidations
     #if arch(x86_64)
@@ -41,9 +64,16 @@ extension Supervisor {
     #endif
     loop.enqueue { [self] in
       do throws(XenError) {
-        let server = try IOReqServer(guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations)
+        let server = try Self.makeServer(
+          handle, pool, loop, earlier: earlier, ignoresInvalidations: ignoresInvalidations
+        ) { identifier in
+          // Known to a later daemon before it can hold up a vCPU.
+          try? folder?.save(StateFolder.Guest(server: identifier, uuid: uuid), of: domain)
+        }
         cell.server = server
         if let window { try server.claim(first: window.0, last: window.1) }
+        for (transport, slot) in restored { try server.attach(transport, to: slot) }
+        server.serveAll()
         let report = StatusBoard.IOReqServerReport(identifier: server.identifier, counters: server.counters)
         let vcpus = server.vcpuCount
         onLoop { $0.serverStarted(domain, report, vcpus) }
@@ -54,6 +84,22 @@ extension Supervisor {
         onLoop { $0.serverFailed(domain, reason) }
       }
     }
+  }
+
+  private static func makeServer(
+    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, earlier: UInt16?,
+    ignoresInvalidations: Bool, onCreated: (UInt16) -> Void
+  ) throws(XenError) -> IOReqServer {
+    if let earlier {
+      do throws(XenError) {
+        return try IOReqServer(
+          guest: handle, pool: pool, loop: loop, adopting: earlier, ignoresInvalidations: ignoresInvalidations)
+      } catch {
+        // It is gone, and with it whoever waited for it: a new one serves as well.
+      }
+    }
+    return try IOReqServer(
+      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
   }
 
   private func serverStarted(_ domain: DomainID, _ report: StatusBoard.IOReqServerReport, _ vcpus: Int) {
@@ -98,6 +144,7 @@ extension Supervisor {
     guard let session = sessions[domain] else { return }
     session.thread.stopAndJoin()
     session.isServerClosed = true
+    if !isHandingOver { settings.stateFolder?.forget(domain) }
     finishStopped(session)
   }
 
@@ -106,6 +153,7 @@ extension Supervisor {
     let isLast = session.devices.values.allSatisfy { $0.phase == .closing }
     for record in session.devices.values where record.isStopped && (session.isServerClosed || !isLast) {
       session.devices[record.key] = nil
+      if !isHandingOver { settings.stateFolder?.forget(record.key) }
       writeClosedState(record)
       tell(.deviceGone, session, record)
     }
@@ -115,6 +163,8 @@ extension Supervisor {
       return
     }
     sessions[session.domain] = nil
+    store?.unwatch("/local/domain/\(session.domain)/name", token: "\(Self.nameToken)\(session.domain)")
+    countWatches()
     forget(session)
     tell(.guestGone, session)
     reconcileDomain(session.domain)
@@ -173,7 +223,8 @@ extension GuestSession {
           key: record.key, name: record.entry?.name ?? record.keys["dev"] ?? "\(record.key.device)", guestName: name,
           phase: record.phase, slot: record.slot, path: record.entry?.settings.path ?? record.keys["params"],
           readOnly: record.entry?.settings.readOnly ?? false, backend: record.backend, transport: record.transport,
-          stuck: record.stuck)
+          stuck: record.stuck, account: record.account, limits: record.limits, restarts: record.restarts.count,
+          faults: record.faults.count, policy: record.policy)
       })
   }
 }

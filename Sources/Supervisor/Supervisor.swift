@@ -1,4 +1,5 @@
 import Backends
+import Devices
 package import EventLoop
 import Glibc
 package import Logging
@@ -20,6 +21,13 @@ package actor Supervisor {
   var store: XenStore?
   var sessions: [DomainID: GuestSession] = [:]
   private var storeToken: EventLoop.Token?
+  /// Kinds of devices whose entries have been looked at since the start.
+  private var seenKinds: Set<DeviceKey.Kind> = []
+  private var hasSwept = false
+  /// The daemon's node of the budget tree.
+  let rate = RateNode()
+  /// Guests go on after the end of this daemon, with the next one.
+  private(set) var isHandingOver = false
   private var onStopped: (@Sendable () -> Void)?
   /// The watchdog's timer runs.
   var isWatching = false
@@ -74,6 +82,9 @@ package actor Supervisor {
     } catch {
       throw XenError("epoll of xenstore's descriptor", error)
     }
+    for domain in sessions.keys {
+      try store.watch("/local/domain/\(domain)/name", token: "\(Self.nameToken)\(domain)")
+    }
     board.update {
       $0.watches = store.watchCount
       $0.hypervisor = hypervisor.summary
@@ -113,10 +124,17 @@ package actor Supervisor {
 
   /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.
   ///
-  /// The entries' states stay as they are: the toolstack did not ask for the end.
-  package func stop(completion: @escaping @Sendable () -> Void) {
+  /// The entries' states stay as they are: the toolstack did not ask for the end. Where state is saved, guests find their devices again
+  /// with the next daemon, and wait until then.
+  /// - Parameter handsOver: false ends the devices for good: their slots are empty afterwards.
+  package func stop(handsOver: Bool = true, completion: @escaping @Sendable () -> Void) {
     isStopping = true
     onStopped = completion
+    if handsOver, settings.stateFolder != nil {
+      isHandingOver = true
+      for session in sessions.values where session.phase != .closing { handOver(session) }
+      return stopIfEmpty()
+    }
     for session in sessions.values {
       for record in session.devices.values { close(record, of: session, wantsClosedState: false) }
     }
@@ -147,15 +165,24 @@ package actor Supervisor {
     while let event = store.nextEvent() {
       if event.token == Self.releaseWatch {
         checksDomains = true
+      } else if event.token.hasPrefix(Self.nameToken) {
+        if let domain = DomainID(event.token.dropFirst(Self.nameToken.count)) { readName(domain) }
       } else if let kind = DeviceKey.Kind(rawValue: event.token) {
         if let key = Self.key(kind, path: event.path) { keys.insert(key) } else { wholeKinds.insert(kind) }
       }
     }
     for kind in wholeKinds { keys.formUnion(everyKey(kind)) }
+    seenKinds.formUnion(wholeKinds)
     if checksDomains { keys.formUnion(keysOfDeadDomains()) }
     // Lower numbers first: disks get their slots in their order.
     for key in keys.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) { reconcile(key) }
+    guard !hasSwept, seenKinds.count == DeviceKey.Kind.allCases.count else { return }
+    hasSwept = true
+    sweepSavedState()
   }
+
+  /// Begins the token of the watch on a guest's name.
+  static let nameToken = "name:"
 
   /// The device that a changed path belongs to: backend/KIND/DOMAIN/DEVICE/...; nil for a path above that.
   package static func key(_ kind: DeviceKey.Kind, path: String) -> DeviceKey? {

@@ -17,6 +17,13 @@ package struct SupervisorEvent: Sendable {
     case deviceResumed = "device.resumed"
     case deviceStoreLost = "device.storeLost"
     case deviceStoreBack = "device.storeBack"
+    case deviceRestarting = "device.restarting"
+    case deviceRestarted = "device.restarted"
+    case deviceQuarantined = "device.quarantined"
+    case devicePaused = "device.paused"
+    case deviceAdopted = "device.adopted"
+    case deviceLimited = "device.limited"
+    case guestRenamed = "guest.renamed"
     case deviceStuck = "device.stuck"
     case deviceUnstuck = "device.unstuck"
     case deviceResized = "device.resized"
@@ -30,7 +37,8 @@ package struct SupervisorEvent: Sendable {
     /// Whether it deserves an operator's attention.
     package var isTrouble: Bool {
       switch self {
-      case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStoreLost, .deviceStuck, .deviceNotResized:
+      case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStoreLost, .deviceStuck, .deviceNotResized,
+        .deviceRestarting, .deviceQuarantined:
         true
       default: false
       }

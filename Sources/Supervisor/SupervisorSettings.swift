@@ -1,3 +1,4 @@
+package import Backends
 import Xen
 
 /// How the daemon serves its guests.
@@ -12,6 +13,16 @@ package struct SupervisorSettings: Sendable {
   package var bucketShift = 21
   /// Milliseconds between two checks that xenstored is there.
   package var storeCheckMilliseconds: UInt64 = 5000
+  /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
+  package var stateFolder: StateFolder?
+  /// Faults of a guest's driver on one device within the window of its restart policy; one more, and the device is quarantined.
+  package var faultLimit = 50
+  /// Pauses between two tries to start a device that was never served.
+  package var startRetry: RestartPolicy = {
+    var policy = RestartPolicy()
+    policy.firstPause = 1000
+    return policy
+  }()
   /// Options of disks that libxl cannot carry.
   package var profiles = DiskProfiles()
   /// For a test that shows what invalidations are for: do nothing at one.

@@ -8,6 +8,10 @@ struct Options {
   var simulate = false
   var verbose = false
   var settings = SupervisorSettings()
+  /// Socket of a simulated Xen in another process.
+  var simulatedXen: String?
+  /// Where what must survive the daemon is kept; empty for nowhere.
+  var state = "/run/vxd/state"
   /// Where the profiles are; a default that is not there is an empty one.
   var profiles = "/etc/vxd/profiles.json"
   var profilesAreWanted = false
@@ -22,6 +26,8 @@ struct Options {
       --slots N                virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
       --mapping-budget MIB     guest memory kept mapped per guest at most (default 1024)
       --profiles PATH          options of disks that libxl cannot carry (default /etc/vxd/profiles.json)
+      --state PATH             where the state of running devices is kept, which a restarted vxd goes on from
+                               (default /run/vxd/state; '' keeps none, and devices end with the daemon)
       --buffered               do not try O_DIRECT
       --simulate               run on a simulated Xen with a guest that does I/O, without any Xen at all
       --verbose                log more
@@ -54,6 +60,10 @@ struct Options {
         options.profilesAreWanted = true
       // Not in the usage: it corrupts data, which the testbed shows.
       case "--test-ignore-invalidations": options.settings.ignoresInvalidations = true
+      // For tests that kill vxd: a simulated Xen and xenstored in another process.
+      case "--simulated-xen": options.simulatedXen = try value(argument)
+      case "--simulated-xenstore": options.settings.xenstoreSocket = try value(argument)
+      case "--state": options.state = try value(argument)
       case "--buffered": options.settings.direct = false
       case "--simulate": options.simulate = true
       case "--verbose": options.verbose = true

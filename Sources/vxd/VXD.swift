@@ -56,7 +56,15 @@ enum VXD {
       settings.xenstoreSocket = made.socketPath
       simulation = made
     }
-    let hypervisor: any Hypervisor = simulation?.hypervisor ?? LibxenHypervisor()
+    if !options.state.isEmpty && !options.simulate {
+      do throws(Errno) {
+        settings.stateFolder = try StateFolder(path: options.state)
+      } catch {
+        throw OptionFault("--state \(options.state): \(error)")
+      }
+    }
+    let hypervisor: any Hypervisor =
+      simulation?.hypervisor ?? options.simulatedXen.map { RemoteHypervisor(path: $0) } ?? LibxenHypervisor()
     let supervisor = Supervisor(
       loop: loop, hypervisor: hypervisor, settings: settings, log: log, board: board,
       announce: { control.publish($0.json) })

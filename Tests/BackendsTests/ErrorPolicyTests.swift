@@ -28,6 +28,7 @@ import Virtqueue
         case .resumed(let queue): "resumed \(queue)"
         case .storeLost(let reason): "lost \(reason)"
         case .storeBack: "back"
+        case .storeGone(let result): "gone \(result)"
         }
       all.withLock { $0.append(text) }
     }

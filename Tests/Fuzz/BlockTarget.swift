@@ -14,7 +14,6 @@ enum BlockTarget {
     var input = Input(bytes)
     let engine = MemoryEngine(failures: input.byte())
     var settings = BlockPumpSettings()
-    settings.slots = 8
     settings.bounceBytes = 1 << 16
     settings.pollsWhenIdle = false
     settings.cache = BlockCacheMode.allCases[Int(input.byte()) % 3]
@@ -22,7 +21,8 @@ enum BlockTarget {
     settings.errors.onError = [.report, .retry(milliseconds: 0), .hold][Int(input.byte()) % 3]
     do {
       var pump = try BlockPump(
-        engine: engine, source: fixture.pool, counters: BlockCounters(), settings: settings, chainLimit: 32)
+        engine: engine, source: fixture.pool, counters: BlockCounters(), settings: settings,
+        storage: JournalStorage(slotCount: 8, chainLimit: 32))
       try pump.activate(
         layout: fixture.layout, maximumSize: 16, features: [.indirectDescriptors, .blockFlush], source: fixture.pool)
       fixture.publish([], index: 0)

@@ -54,7 +54,33 @@ package final class TemporaryFolder {
     guard ftruncate(descriptor.raw, off_t(bytes)) == 0 else { fatalError("ftruncate: \(Errno.last)") }
     return file
   }
+
+  /// A file with a text.
+  package func file(_ name: String, text: String) -> String {
+    let file = path + "/" + name
+    let descriptor = OwnedDescriptor(adopting: open(file, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0o600))
+    var bytes = Array(text.utf8)
+    guard write(descriptor.raw, &bytes, bytes.count) == bytes.count else { fatalError("write: \(Errno.last)") }
+    return file
+  }
+
+  /// Names in a folder, without those that begin with a dot.
+  package static func names(_ path: String) -> [String] {
+    guard let directory = opendir(path) else { return [] }
+    defer { closedir(directory) }
+    var names: [String] = []
+    while let entry = readdir(directory) {
+      let name = withUnsafePointer(to: &entry.pointee.d_name) {
+        $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
+      }
+      if !name.hasPrefix(".") { names.append(name) }
+    }
+    return names
+  }
 }
+
+/// Whether everything is several times slower than usual: under a sanitizer.
+package var testsAreSlow: Bool { getenv("VXD_TESTS_ARE_SLOW") != nil }
 
 /// Polls a condition that another thread makes true; false when it does not within the limit.
 package func eventually(seconds: Int = 10, _ condition: () -> Bool) -> Bool {
@@ -120,7 +146,7 @@ package final class RecordingDevice: VirtioDevice, @unchecked Sendable {
   package init() {}
 
   package func accepts(_ features: FeatureBits) -> Bool { true }
-  package func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
+  package func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool) {
     activations.append(layouts)
   }
   package private(set) var queueResets: [Int] = []

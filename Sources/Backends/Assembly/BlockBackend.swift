@@ -30,6 +30,9 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
   private let bytes: Atomic<UInt64>
   private let writeback = WritebackSwitch()
   private let signals = Mutex<(any TransportSignals)?>(nil)
+  private let rate: RateNode
+  /// The saved state that the queues' journals are in; nil where nothing is to survive.
+  package let state: DeviceState?
 
   // Ioreq thread
   private var negotiated: FeatureBits = []
@@ -38,12 +41,17 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
   ///
   /// - Parameters:
   ///   - name: the device, for error messages and the threads' names.
+  ///   - rate: the device's node of the budget tree.
+  ///   - account: counters that go on from an earlier backend of the device.
+  ///   - makeState: gives the device its saved state: a new one, or that of an earlier process when it fits.
   ///   - decorate: puts something between a queue and its engine: faults in tests.
   ///   - report: called on the device's threads.
   ///   - completion: called on the device's first thread, or on the caller's when no thread could be made.
   /// - Returns: the threads, which the caller joins after `stop` or a failure.
   package static func start(
-    _ settings: BlockSettings, name: String, source: any GuestMemorySource,
+    _ settings: BlockSettings, name: String, source: any GuestMemorySource, rate: RateNode = RateNode(),
+    account: DeviceAccount = DeviceAccount(),
+    makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)? = nil,
     decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
     report: @escaping @Sendable (BlockReport) -> Void,
     completion: @escaping @Sendable (Result<BlockBackend, StartFault>) -> Void
@@ -60,7 +68,8 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
     let all = threads
     threads[0].loop.enqueue {
       do throws(StartFault) {
-        completion(.success(try BlockBackend(settings, name, all, source, decorate, report)))
+        completion(
+          .success(try BlockBackend(settings, name, all, source, rate, account, makeState, decorate, report)))
       } catch {
         completion(.failure(error))
       }
@@ -70,10 +79,13 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
 
   private init(
     _ settings: BlockSettings, _ name: String, _ threads: [LoopThread], _ source: any GuestMemorySource,
+    _ rate: RateNode, _ account: DeviceAccount,
+    _ makeState: ((DeviceState.Shape) throws(StartFault) -> DeviceState)?,
     _ decorate: (any BlockEngine, Int) -> any BlockEngine, _ report: @escaping @Sendable (BlockReport) -> Void
   ) throws(StartFault) {
     self.settings = settings
     self.threads = threads
+    self.rate = rate
     let notice: NBDEngine.Notice = { report($0.map(BlockReport.storeLost) ?? .storeBack) }
     var engines: [any BlockEngine] = []
     let opened: BlockStore
@@ -91,19 +103,28 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
     geometry = engines[0].geometry
     bytes = Atomic(geometry.capacity)
     queueSizes = engines.map { _ in settings.queueSize }
-    offeredFeatures = BlockConfiguration.features(geometry, queues: engines.count, cache: settings.cache)
-      .union(settings.ringFeatures)
+    offeredFeatures =
+      settings.offered
+      ?? BlockConfiguration.features(geometry, queues: engines.count, cache: settings.cache).union(
+        settings.ringFeatures)
     configuration = ConfigurationSpace(
       BlockConfiguration.bytes(geometry, queues: engines.count, cache: settings.cache))
+    let shape = DeviceState.Shape(
+      profile: DeviceProfile(deviceID: deviceID, offeredFeatures: offeredFeatures, queueSizes: queueSizes),
+      slotCount: settings.slots, chainLimit: BlockPump.chainLimit(queueSize: settings.queueSize))
+    state = try makeState?(shape)
     var queues: [BlockQueue] = []
     do throws(Errno) {
       for (index, engine) in engines.enumerated() {
         let reports = BlockQueue.Reports(
-          fault: { report(.fault($0)) }, held: { report($0 == 0 ? .resumed(queue: index) : .held(queue: index, $0)) })
+          fault: { report(.fault($0)) }, held: { report($0 == 0 ? .resumed(queue: index) : .held(queue: index, $0)) },
+          gone: { report(.storeGone($0)) })
+        let storage =
+          state?.storage(index) ?? JournalStorage(slotCount: shape.slotCount, chainLimit: shape.chainLimit)
         queues.append(
           try BlockQueue(
             engine: engine, settings: settings, thread: threads[index % threads.count], source: source,
-            writeback: writeback, reports: reports))
+            writeback: writeback, storage: storage, rate: rate, account: account.queue(index), reports: reports))
       }
     } catch {
       throw .host(error)
@@ -133,17 +154,23 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
   package var capacity: UInt64 { bytes.load(ordering: .relaxed) }
   /// The counters of each queue.
   package var counters: [BlockCounters] { queues.map(\.counters) }
+  /// The histograms of each queue.
+  package var latencies: [QueueLatencies] { queues.map(\.latencies) }
+  /// CPU time of the data threads in nanoseconds.
+  package var cpuTime: UInt64 { threads.reduce(0) { $0 &+ $1.cpuTime } }
   package var threadCount: Int { threads.count }
 
   // MARK: VirtioDevice, on the ioreq thread
 
   package func accepts(_ features: FeatureBits) -> Bool { BlockConfiguration.accepts(features) }
 
-  package func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals) {
+  package func activate(
+    features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool
+  ) {
     negotiated = features
     self.signals.withLock { $0 = signals }
     for (queue, layout) in zip(queues, layouts) {
-      if let layout { queue.activate(layout, features: features, signals: signals) }
+      if let layout { queue.activate(layout, features: features, signals: signals, adopts: adopts) }
     }
   }
 
@@ -194,6 +221,15 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
 
   // MARK: For operators
 
+  /// Limits of the device, for requests from now on.
+  package func set(limits: RateLimits) {
+    rate.set(limits)
+    limitsChanged()
+  }
+
+  /// Limits of the device or of a node above it have changed: what waits may go earlier.
+  package func limitsChanged() { for queue in queues { queue.refresh() } }
+
   /// Goes on after a hold.
   package func resume() { for queue in queues { queue.resume() } }
 
@@ -234,20 +270,5 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
         last.step()
       }
     }
-  }
-}
-
-/// Runs something when the last of several has happened.
-private final class Countdown: Sendable {
-  private let left: Atomic<Int>
-  private let action: @Sendable () -> Void
-
-  init(left: Int, _ action: @escaping @Sendable () -> Void) {
-    self.left = Atomic(left)
-    self.action = action
-  }
-
-  func step() {
-    if left.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue == 0 { action() }
   }
 }

@@ -14,9 +14,12 @@ final class BlockQueue: @unchecked Sendable {
     var fault: @Sendable (DeviceFault) -> Void
     /// The queue is held by an error (a negated errno), or goes on (0).
     var held: @Sendable (_ result: Int) -> Void
+    /// The store is gone for good (a negated errno): the queue has stopped.
+    var gone: @Sendable (_ result: Int) -> Void
   }
 
-  let counters = BlockCounters()
+  let counters: BlockCounters
+  let latencies: QueueLatencies
   let thread: LoopThread
   private let source: any GuestMemorySource
   private let maximumSize: UInt16
@@ -31,13 +34,18 @@ final class BlockQueue: @unchecked Sendable {
   private var signals: (any TransportSignals)?
   private var tokens: [EventLoop.Token] = []
   private var retryTimer: UInt64 = 0
+  private var retryTime: UInt64 = 0
+  private let journal: QueueJournal
   private var reportedHold = 0
 
   /// Made before the queue's thread serves anything of it, or on that thread.
   init(
     engine: any BlockEngine, settings: BlockSettings, thread: LoopThread, source: any GuestMemorySource,
-    writeback: WritebackSwitch, reports: Reports
+    writeback: WritebackSwitch, storage: JournalStorage, rate: RateNode, account: QueueAccount, reports: Reports
   ) throws(Errno) {
+    journal = storage.journal
+    counters = account.counters
+    latencies = account.latencies
     self.engine = engine
     self.thread = thread
     self.source = source
@@ -47,7 +55,7 @@ final class BlockQueue: @unchecked Sendable {
     // The layout of the idle queue is one that `validate` accepts.
     pump = try? BlockPump(
       engine: engine, source: source, counters: counters, settings: settings.pump, writeback: writeback,
-      chainLimit: BlockPump.chainLimit(queueSize: settings.queueSize))
+      storage: storage, rate: rate, latencies: latencies)
   }
 
   /// Starts to listen; on the data thread.
@@ -71,12 +79,12 @@ final class BlockQueue: @unchecked Sendable {
     if !kicked.exchange(true, ordering: .acquiringAndReleasing) { kick.signal() }
   }
 
-  func activate(_ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals) {
+  func activate(_ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals, adopts: Bool = false) {
     thread.loop.enqueue { [self] in
       self.signals = signals
       do throws(DeviceFault) {
         try pump?.activate(
-          layout: layout, maximumSize: maximumSize, features: features, source: source)
+          layout: layout, maximumSize: maximumSize, features: features, source: source, adopts: adopts)
       } catch {
         return fail(error)
       }
@@ -107,9 +115,13 @@ final class BlockQueue: @unchecked Sendable {
   /// Takes the queue from the guest; on the data thread.
   func deactivate() {
     pump?.deactivate()
+    journal.end()
     signals = nil
     reportHold()
   }
+
+  /// Looks at the queue again: its limits have changed.
+  func refresh() { thread.loop.enqueue { [self] in run() } }
 
   private func run() {
     do throws(DeviceFault) {
@@ -117,12 +129,20 @@ final class BlockQueue: @unchecked Sendable {
     } catch {
       fail(error)
     }
+    if let gone = pump?.goneResult, gone != 0 {
+      // What was under way stays in the journal for the next backend.
+      pump?.deactivate()
+      pump?.goneResult = 0
+      signals = nil
+      return reports.gone(gone)
+    }
     reportHold()
     scheduleRetry()
   }
 
   private func fail(_ fault: DeviceFault) {
     pump?.deactivate()
+    journal.markBroken()
     signals?.needReset()
     signals = nil
     reports.fault(fault)
@@ -136,9 +156,14 @@ final class BlockQueue: @unchecked Sendable {
   }
 
   private func scheduleRetry() {
-    guard retryTimer == 0, let time = pump?.retryAt, time != 0 else { return }
+    guard let time = pump?.nextTime, time != 0 else { return }
+    if retryTimer != 0 {
+      guard time < retryTime else { return }
+      thread.loop.cancel(timer: retryTimer)
+    }
     let now = engine.now
     let pause = time > now ? (time &- now) / 1_000_000 &+ 1 : 0
+    retryTime = time
     retryTimer = thread.loop.schedule(afterMilliseconds: pause) { [weak self] in
       self?.retryTimer = 0
       self?.run()

@@ -1,5 +1,5 @@
 package import Devices
-import Virtqueue
+package import Virtqueue
 
 /// One block backend, as the supervisor wants it. Values are checked already.
 package struct BlockSettings: Equatable, Sendable {
@@ -30,6 +30,14 @@ package struct BlockSettings: Equatable, Sendable {
   package var reconnectMilliseconds: UInt64 = 60_000
   /// Age of a request from which on the watchdog reports it, in milliseconds.
   package var stuckMilliseconds: UInt64 = 30_000
+  /// A store that is gone (its device was removed) stops the device until it is restarted, instead of failing requests.
+  package var stopsWhenStoreIsGone = false
+  /// Offer exactly these features: what the driver of a running device knows. What the store cannot do of them fails as unsupported.
+  package var offered: FeatureBits?
+  /// What its supervisor does when the backend fails.
+  package var restart = RestartPolicy()
+  /// What the device may use.
+  package var limits = RateLimits()
   /// Copy through the bounce buffers also where the engine could reach guest memory: for measurements.
   package var copiesAlways = false
 
@@ -54,11 +62,11 @@ package struct BlockSettings: Equatable, Sendable {
   var pump: BlockPumpSettings {
     var settings = BlockPumpSettings()
     settings.serial = Array(serial.utf8)
-    settings.slots = slots
     settings.bounceBytes = bounceBytes
     settings.copiesAlways = copiesAlways
     settings.cache = cache
     settings.errors = errors
+    settings.stopsWhenStoreIsGone = stopsWhenStoreIsGone
     return settings
   }
 }

@@ -54,6 +54,7 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
   private let wakeUp: EventDescriptor
   private let mailbox = Mutex<[Job]>([])
   private let stopping = Atomic<Bool>(false)
+  private let runnerNumber = Atomic<Int32>(0)
   private var runner = pthread_t()
   private var registrations: [Registration] = []
   private var timers: [Timer] = []
@@ -202,11 +203,15 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     precondition(pthread_equal(pthread_self(), runner) != 0, "not on the thread of the loop '\(name)'")
   }
 
+  /// The kernel's number of the thread that runs the loop; 0 before.
+  package var threadID: Int32 { runnerNumber.load(ordering: .relaxed) }
+
   // MARK: Running
 
   /// Runs until `stop`, on the calling thread.
   package func run() {
     runner = pthread_self()
+    runnerNumber.store(clinux_thread_id(), ordering: .relaxed)
     while !stopping.load(ordering: .acquiring) {
       let count = epoll_wait(epoll.raw, events, Self.eventCount, timeout)
       var jobs = false

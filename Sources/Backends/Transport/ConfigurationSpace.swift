@@ -18,6 +18,15 @@ package final class ConfigurationSpace: Sendable {
   /// ConfigGeneration: changes whenever the contents do.
   package var generation: UInt32 { contents.withLock { $0.generation } }
 
+  /// The contents.
+  package var bytes: [UInt8] { contents.withLock { $0.bytes } }
+
+  /// Takes the place of another space: the generation goes on from there.
+  package func follow(_ other: ConfigurationSpace) {
+    let generation = other.generation
+    contents.withLock { $0.generation = generation &+ 1 }
+  }
+
   /// Replaces the contents.
   package func update(_ change: (inout [UInt8]) -> Void) {
     contents.withLock {

@@ -21,31 +21,96 @@ package final class MMIOTransport: TransportSignals {
     package init() {}
   }
 
-  package let device: any VirtioDevice
+  package let profile: DeviceProfile
   package let interrupts: InterruptState
   /// Told about each change of the status register, from the ioreq thread.
   private let onStatus: @Sendable (DeviceStatus) -> Void
   private let status = Atomic<UInt32>(0)
   /// Confined to the ioreq thread, see the type's comment.
   nonisolated(unsafe) private var registers = Registers()
+  /// The backend; nil while none is there. Confined to the ioreq thread once the transport is in its slot.
+  nonisolated(unsafe) private var device: (any VirtioDevice)?
+  nonisolated(unsafe) private var configuration: ConfigurationSpace
+  private let state: (any TransportState)?
 
+  /// - Parameters:
+  ///   - state: keeps the registers for a later process.
+  ///   - needsReset: the driver believes the device to be live, and nothing is known of it: it must reset it.
   package init(
-    device: any VirtioDevice, line: any InterruptLine, onStatus: @escaping @Sendable (DeviceStatus) -> Void
+    device: any VirtioDevice, line: any InterruptLine, state: (any TransportState)? = nil, needsReset: Bool = false,
+    onStatus: @escaping @Sendable (DeviceStatus) -> Void
   ) {
     self.device = device
     self.onStatus = onStatus
+    self.state = state
+    profile = DeviceProfile(device)
+    configuration = device.configuration
     interrupts = InterruptState(line: line)
     clearQueues()
+    if needsReset {
+      let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK, .needsReset]
+      status.store(live.rawValue, ordering: .releasing)
+    }
+    save()
+  }
+
+  /// A transport as an earlier process left it, without a backend: registers are answered, queues wait.
+  package init(
+    restoring profile: DeviceProfile, _ registers: Registers, _ status: DeviceStatus, configuration: [UInt8],
+    line: any InterruptLine, state: any TransportState, onStatus: @escaping @Sendable (DeviceStatus) -> Void
+  ) {
+    self.profile = profile
+    self.onStatus = onStatus
+    self.state = state
+    self.registers = registers
+    self.configuration = ConfigurationSpace(configuration)
+    interrupts = InterruptState(line: line)
+    // The earlier process may have left it high, which nothing here would know.
+    line.set(false)
+    self.status.store(status.rawValue, ordering: .releasing)
   }
 
   package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+
+  // MARK: Backends
+
+  /// Puts a backend behind the registers, in the ioreq thread. A device that the driver has started goes on at once, and the driver
+  /// is interrupted: what it was told by the backend before may not have reached it.
+  ///
+  /// - Returns: false when the backend cannot serve what was negotiated; the driver must reset then.
+  @discardableResult
+  package func plug(_ device: any VirtioDevice) -> Bool {
+    let old = configuration.bytes
+    if device.configuration !== configuration { device.configuration.follow(configuration) }
+    configuration = device.configuration
+    self.device = device
+    guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
+    let layouts = zip(registers.queues, registers.ready).map { $1 ? $0 : nil }
+    guard device.deviceID == profile.deviceID, negotiated.isSubset(of: device.offeredFeatures),
+      device.accepts(negotiated), layouts.count == device.queueSizes.count,
+      zip(layouts, device.queueSizes).allSatisfy({ ($0?.size ?? 0) <= $1 })
+    else {
+      needReset()
+      return false
+    }
+    device.activate(features: negotiated, layouts: layouts, signals: self, adopts: true)
+    // What the driver wrote into the space is the driver's choice, which the new backend has to know.
+    device.configurationWritten(offset: 0, bytes: old)
+    interrupts.raise([.usedBuffer, .configuration])
+    return true
+  }
+
+  /// Takes the backend away, in the ioreq thread: it is not called any more, and the driver's requests wait for the next.
+  package func unplug() { device = nil }
+
+  private func save() { state?.save(registers, currentStatus, configuration: configuration.bytes) }
 
   // MARK: Reads
 
   /// The value of a register. Registers have 32 bits; other widths and unaligned offsets read the part they name.
   package func read(offset: UInt64, width: Int) -> UInt64 {
     if offset >= MMIORegister.configuration {
-      return device.configuration.read(
+      return configuration.read(
         offset: Int(truncatingIfNeeded: min(offset &- MMIORegister.configuration, 1 << 20)), width: width)
     }
     let value = register(offset & ~3) >> (8 &* (offset & 3))
@@ -56,21 +121,21 @@ package final class MMIOTransport: TransportSignals {
     switch offset {
     case MMIORegister.magicValue: return MMIORegister.magic
     case MMIORegister.version: return 2
-    case MMIORegister.deviceID: return UInt64(device.deviceID)
+    case MMIORegister.deviceID: return UInt64(profile.deviceID)
     case MMIORegister.vendorID: return MMIORegister.vendor
     case MMIORegister.deviceFeatures:
-      let features = device.offeredFeatures.rawValue
+      let features = profile.offeredFeatures.rawValue
       switch registers.deviceFeaturesSelect {
       case 0: return features & 0xffff_ffff
       case 1: return features >> 32
       default: return 0
       }
-    case MMIORegister.queueSizeMaximum: return UInt64(selected.map { device.queueSizes[$0] } ?? 0)
+    case MMIORegister.queueSizeMaximum: return UInt64(selected.map { profile.queueSizes[$0] } ?? 0)
     case MMIORegister.queueReady: return selected.map { registers.ready[$0] ? 1 : 0 } ?? 0
     case MMIORegister.interruptStatus: return UInt64(interrupts.pending)
     case MMIORegister.status: return UInt64(status.load(ordering: .acquiring))
     case MMIORegister.sharedMemoryFirst...MMIORegister.sharedMemoryLast: return 0xffff_ffff
-    case MMIORegister.configurationGeneration: return UInt64(device.configuration.generation)
+    case MMIORegister.configurationGeneration: return UInt64(configuration.generation)
     default: return 0
     }
   }
@@ -87,9 +152,9 @@ package final class MMIOTransport: TransportSignals {
   package func write(offset: UInt64, width: Int, value: UInt64) {
     if offset >= MMIORegister.configuration {
       let bytes = (0..<min(max(width, 0), 8)).map { UInt8(truncatingIfNeeded: value >> (8 * UInt64($0))) }
-      device.configurationWritten(
+      device?.configurationWritten(
         offset: Int(truncatingIfNeeded: min(offset &- MMIORegister.configuration, 1 << 20)), bytes: bytes)
-      return
+      return save()
     }
     guard width == 4, offset & 3 == 0 else { return }
     let word = UInt32(truncatingIfNeeded: value)
@@ -97,9 +162,11 @@ package final class MMIOTransport: TransportSignals {
     case MMIORegister.queueNotify:
       let queue = Int(word & 0xffff)
       guard currentStatus.contains(.driverOK), queue < registers.ready.count, registers.ready[queue] else { return }
-      device.notify(queue: queue)
-    case MMIORegister.interruptAcknowledge: interrupts.acknowledge(word)
-    case MMIORegister.status: writeStatus(word)
+      // Without a backend: the next one looks at the queue in any case.
+      device?.notify(queue: queue)
+      return
+    case MMIORegister.interruptAcknowledge: return interrupts.acknowledge(word)
+    case MMIORegister.status: return writeStatus(word)
     case MMIORegister.deviceFeaturesSelect: registers.deviceFeaturesSelect = word
     case MMIORegister.driverFeaturesSelect: registers.driverFeaturesSelect = word
     case MMIORegister.driverFeatures: writeDriverFeatures(word)
@@ -111,6 +178,7 @@ package final class MMIOTransport: TransportSignals {
       registers.queues[queue] = QueueLayout()
     default: writeQueue(offset, word)
     }
+    save()
   }
 
   private func writeDriverFeatures(_ word: UInt32) {
@@ -149,17 +217,22 @@ package final class MMIOTransport: TransportSignals {
     guard !isLive || negotiated.contains(.ringReset) else { return }
     do throws(VirtqueueFault) {
       try registers.queues[queue].validate(
-        maximum: device.queueSizes[queue], packed: negotiated.contains(.ringPacked))
+        maximum: profile.queueSizes[queue], packed: negotiated.contains(.ringPacked))
     } catch {
       return
     }
     registers.ready[queue] = true
-    if isLive { device.enableQueue(queue, layout: registers.queues[queue]) }
+    guard isLive else { return }
+    save()
+    device?.enableQueue(queue, layout: registers.queues[queue])
   }
 
   /// QueueReset, or 0 to QueueReady. Done when the access is answered, so both registers read 0 then (virtio 1.2, 2.6.1.1).
   private func takeDown(_ queue: Int) {
-    if registers.ready[queue] && currentStatus.contains(.driverOK) { device.resetQueue(queue) }
+    if registers.ready[queue] && currentStatus.contains(.driverOK) {
+      device?.resetQueue(queue)
+      state?.endQueue(queue)
+    }
     registers.ready[queue] = false
   }
 
@@ -175,6 +248,7 @@ package final class MMIOTransport: TransportSignals {
     if new.contains(.driverOK), !new.contains(.featuresOK) { new.remove(.driverOK) }
     let added = new.subtracting(old)
     status.bitwiseOr(added.rawValue, ordering: .acquiringAndReleasing)
+    save()
     if added.contains(.driverOK) { activate() }
     if !added.isEmpty { onStatus(currentStatus) }
   }
@@ -182,32 +256,36 @@ package final class MMIOTransport: TransportSignals {
   private var featuresAcceptable: Bool {
     let features = negotiated
     // Version 2 of virtio-mmio has no legacy interface: without VERSION_1 there is nothing to agree on.
-    return features.isSubset(of: device.offeredFeatures) && features.contains(.version1) && device.accepts(features)
+    return features.isSubset(of: profile.offeredFeatures) && features.contains(.version1)
+      && device?.accepts(features) != false
   }
 
   private func activate() {
     let layouts = zip(registers.queues, registers.ready).map { $1 ? $0 : nil }
-    device.activate(features: negotiated, layouts: layouts, signals: self)
+    device?.activate(features: negotiated, layouts: layouts, signals: self, adopts: false)
   }
 
   private func reset() {
     let old = currentStatus
-    device.reset()
+    device?.reset()
+    for queue in profile.queueSizes.indices { state?.endQueue(queue) }
     interrupts.clear()
     registers = Registers()
     clearQueues()
     status.store(0, ordering: .releasing)
+    save()
     if !old.isEmpty { onStatus([]) }
   }
 
   private func clearQueues() {
-    registers.queues = Array(repeating: QueueLayout(), count: device.queueSizes.count)
-    registers.ready = Array(repeating: false, count: device.queueSizes.count)
+    registers.queues = Array(repeating: QueueLayout(), count: profile.queueSizes.count)
+    registers.ready = Array(repeating: false, count: profile.queueSizes.count)
   }
 
   /// The slot loses its device: as a reset, without the guest's asking.
   package func remove() {
-    device.reset()
+    device?.reset()
+    device = nil
     interrupts.clear()
   }
 

@@ -17,7 +17,9 @@ package protocol VirtioDevice: AnyObject, Sendable {
   /// Whether the device can serve this subset of what it offered.
   func accepts(_ features: FeatureBits) -> Bool
   /// The driver set DRIVER_OK: the queues in `layouts` (nil where not ready) are live from now on.
-  func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals)
+  ///
+  /// - Parameter adopts: the driver did so earlier, with another backend; the queues go on where that one was stopped.
+  func activate(features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool)
   /// The driver takes one queue down (VIRTIO_F_RING_RESET): when this returns, the queue's memory is not touched any more and
   /// none of its chains will be used. The others go on.
   func resetQueue(_ queue: Int)

@@ -17,11 +17,20 @@ package struct ChainTicket: Equatable {
   package var slots: UInt16
   /// The chain's place in the order of the available ones, where that order is kept.
   package var sequence: UInt16 = 0
+  /// The device's number for the chain: a slot of its journal.
+  package var slot: UInt32 = 0
 
   package init(head: UInt16, slots: UInt16) {
     self.head = head
     self.slots = slots
   }
+}
+
+/// A chain that an earlier owner of the queue's journal had taken and not answered.
+package struct AdoptedChain {
+  package var ticket: ChainTicket
+  package var readableCount: Int
+  package var writableCount: Int
 }
 
 /// A checked descriptor chain: readable buffers first, then the writable ones.

@@ -57,6 +57,51 @@ extension Virtqueue {
     layout.nextAvailable = UInt16(truncatingIfNeeded: position)
   }
 
+  // MARK: Adoption
+
+  /// Answers of a packed ring are seen one by one: those behind the settled position count as far as they stand in the ring.
+  mutating func adoptPositionPacked(_ journal: QueueJournal) throws(VirtqueueFault) {
+    guard let ring = descriptors?.start else { throw .ringUnmapped }
+    guard journal.settledUsed < layout.size else { throw .badLayout }
+    layout.nextUsed = journal.settledUsed
+    layout.usedWrapCounter = journal.usedWrap
+    // Each step finds another record, so this ends.
+    for _ in 0..<journal.slotCount {
+      let next = (0..<journal.slotCount).first { slot in
+        let record = journal.record(slot)
+        return record.state == QueueJournal.State.used && record.usedPosition == layout.nextUsed
+          && (record.usedWrap == 1) == layout.usedWrapCounter
+      }
+      // Not written yet: the slot still shows the driver's descriptor of this lap.
+      guard let next, !isAvailable(ring, layout.nextUsed, layout.usedWrapCounter) else { break }
+      let slots = journal.record(next).slots
+      guard slots > 0, slots <= layout.size else { throw .badLayout }
+      advanceUsed(Int(slots))
+    }
+    journal.settle(layout.nextUsed, wrap: layout.usedWrapCounter)
+  }
+
+  /// Whether an answer lies behind the used position, within a lap.
+  func isPublishedPacked(_ record: QueueJournal.Record) -> Bool {
+    let size = Int(layout.size)
+    func place(_ position: UInt16, _ wrap: Bool) -> Int { Int(position) + (wrap ? 0 : size) }
+    let distance =
+      (place(layout.nextUsed, layout.usedWrapCounter) - place(record.usedPosition, record.usedWrap == 1) + 2 * size)
+      % (2 * size)
+    return distance > 0 && distance <= size
+  }
+
+  mutating func advancePacked(_ ticket: ChainTicket) throws(VirtqueueFault) {
+    guard occupied &+ Int(ticket.slots) <= Int(layout.size) else { throw .ringOverrun }
+    occupied &+= Int(ticket.slots)
+    var position = Int(layout.nextAvailable) &+ Int(ticket.slots)
+    if position >= Int(layout.size) {
+      position &-= Int(layout.size)
+      layout.availableWrapCounter.toggle()
+    }
+    layout.nextAvailable = UInt16(truncatingIfNeeded: position)
+  }
+
   func hasPendingPacked() -> Bool {
     guard let ring = descriptors?.start else { return false }
     return isAvailable(ring, layout.nextAvailable, layout.availableWrapCounter)
@@ -89,13 +134,17 @@ extension Virtqueue {
     RingWord.store(ticket.head, ring, offset &+ 12)
     let lap: UInt16 = layout.usedWrapCounter ? Self.available | Self.used : 0
     RingWord.release(lap | (length > 0 ? 2 : 0), ring, offset &+ 14)
+    advanceUsed(slots)
+    unpublished &+= slots
+  }
+
+  private mutating func advanceUsed(_ slots: Int) {
     var position = Int(layout.nextUsed) &+ slots
     if position >= Int(layout.size) {
       position &-= Int(layout.size)
       layout.usedWrapCounter.toggle()
     }
     layout.nextUsed = UInt16(truncatingIfNeeded: position)
-    unpublished &+= slots
   }
 
   mutating func publishPacked() -> Bool {

@@ -43,6 +43,23 @@ extension Virtqueue {
     layout.nextAvailable &-= 1
   }
 
+  // MARK: Adoption
+
+  /// The used index in the ring is what the driver has seen. It is one of two: publishing was done, or it was not.
+  mutating func adoptPositionSplit(_ journal: QueueJournal) throws(VirtqueueFault) {
+    guard let deviceArea else { throw .ringUnmapped }
+    let published = RingWord.acquire(deviceArea.start, 2)
+    guard published == journal.intendedUsed || published == journal.settledUsed else { throw .badLayout }
+    layout.nextUsed = published
+    journal.settle(published, wrap: true)
+  }
+
+  mutating func advanceSplit(_ ticket: ChainTicket) throws(VirtqueueFault) {
+    guard ticket.head < layout.size else { throw .headOutOfRange(ticket.head) }
+    guard claim(ticket.head) else { throw .headInUse(ticket.head) }
+    layout.nextAvailable &+= 1
+  }
+
   /// Follows a chain through a table of `count` entries, from the entry `start`, which is below `count`.
   ///
   /// - Returns: the indirect descriptor that ends the chain in this table, if one does (virtio 1.2, 2.7.5.3.2: direct

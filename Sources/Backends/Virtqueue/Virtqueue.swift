@@ -19,18 +19,31 @@ package struct Virtqueue: ~Copyable {
   var occupied = 0
   /// Slots of a packed ring, or entries of a split one, that were used since the last `publish`.
   var unpublished = 0
-  private var order: CompletionOrder
+  var order: CompletionOrder
+  let journal: QueueJournal?
+  /// Slots of the journal whose chains were used since the last `publish`, in that order.
+  private let usedSlots: UnsafeMutablePointer<UInt32>
+  private var usedSlotCount = 0
+  /// The journal's chains must be taken over before anything else.
+  private var adopts = false
 
   var descriptors: RangeMapping?
   var driverArea: RangeMapping?
   var deviceArea: RangeMapping?
   private var seenInvalidations: UInt64 = .max
 
+  /// - Parameters:
+  ///   - journal: where the chains that the device has are noted; tickets carry its slots then.
+  ///   - adopts: go on where the journal's last owner was stopped, see `adopt`; the journal is live.
   /// - Throws: `badLayout`, see `QueueLayout.validate`.
   package init(
-    layout: QueueLayout, maximumSize: UInt16, chainLimit: Int, features: FeatureBits, source: any GuestMemorySource
+    layout: QueueLayout, maximumSize: UInt16, chainLimit: Int, features: FeatureBits, source: any GuestMemorySource,
+    journal: QueueJournal? = nil, adopts: Bool = false
   ) throws(VirtqueueFault) {
     isPacked = features.contains(.ringPacked)
+    self.journal = journal
+    self.adopts = adopts && journal != nil
+    usedSlots = .allocate(capacity: max(1, journal?.slotCount ?? 1))
     try layout.validate(maximum: maximumSize, packed: isPacked)
     self.layout = layout
     self.chainLimit = chainLimit
@@ -42,6 +55,7 @@ package struct Virtqueue: ~Copyable {
     inUse = .allocate(capacity: words)
     inUse.initialize(repeating: 0, count: words)
     order = CompletionOrder(size: layout.size, isKept: features.contains(.inOrder))
+    if let journal, !adopts { journal.start(packed: isPacked, layout: layout) }
   }
 
   deinit {
@@ -50,6 +64,7 @@ package struct Virtqueue: ~Copyable {
     }
     indirectTable.deallocate()
     inUse.deallocate()
+    usedSlots.deallocate()
   }
 
   /// Makes the rings usable for a batch: maps them at first use and after an invalidation.
@@ -95,6 +110,7 @@ package struct Virtqueue: ~Copyable {
 
   /// Puts the chain that was taken last back, as if it had not been taken: the device has no room for it now.
   package mutating func putBack(_ ticket: ChainTicket) {
+    journal?.free(Int(ticket.slot))
     if isPacked { putBackPacked(ticket) } else { putBackSplit(ticket) }
     if order.isKept { order.withdraw() }
   }
@@ -126,6 +142,11 @@ package struct Virtqueue: ~Copyable {
   }
 
   private mutating func pushNow(_ ticket: ChainTicket, _ length: UInt32) {
+    if let journal {
+      journal.use(Int(ticket.slot), position: layout.nextUsed, wrap: layout.usedWrapCounter)
+      usedSlots[usedSlotCount] = ticket.slot
+      usedSlotCount &+= 1
+    }
     if isPacked { pushUsedPacked(ticket, length) } else { pushUsedSplit(ticket, length) }
   }
 
@@ -135,7 +156,70 @@ package struct Virtqueue: ~Copyable {
   package mutating func publish() -> Bool {
     guard unpublished > 0 else { return false }
     defer { unpublished = 0 }
-    return isPacked ? publishPacked() : publishSplit()
+    guard let journal else { return isPacked ? publishPacked() : publishSplit() }
+    journal.intend(layout.nextUsed)
+    let wantsInterrupt = isPacked ? publishPacked() : publishSplit()
+    journal.settle(layout.nextUsed, wrap: layout.usedWrapCounter)
+    for index in 0..<usedSlotCount { journal.free(Int(usedSlots[index])) }
+    return wantsInterrupt
+  }
+
+  /// Whether chains were used since the last `publish`.
+  package var hasUnpublished: Bool { unpublished > 0 }
+
+  /// The next slot of the journal whose chain's answer is published; nil when there is none. To be asked after `publish`.
+  package mutating func takePublishedSlot() -> Int? {
+    guard unpublished == 0, usedSlotCount > 0 else { return nil }
+    usedSlotCount &-= 1
+    return Int(usedSlots[usedSlotCount])
+  }
+
+  /// Notes a chain that was taken, whose ticket has its slot, in the journal. Its buffers are in the journal's storage.
+  package func note(_ chain: DescriptorChain) { journal?.take(Int(chain.ticket.slot), chain) }
+
+  // MARK: Adoption
+
+  /// Takes over the chains of the journal, once: the queue's positions become what they were.
+  ///
+  /// Called behind `prepare`.
+  /// - Returns: every chain without a published answer, oldest first; their buffers are in the journal.
+  /// - Throws: `badLayout` when rings and journal do not fit together: then nothing can be known, and the driver must reset.
+  package mutating func adopt() throws(VirtqueueFault) -> [AdoptedChain] {
+    guard adopts, let journal else { return [] }
+    guard journal.isPacked == isPacked else { throw .badLayout }
+    adopts = false
+    if isPacked { try adoptPositionPacked(journal) } else { try adoptPositionSplit(journal) }
+    layout.nextAvailable = layout.nextUsed
+    layout.availableWrapCounter = layout.usedWrapCounter
+    var slots: [Int] = []
+    for slot in 0..<journal.slotCount {
+      let record = journal.record(slot)
+      switch record.state {
+      case QueueJournal.State.used where isPublished(record): journal.free(slot)
+      case QueueJournal.State.free: break
+      default: slots.append(slot)
+      }
+    }
+    slots.sort { journal.record($0).order < journal.record($1).order }
+    var chains: [AdoptedChain] = []
+    for slot in slots {
+      let record = journal.record(slot)
+      guard Int(record.readableCount) + Int(record.writableCount) <= chainLimit, record.slots > 0 else {
+        throw .badLayout
+      }
+      var ticket = ChainTicket(head: record.head, slots: record.slots)
+      ticket.slot = UInt32(slot)
+      if isPacked { try advancePacked(ticket) } else { try advanceSplit(ticket) }
+      if order.isKept { ticket.sequence = order.issue() }
+      chains.append(
+        AdoptedChain(
+          ticket: ticket, readableCount: Int(record.readableCount), writableCount: Int(record.writableCount)))
+    }
+    return chains
+  }
+
+  private func isPublished(_ record: QueueJournal.Record) -> Bool {
+    isPacked ? isPublishedPacked(record) : layout.nextUsed &- record.usedPosition &- 1 < 0x8000
   }
 
   // MARK: Descriptors

@@ -55,11 +55,12 @@ package struct IOReqPage {
 
   /// Takes the request of a slot that is READY, and marks it INPROCESS.
   ///
+  /// - Parameter begun: take also one that is INPROCESS: whoever took it is gone.
   /// - Returns: nil when there is none: the event was spurious.
-  package func take(_ index: Int) -> IOReq? {
+  package func take(_ index: Int, begun: Bool = false) -> IOReq? {
     let state = stateByte(index)
     let byte = state.pointee.load(ordering: .acquiring)
-    guard byte & State.mask == State.ready else { return nil }
+    guard byte & State.mask == State.ready || begun && byte & State.mask == State.inProcess else { return nil }
     let start = slot(index)
     let request = IOReq(
       address: start.load(as: UInt64.self), data: start.load(fromByteOffset: 8, as: UInt64.self),

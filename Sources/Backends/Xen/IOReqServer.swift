@@ -32,19 +32,30 @@ package final class IOReqServer: EventSource {
   private var windows: [(slot: DeviceSlot, transport: MMIOTransport?)] = []
   private var mapped: [(first: UInt64, last: UInt64)] = []
   private var isClosed = false
+  private let isAdopted: Bool
 
   /// - Parameter ignoresInvalidations: corrupts data as soon as a guest balloons: for a test that shows it.
+  ///   - earlier: the server of a process that is gone. It outlived it: its ranges are claimed, and vCPUs may be waiting in its slots, to
+  ///     be answered by `serveAll` as soon as the devices are in their slots again.
+  ///   - onCreated: gets a new server's number before the guest can notice it.
   ///
   /// Creates, maps, enables and binds: in the order in which Xen fills in the ports.
   package init(
-    guest: any GuestHandle, pool: ForeignMappingPool, loop: EventLoop, ignoresInvalidations: Bool = false
+    guest: any GuestHandle, pool: ForeignMappingPool, loop: EventLoop, adopting earlier: UInt16? = nil,
+    ignoresInvalidations: Bool = false, onCreated: (UInt16) -> Void = { _ in }
   ) throws(XenError) {
+    isAdopted = earlier != nil
     self.guest = guest
     self.pool = pool
     self.loop = loop
     self.ignoresInvalidations = ignoresInvalidations
     memory = GuestMemoryView(source: pool)
-    identifier = try guest.createIOReqServer()
+    if let earlier {
+      identifier = earlier
+    } else {
+      identifier = try guest.createIOReqServer()
+      onCreated(identifier)
+    }
     do throws(XenError) {
       page = IOReqPage(try guest.mapIOReqPage(identifier))
       try guest.setIOReqServer(identifier, enabled: true)
@@ -62,7 +73,7 @@ package final class IOReqServer: EventSource {
     } catch {
       for port in ports { guest.unbind(port) }
       guest.unmapIOReqPage()
-      try? guest.destroyIOReqServer(identifier)
+      if !isAdopted { try? guest.destroyIOReqServer(identifier) }
       throw error
     }
   }
@@ -74,7 +85,12 @@ package final class IOReqServer: EventSource {
 
   /// Claims a run of addresses of the guest for this server. Ends are inclusive.
   package func claim(first: UInt64, last: UInt64) throws(XenError) {
-    try guest.mapMMIO(identifier, first: first, last: last)
+    do throws(XenError) {
+      try guest.mapMMIO(identifier, first: first, last: last)
+    } catch {
+      // An adopted server has its ranges already.
+      guard isAdopted, error.errno.code == 17 /* EEXIST */ else { throw error }
+    }
     mapped.append((first, last))
   }
 
@@ -103,8 +119,13 @@ package final class IOReqServer: EventSource {
     for vcpu in ports.indices { serve(vcpu) }
   }
 
-  private func serve(_ vcpu: Int) {
-    guard let request = page.take(vcpu) else { return }
+  /// Answers every vCPU that waits, also those whose access an earlier process had begun with: register accesses may be repeated.
+  package func serveAll() {
+    for vcpu in ports.indices { serve(vcpu, begun: true) }
+  }
+
+  private func serve(_ vcpu: Int, begun: Bool = false) {
+    guard let request = page.take(vcpu, begun: begun) else { return }
     page.answer(vcpu, data: perform(request))
     guest.notify(ports[vcpu])
   }
@@ -189,6 +210,16 @@ package final class IOReqServer: EventSource {
   }
 
   // MARK: End
+
+  /// Lets go of the server without ending it, for a later process: accesses wait for that one.
+  package func leave() {
+    guard !isClosed else { return }
+    isClosed = true
+    windows = []
+    if let token { loop.remove(token) }
+    for port in ports { guest.unbind(port) }
+    guest.unmapIOReqPage()
+  }
 
   /// Ends the server: no new access is taken, those under way are answered, then everything is given back to Xen.
   ///

@@ -62,10 +62,6 @@ package final class SimulatedDomain: @unchecked Sendable {
     answers = (0..<vcpuCount).map { _ in Latch() }
   }
 
-  deinit {
-    state.withLock { for server in $0.servers.values { server.page.deallocate() } }
-  }
-
   package var usage: Usage { state.withLock { $0.usage } }
 
   /// The level of an interrupt line: slot * 4 + pin of a PCI pin.
@@ -97,6 +93,8 @@ package final class SimulatedDomain: @unchecked Sendable {
     return faults.wrappingSubtract(1, ordering: .relaxed).oldValue > 0
   }
 
+  var isRunning: Bool { state.withLock { !$0.isDestroyed } }
+
   func destroy() { state.withLock { $0.isDestroyed = true } }
 
   // MARK: The guest's side
@@ -108,13 +106,12 @@ package final class SimulatedDomain: @unchecked Sendable {
     stepsDown: Bool = false
   ) -> UInt64 {
     let last = address &+ UInt64(size - 1)
-    let found: (page: UnsafeMutableRawPointer, channel: SimulatedChannel)? = state.withLock { state in
+    let found: (page: UnsafeMutableRawPointer, channel: SimulatedChannel?)? = state.withLock { state in
       // From the highest number down, as Xen selects.
       for (_, server) in state.servers.sorted(by: { $0.key > $1.key }) where server.isEnabled {
-        if server.ranges.contains(where: { $0.first <= address && last <= $0.last }),
-          let channel = server.channels[vcpu]
-        {
-          return (server.page, channel)
+        if server.ranges.contains(where: { $0.first <= address && last <= $0.last }) {
+          // A server whose process is gone is waited for all the same.
+          return (server.page, server.channels[vcpu])
         }
       }
       return nil
@@ -128,10 +125,9 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   /// What Xen sends after a guest gave pages back; returns when every server has answered.
   package func sendInvalidate(vcpu: Int = 0) {
-    let targets: [(UnsafeMutableRawPointer, SimulatedChannel)] = state.withLock { state in
+    let targets: [(UnsafeMutableRawPointer, SimulatedChannel?)] = state.withLock { state in
       state.servers.values.compactMap { server in
-        guard server.isEnabled, let channel = server.channels[vcpu] else { return nil }
-        return (server.page, channel)
+        server.isEnabled ? (server.page, server.channels[vcpu]) : nil
       }
     }
     for (page, channel) in targets {
@@ -143,7 +139,7 @@ package final class SimulatedDomain: @unchecked Sendable {
   }
 
   private func exchange(
-    _ page: UnsafeMutableRawPointer, _ channel: SimulatedChannel, _ vcpu: Int, kind: IOReq.Kind, address: UInt64,
+    _ page: UnsafeMutableRawPointer, _ channel: SimulatedChannel?, _ vcpu: Int, kind: IOReq.Kind, address: UInt64,
     data: UInt64, size: UInt32, count: UInt32, isRead: Bool, isPointer: Bool, stepsDown: Bool
   ) -> UInt64 {
     let slot = page + vcpu * IOReqPage.slotBytes
@@ -155,7 +151,7 @@ package final class SimulatedDomain: @unchecked Sendable {
     let flags: UInt8 = (isPointer ? 0x10 : 0) | (isRead ? 0x20 : 0) | (stepsDown ? 0x40 : 0)
     let stateByte = IOReqPage(page).stateByte(vcpu)
     stateByte.pointee.store(flags | IOReqPage.State.ready, ordering: .releasing)
-    if !Self.strikes(lostEvents) { channel.raise() }
+    if !Self.strikes(lostEvents) { channel?.raise() }
     while stateByte.pointee.load(ordering: .acquiring) & IOReqPage.State.mask != IOReqPage.State.responseReady {
       guard answers[vcpu].wait(seconds: 30) else { fatalError("no ioreq server answered vCPU \(vcpu) within 30 s") }
     }

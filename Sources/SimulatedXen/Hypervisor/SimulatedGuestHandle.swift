@@ -111,11 +111,12 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   }
 
   func createIOReqServer() throws(XenError) -> UInt16 {
+    let memory = domain.memory
     let number = try change("create_ioreq_server") { state in
       guard let free = (0..<UInt16(Self.maximumServers)).first(where: { state.servers[$0] == nil }) else {
         return .failure(Errno(ENOSPC))
       }
-      let page = UnsafeMutableRawPointer.allocate(byteCount: 4096, alignment: 4096)
+      let page = memory.extraPage(Int(free))
       memset(page, 0, 4096)
       state.servers[free] = SimulatedDomain.Server(page: page)
       state.usage.ioreqServers += 1
@@ -126,9 +127,8 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
 
   func destroyIOReqServer(_ server: UInt16) throws(XenError) {
     domain.state.withLock { state in
-      guard let gone = state.servers.removeValue(forKey: server) else { return }
+      guard state.servers.removeValue(forKey: server) != nil else { return }
       state.usage.ioreqServers -= 1
-      gone.page.deallocate()
     }
   }
 
@@ -181,6 +181,12 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
     guard mappedServer != nil else { return }
     mappedServer = nil
     domain.state.withLock { $0.usage.ioreqPages -= 1 }
+  }
+
+  /// What Xen does when the process is gone: its ports and pages go, its ioreq servers stay.
+  func abandon() {
+    for port in Array(vcpuOfPort.keys) { unbind(port) }
+    unmapIOReqPage()
   }
 
   // MARK: Event channels

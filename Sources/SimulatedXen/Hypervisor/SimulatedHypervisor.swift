@@ -15,6 +15,8 @@ package final class SimulatedHypervisor: Hypervisor {
     return try SimulatedGuestHandle(found)
   }
 
+  func domain(_ identifier: DomainID) -> SimulatedDomain? { domains.withLock { $0[identifier] } }
+
   /// Makes a domain known; it runs from now on.
   package func add(_ domain: SimulatedDomain) { domains.withLock { $0[domain.identifier] = domain } }
 

@@ -12,6 +12,8 @@ package final class SimulatedMemory: @unchecked Sendable {
   /// The guest's own view of its memory.
   package let base: UnsafeMutableRawPointer
   private let descriptor: OwnedDescriptor
+  /// Pages behind the guest's own: those of its ioreq servers.
+  static let extraPages = 8
   private let present: Mutex<[Bool]>
 
   package init(bytes: Int) throws(Errno) {
@@ -19,8 +21,9 @@ package final class SimulatedMemory: @unchecked Sendable {
     let raw = clinux_memfd("simulated-guest")
     guard raw >= 0 else { throw Errno.last }
     descriptor = OwnedDescriptor(adopting: raw)
-    guard ftruncate(raw, off_t(pageCount * 4096)) == 0 else { throw Errno.last }
-    guard let start = mmap(nil, pageCount * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, raw, 0), start != MAP_FAILED
+    let length = (pageCount + Self.extraPages) * 4096
+    guard ftruncate(raw, off_t(length)) == 0 else { throw Errno.last }
+    guard let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_SHARED, raw, 0), start != MAP_FAILED
     else {
       throw Errno.last
     }
@@ -28,7 +31,20 @@ package final class SimulatedMemory: @unchecked Sendable {
     present = Mutex(Array(repeating: true, count: pageCount))
   }
 
-  deinit { munmap(base, pageCount * 4096) }
+  deinit { munmap(base, (pageCount + Self.extraPages) * 4096) }
+
+  /// A page that is no memory of the guest's, for what Xen shares with an ioreq server.
+  func extraPage(_ index: Int) -> UnsafeMutableRawPointer { base + (pageCount + index) * 4096 }
+
+  /// The memory file, for another process of the same user.
+  var path: String { "/proc/\(getpid())/fd/\(descriptor.raw)" }
+
+  /// Whether each of a run of frames is there: 0, or its errno.
+  func errors(first: UInt64, count: Int) -> [UInt8] {
+    present.withLock { state in
+      (0..<count).map { isPresent(first &+ UInt64($0), state) ? 0 : UInt8(ENOENT) }
+    }
+  }
 
   /// Takes pages away (as a balloon does) or gives them back, empty. The caller sends the invalidation.
   package func set(pages: Range<Int>, present isPresent: Bool) {

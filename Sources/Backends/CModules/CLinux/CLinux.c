@@ -92,3 +92,5 @@ int clinux_o_direct(void) { return O_DIRECT; }
 int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); }
 
 int clinux_socket_cloexec(void) { return SOCK_CLOEXEC; }
+
+int32_t clinux_thread_id(void) { return gettid(); }

@@ -53,6 +53,9 @@ package struct BlockErrorPolicy: Equatable, Sendable {
     }
   }
 
+  /// Whether an error says that the store itself is gone, rather than that it fails: ENXIO, EBADF, ENODEV, ESTALE, ENOMEDIUM.
+  package static func meansGone(_ result: Int) -> Bool { [-6, -9, -19, -116, -123].contains(result) }
+
   /// How long an engine may be short of something before its requests fail, in milliseconds.
   private static let shortageLimit: UInt64 = 10_000
 }
@@ -61,8 +64,6 @@ package struct BlockErrorPolicy: Equatable, Sendable {
 package struct BlockPumpSettings: Sendable {
   /// Answer to GET_ID, at most 20 bytes are used.
   package var serial: [UInt8] = []
-  /// Requests that are worked on at a time at most.
-  package var slots = 256
   /// Memory for data on its way, where the engine cannot reach guest memory itself, in bytes.
   package var bounceBytes = 4 << 20
   /// Copy also where the engine could reach guest memory: for measurements.
@@ -71,6 +72,8 @@ package struct BlockPumpSettings: Sendable {
   package var pollsWhenIdle = true
   package var cache = BlockCacheMode.writeback
   package var errors = BlockErrorPolicy()
+  /// A store that is gone stops the queue, with its requests in the journal, instead of failing them.
+  package var stopsWhenStoreIsGone = false
 
   package init() {}
 }

@@ -71,13 +71,34 @@ extension BlockPump {
       written = 0  // nowhere to say it; the used element alone tells the driver that the request is over
     }
     queue.pushUsed(record.ticket, length: written)
-    release(slot)
+    releaseMeans(slot)
+    if record.submittedAt != 0 { recordLatency(slot, record) }
+  }
+
+  private func recordLatency(_ slot: Int, _ record: BlockOperationRecord) {
+    let operation: QueueLatencies.Operation =
+      switch record.kind {
+      case .read: .read
+      case .write: .write
+      case .flush: .flush
+      case .discard, .writeZeroes, .secureErase: .other
+      }
+    let taken = slab.since(slot)
+    let admitted = record.admittedAt == 0 ? taken : record.admittedAt
+    if record.admittedAt != 0 { latencies.record(operation, .throttle, admitted &- taken) }
+    latencies.record(operation, .queue, record.submittedAt &- admitted)
+    latencies.record(operation, .engine, now &- record.submittedAt)
+    latencies.record(operation, .total, now &- taken)
   }
 
   // MARK: Failures
 
   /// The store failed a step: its request is answered, or waits for another try, as the policy says.
   private mutating func failStep(_ slot: Int, _ result: Int) {
+    if settings.stopsWhenStoreIsGone, BlockErrorPolicy.meansGone(result) {
+      goneResult = result
+      return
+    }
     switch settings.errors.action(for: result) {
     case .report: return complete(slot, .ioError)
     case .retry(let milliseconds):

@@ -86,14 +86,25 @@ extension BlockPump {
     }
     slab.records[slot].kind = operation
     slab.records[slot].offset = request.sector &* BlockConfiguration.sectorSize
+    guard isLimited else { return startTransfer(slot) }
+    if admit(slot), !startTransfer(slot) { throttle(slot) }
+    return true
+  }
+
+  /// The first step of a request that its rate let through.
+  ///
+  /// - Returns: false when no bounce buffer is left.
+  mutating func startTransfer(_ slot: Int) -> Bool {
+    let operation = slab.records[slot].kind
+    let dataBytes = slab.records[slot].dataBytes
     if direct, let vectors = directVectors(slot) {
-      slab.records[slot].stepBytes = request.dataBytes
-      count(operation, request.dataBytes)
-      stage(slot, offset: slab.records[slot].offset, length: request.dataBytes, vectorCount: vectors)
+      slab.records[slot].stepBytes = dataBytes
+      count(operation, dataBytes)
+      stage(slot, offset: slab.records[slot].offset, length: dataBytes, vectorCount: vectors)
       return true
     }
-    guard takeBuffers(slot, request.dataBytes) else { return false }
-    count(operation, request.dataBytes)
+    guard takeBuffers(slot, dataBytes) else { return false }
+    count(operation, dataBytes)
     stageTransfer(slot)
     return true
   }

@@ -26,6 +26,11 @@ package struct BlockPump: ~Copyable {
   let settings: BlockPumpSettings
   let serial: [UInt8]
   private let counters: BlockCounters
+  let latencies: QueueLatencies
+  private let storage: JournalStorage
+  /// The device's node of the budget tree, and whether it or one above it has a limit, as of this batch.
+  let rate: RateNode
+  var isLimited = false
   var geometry: BlockGeometry
   /// Data moves straight between guest memory and the store.
   let direct: Bool
@@ -59,9 +64,18 @@ package struct BlockPump: ~Copyable {
   let waiting: UnsafeMutablePointer<UInt32>
   var waitingCount = 0
   /// When the waiting slots are tried again, in nanoseconds; 0 when none is or the queue is held.
-  package var retryAt: UInt64 = 0
+  var retryAt: UInt64 = 0
+  /// Slots whose requests wait for their rates: reads and writes apart, each first in first out.
+  var throttledReads: SlotList
+  var throttledWrites: SlotList
+  /// When the first of them may go, in nanoseconds; 0 when none waits.
+  var throttledUntil: UInt64 = 0
+  /// Slots of an earlier owner's chains that are still to be started.
+  private var adopted: SlotList
   /// Why the queue is held (a negated errno); 0 when it is not.
   package var heldResult = 0
+  /// The store is gone for good (a negated errno), and only a new engine helps; 0 while it is there.
+  package var goneResult = 0
 
   /// Counts of a batch, added to the shared counters once at its end.
   struct Tally {
@@ -76,14 +90,27 @@ package struct BlockPump: ~Copyable {
     var failed: UInt64 = 0
     var unsupported: UInt64 = 0
     var retries: UInt64 = 0
+    var throttled: UInt64 = 0
+    var interrupts: UInt64 = 0
+    var suppressed: UInt64 = 0
+    var adopted: UInt64 = 0
   }
 
-  /// - Parameter chainLimit: buffers in a chain at most, see `chainLimit(queueSize:)`.
+  /// - Parameter storage: the journal of the queue: its slots are the requests that are worked on at a time, its limit for chains
+  ///   comes from `chainLimit(queueSize:)`.
   package init(
     engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, settings: BlockPumpSettings,
-    writeback: WritebackSwitch = WritebackSwitch(), chainLimit: Int
+    writeback: WritebackSwitch = WritebackSwitch(), storage: JournalStorage, rate: RateNode = RateNode(),
+    latencies: QueueLatencies = QueueLatencies()
   ) throws(VirtqueueFault) {
     self.engine = engine
+    self.storage = storage
+    self.rate = rate
+    self.latencies = latencies
+    let slots = storage.journal.slotCount
+    throttledReads = SlotList(capacity: slots)
+    throttledWrites = SlotList(capacity: slots)
+    adopted = SlotList(capacity: slots)
     self.counters = counters
     self.writeback = writeback
     self.settings = settings
@@ -96,12 +123,12 @@ package struct BlockPump: ~Copyable {
     var unused = QueueLayout()
     unused.size = 1
     queue = try Virtqueue(layout: unused, maximumSize: 1, chainLimit: 1, features: [], source: source)
-    slab = OperationSlab(count: settings.slots, chainLimit: chainLimit)
+    slab = OperationSlab(journal: storage.journal)
     bounce = BouncePool(
-      smallCount: settings.slots,
+      smallCount: slots,
       largeCount: max(OperationSlab.buffersPerStep, settings.bounceBytes / BouncePool.largeBytes))
-    staged = .allocate(capacity: settings.slots)
-    waiting = .allocate(capacity: settings.slots)
+    staged = .allocate(capacity: slots)
+    waiting = .allocate(capacity: slots)
     completions = .allocate(capacity: Self.completionCapacity)
   }
 
@@ -120,12 +147,19 @@ package struct BlockPump: ~Copyable {
   // MARK: Life
 
   /// The driver's queue goes live.
+  ///
+  /// - Parameter adopts: go on where the last owner of the journal was stopped, if the queue was live then.
   package mutating func activate(
-    layout: QueueLayout, maximumSize: UInt16, features: FeatureBits, source: any GuestMemorySource
+    layout: QueueLayout, maximumSize: UInt16, features: FeatureBits, source: any GuestMemorySource, adopts: Bool = false
   ) throws(DeviceFault) {
+    let journal = storage.journal
     do throws(VirtqueueFault) {
+      if adopts && (journal.condition == .broken || journal.condition == .live && !journal.isFitting) {
+        throw VirtqueueFault.badLayout
+      }
       queue = try Virtqueue(
-        layout: layout, maximumSize: maximumSize, chainLimit: slab.chainLimit, features: features, source: source)
+        layout: layout, maximumSize: maximumSize, chainLimit: slab.chainLimit, features: features, source: source,
+        journal: journal, adopts: adopts && journal.condition == .live)
     } catch {
       throw .virtqueue(error)
     }
@@ -141,17 +175,23 @@ package struct BlockPump: ~Copyable {
 
   /// Ends the present life: from now on no guest memory is touched. What the engine still works on is completed into our own
   /// buffers and dropped; where it still reaches guest memory itself, it is waited for.
+  ///
+  /// The journal stays as it is: whoever goes on with the queue finds all chains in it that have no published answer.
   package mutating func deactivate() {
     isActive = false
     submit()
     life &+= 1
     orphans &+= inFlight
     inFlight = 0
-    // What waits for another try is in nobody's hands.
-    for index in 0..<waitingCount { release(Int(waiting[index])) }
+    // What waits for something, or for its answer to be published, is in nobody's hands.
+    for slot in 0..<slab.count where slab.isBusy(slot) && !slab.records[slot].isWithEngine { release(slot) }
     waitingCount = 0
     retryAt = 0
     heldResult = 0
+    throttledReads.clear()
+    throttledWrites.clear()
+    throttledUntil = 0
+    adopted.clear()
     if direct && !engine.movesDataInSubmit { drain() }
     queue.forgetRings()
     publishLoad()
@@ -165,11 +205,13 @@ package struct BlockPump: ~Copyable {
     }
   }
 
+  /// When `run` has something to do without being woken, in nanoseconds; 0 for never.
+  package var nextTime: UInt64 {
+    retryAt == 0 ? throttledUntil : throttledUntil == 0 ? retryAt : min(retryAt, throttledUntil)
+  }
+
   /// Operations that the engine works on, those of an earlier life included.
   package var busyCount: Int { slab.busyCount }
-
-  /// Where the queue stands: for whoever adopts it later. Meaningful when nothing is in flight.
-  package var position: QueueLayout { queue.layout }
 
   /// Takes completions while no queue is live.
   private mutating func memoryFreeReap() {
@@ -187,11 +229,22 @@ package struct BlockPump: ~Copyable {
     orphans &-= 1
   }
 
-  mutating func release(_ slot: Int) {
+  /// Gives back what a slot has, and the slot.
+  private mutating func release(_ slot: Int) {
+    releaseMeans(slot)
+    slab.give(slot)
+  }
+
+  /// Gives back what a slot has; itself it stays in use until its answer is published.
+  mutating func releaseMeans(_ slot: Int) {
+    slab.records[slot].isWithEngine = false
+    if slab.records[slot].isCharged {
+      slab.records[slot].isCharged = false
+      rate.release()
+    }
     let numbers = slab.bounce(slot)
     for index in 0..<slab.records[slot].bufferCount { bounce.give(numbers[index]) }
     slab.records[slot].bufferCount = 0
-    slab.give(slot)
   }
 
   // MARK: A batch
@@ -212,8 +265,10 @@ package struct BlockPump: ~Copyable {
       settle()
     }
     idle.wakes(at: now)
+    isLimited = rate.isLimited
     do throws(VirtqueueFault) {
       try queue.prepare(invalidations: invalidations)
+      try adopt()
       if waitingCount > 0, heldResult == 0, now >= retryAt { tryAgain() }
       var budget = Self.batchLimit
       while true {
@@ -238,6 +293,10 @@ package struct BlockPump: ~Copyable {
   /// - Returns: false when a chain had to stay because a slot or a buffer is missing, or the queue is held.
   private mutating func serve(_ budget: inout Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
     reap()
+    startAdopted()
+    serveThrottled()
+    // Before chains are taken: slots are free only behind their published answers.
+    publish(signals)
     while true {
       let limit = min(budget, groupLimit)
       var left = limit
@@ -245,9 +304,66 @@ package struct BlockPump: ~Copyable {
       budget &-= limit &- left
       submit()
       reap()
-      if queue.publish() { signals.interruptForUsedBuffers() }
+      let hasFreed = publish(signals)
+      if !hasRoom && hasFreed && budget > 0 { continue }
       if !hasRoom || left > 0 || budget == 0 { return hasRoom }
     }
+  }
+
+  /// - Returns: whether slots are free that were not before.
+  @discardableResult
+  private mutating func publish(_ signals: any TransportSignals) -> Bool {
+    if !queue.hasUnpublished {
+      // Slots may still be free: chains that were answered are published by then.
+    } else if queue.publish() {
+      tally.interrupts &+= 1
+      signals.interruptForUsedBuffers()
+    } else {
+      tally.suppressed &+= 1
+    }
+    var hasFreed = false
+    while let slot = queue.takePublishedSlot() {
+      slab.give(slot)
+      hasFreed = true
+    }
+    return hasFreed
+  }
+
+  // MARK: Adoption
+
+  /// Takes over the chains that an earlier owner of the journal left.
+  private mutating func adopt() throws(VirtqueueFault) {
+    for chain in try queue.adopt() {
+      let slot = Int(chain.ticket.slot)
+      guard slab.take(slot, at: now) else { throw .badLayout }
+      slab.records[slot] = BlockOperationRecord(
+        life: life, ticket: chain.ticket, readableCount: chain.readableCount, writableCount: chain.writableCount)
+      adopted.append(slot)
+      tally.adopted &+= 1
+    }
+  }
+
+  /// Starts them again. None of them was answered, so they have no order among each other, and nothing new is taken before.
+  private mutating func startAdopted() {
+    guard !adopted.isEmpty, orphans == 0, heldResult == 0 else { return }
+    while let slot = adopted.first {
+      let record = slab.records[slot]
+      var chain = DescriptorChain(buffers: slab.buffers(slot))
+      chain.ticket = record.ticket
+      chain.readableCount = record.readableCount
+      chain.writableCount = record.writableCount
+      for index in 0..<record.readableCount { chain.readableBytes &+= UInt64(chain.buffers[index].length) }
+      for index in 0..<record.writableCount { chain.writableBytes &+= UInt64(chain.writable[index].length) }
+      // The request was checked when it was taken first.
+      guard let hasRoom = try? begin(slot, chain) else {
+        complete(slot, .ioError)
+        adopted.removeFirst()
+        continue
+      }
+      guard hasRoom else { break }
+      adopted.removeFirst()
+    }
+    submit()
   }
 
   /// Watches the queue for the length of the poll window.
@@ -276,6 +392,10 @@ package struct BlockPump: ~Copyable {
     counters.failed.add(tally.failed)
     counters.unsupported.add(tally.unsupported)
     counters.retries.add(tally.retries)
+    counters.throttled.add(tally.throttled)
+    counters.adopted.add(tally.adopted)
+    counters.interrupts.add(tally.interrupts)
+    counters.interruptsSuppressed.add(tally.suppressed)
     counters.batches.add(1)
     counters.translationHits.set(memory.hits)
     counters.translationMisses.set(memory.misses)
@@ -295,7 +415,7 @@ package struct BlockPump: ~Copyable {
   /// - Returns: false when a chain had to stay because a slot or a buffer is missing, or the queue is held.
   private mutating func take(_ budget: inout Int) throws(VirtqueueFault) -> Bool {
     // What an earlier life left on its way to the disk must land before anything new is started on the same sectors.
-    guard orphans == 0, heldResult == 0 else { return false }
+    guard orphans == 0, heldResult == 0, adopted.isEmpty else { return false }
     while budget > 0 {
       guard let slot = slab.take(at: now) else { return !queue.hasPending() }
       do throws(VirtqueueFault) {
@@ -304,6 +424,8 @@ package struct BlockPump: ~Copyable {
           slab.give(slot)
           return true
         }
+        chain.ticket.slot = UInt32(truncatingIfNeeded: slot)
+        queue.note(chain)
         guard try begin(slot, chain) else {
           slab.give(slot)
           queue.putBack(chain.ticket)
@@ -322,6 +444,8 @@ package struct BlockPump: ~Copyable {
 
   mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
     slab.records[slot].vectorCount = vectorCount
+    slab.records[slot].isWithEngine = true
+    if slab.records[slot].submittedAt == 0 { slab.records[slot].submittedAt = now }
     staged[stagedCount] = EngineRequest(
       operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
       vectors: slab.vectors(slot), vectorCount: vectorCount)
@@ -341,9 +465,12 @@ package struct BlockPump: ~Copyable {
   private mutating func reap() {
     while true {
       let count = engine.reap(into: completions, capacity: Self.completionCapacity)
+      // For the histograms: the batch's time is that of its start.
+      if count > 0 { now = engine.now }
       for index in 0..<count {
         let slot = Int(completions[index].tag)
         guard slot < slab.count else { continue }
+        slab.records[slot].isWithEngine = false
         if slab.records[slot].life == life { finishStep(slot, completions[index].result) } else { dropOrphan(slot) }
       }
       // A full harvest may not be all; a step that goes on must be submitted.

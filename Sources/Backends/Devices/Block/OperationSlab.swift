@@ -25,6 +25,13 @@ struct BlockOperationRecord {
   var written: UInt32 = 0
   /// Time of the first failure of the step, in nanoseconds; 0 when it has not failed.
   var failedSince: UInt64 = 0
+  /// The engine works on a step of it.
+  var isWithEngine = false
+  /// It has a place in the budget tree, to be given back.
+  var isCharged = false
+  /// Monotonic nanoseconds: when its rate let it through, and when the first step went to the engine; 0 before.
+  var admittedAt: UInt64 = 0
+  var submittedAt: UInt64 = 0
 }
 
 /// Fixed storage for the requests of one queue: records, guest buffers, vectors, bounce buffer numbers.
@@ -44,13 +51,15 @@ struct OperationSlab: ~Copyable {
     var older: Int32
     var newer: Int32
     var since: UInt64
+    var isBusy = false
   }
 
   let count: Int
   let chainLimit: Int
   let records: UnsafeMutablePointer<BlockOperationRecord>
+  /// Where the chains' buffers are.
+  private let journal: QueueJournal
   // Written before they are read, and left untouched until then: a slab of an idle queue costs no memory.
-  private let guestBuffers: UnsafeMutablePointer<GuestBuffer>
   private let vectorStorage: UnsafeMutablePointer<DataVector>
   private let bounceNumbers: UnsafeMutablePointer<UInt32>
   private let rangeStorage: UnsafeMutablePointer<Range>
@@ -60,12 +69,12 @@ struct OperationSlab: ~Copyable {
   private var oldest: Int32 = -1
   private var newest: Int32 = -1
 
-  init(count: Int, chainLimit: Int) {
-    self.count = count
-    self.chainLimit = chainLimit
+  init(journal: QueueJournal) {
+    self.journal = journal
+    count = journal.slotCount
+    chainLimit = journal.chainLimit
     records = .allocate(capacity: count)
     records.initialize(repeating: BlockOperationRecord(), count: count)
-    guestBuffers = .allocate(capacity: count * chainLimit)
     vectorStorage = .allocate(capacity: count * chainLimit)
     bounceNumbers = .allocate(capacity: count * Self.buffersPerStep)
     rangeStorage = .allocate(capacity: count * BlockConfiguration.rangesMaximum)
@@ -78,7 +87,6 @@ struct OperationSlab: ~Copyable {
 
   deinit {
     records.deallocate()
-    guestBuffers.deallocate()
     vectorStorage.deallocate()
     bounceNumbers.deallocate()
     rangeStorage.deallocate()
@@ -95,22 +103,44 @@ struct OperationSlab: ~Copyable {
   mutating func take(at now: UInt64) -> Int? {
     guard freeCount > 0 else { return nil }
     freeCount &-= 1
-    let slot = Int32(truncatingIfNeeded: free[freeCount])
-    links[Int(slot)] = Link(older: newest, newer: -1, since: now)
-    if newest >= 0 { links[Int(newest)].newer = slot } else { oldest = slot }
-    newest = slot
-    return Int(slot)
+    let slot = Int(free[freeCount])
+    enlist(slot, now)
+    return slot
   }
+
+  /// Takes a certain slot, when it is free: for a chain that an earlier owner of the journal has there. Not for the data path.
+  mutating func take(_ slot: Int, at now: UInt64) -> Bool {
+    guard slot < count, !links[slot].isBusy, let place = (0..<freeCount).first(where: { Int(free[$0]) == slot }) else {
+      return false
+    }
+    freeCount &-= 1
+    free[place] = free[freeCount]
+    enlist(slot, now)
+    return true
+  }
+
+  private mutating func enlist(_ slot: Int, _ now: UInt64) {
+    let place = Int32(truncatingIfNeeded: slot)
+    links[slot] = Link(older: newest, newer: -1, since: now, isBusy: true)
+    if newest >= 0 { links[Int(newest)].newer = place } else { oldest = place }
+    newest = place
+  }
+
+  func isBusy(_ slot: Int) -> Bool { links[slot].isBusy }
+
+  /// When a slot in use was taken.
+  func since(_ slot: Int) -> UInt64 { links[slot].since }
 
   mutating func give(_ slot: Int) {
     let link = links[slot]
+    links[slot].isBusy = false
     if link.older >= 0 { links[Int(link.older)].newer = link.newer } else { oldest = link.newer }
     if link.newer >= 0 { links[Int(link.newer)].older = link.older } else { newest = link.older }
     free[freeCount] = UInt32(truncatingIfNeeded: slot)
     freeCount &+= 1
   }
 
-  func buffers(_ slot: Int) -> UnsafeMutablePointer<GuestBuffer> { guestBuffers + slot &* chainLimit }
+  func buffers(_ slot: Int) -> UnsafeMutablePointer<GuestBuffer> { journal.buffers(slot) }
   func vectors(_ slot: Int) -> UnsafeMutablePointer<DataVector> { vectorStorage + slot &* chainLimit }
   func bounce(_ slot: Int) -> UnsafeMutablePointer<UInt32> { bounceNumbers + slot &* Self.buffersPerStep }
   func ranges(_ slot: Int) -> UnsafeMutablePointer<Range> { rangeStorage + slot &* BlockConfiguration.rangesMaximum }

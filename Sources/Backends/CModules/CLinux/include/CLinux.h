@@ -47,3 +47,5 @@ int clinux_o_direct(void);
 static inline int clinux_is_block_device(mode_t mode) { return S_ISBLK(mode); }
 static inline int clinux_is_regular(mode_t mode) { return S_ISREG(mode); }
 static inline int clinux_is_directory(mode_t mode) { return S_ISDIR(mode); }
+/// The kernel's number of the calling thread.
+int32_t clinux_thread_id(void);

@@ -32,6 +32,12 @@ package final class BlockCounters: Sendable {
   package let unsupported = Counter()
   /// Steps that were tried again after the store had failed them.
   package let retries = Counter()
+  /// Requests that had to wait for their rate, and chains that were taken over from an earlier owner of the queue.
+  package let throttled = Counter()
+  package let adopted = Counter()
+  /// Batches whose answers the driver wanted an interrupt for, and those that needed none.
+  package let interrupts = Counter()
+  package let interruptsSuppressed = Counter()
   /// Written by the ioreq thread.
   package let notifications = Counter()
   package let batches = Counter()

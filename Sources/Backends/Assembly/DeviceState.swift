@@ -1,0 +1,245 @@
+import Devices
+package import EventLoop
+import Glibc
+import Synchronization
+package import Transport
+package import Virtqueue
+
+/// Why a file of saved state cannot be used.
+package enum StateFault: Error {
+  case host(Errno)
+  /// It was written by another version of vxd.
+  case version(UInt32)
+  case damaged(String)
+
+  package var message: String {
+    switch self {
+    case .host(let errno): "the saved state cannot be read: \(errno)"
+    case .version(let version):
+      "the saved state has version \(version), and this vxd knows version \(DeviceState.version): the guest must reset the device"
+    case .damaged(let what): "the saved state is damaged (\(what)): the guest must reset the device"
+    }
+  }
+}
+
+/// What of a device must survive the process: registers and queue journals, in a file that is mapped (in the runtime directory: memory
+/// that ends with the host). The file is written as the guest goes on, so it is right whenever the process dies.
+///
+///     0     magic, version, length, device number, queues, slots and chain limit of each journal
+///     64    offered features, base of the slot, index of the slot, its shared interrupt (Arm), queue sizes (64 x u16)
+///     256   which of the two copies of the registers is valid
+///     320   two copies: status, selectors, features, configuration space (128 bytes at most), queues (64 x 32 bytes)
+///     8192  the journals, each page aligned (`QueueJournal`)
+package final class DeviceState: TransportState, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: the mapping never changes; the registers' part is written by the ioreq thread alone, each
+  // journal by its data thread (or by the ioreq thread while that thread does not exist).
+
+  package static let version: UInt32 = 1
+  private static let magic: UInt64 = 0x4554_4154_5344_5856  // "VXDSTATE"
+  private static let registersOffset = 320
+  private static let copyBytes = 64 + 128 + 64 * 32
+  private static let journalsOffset = 8192
+  private static let queueLimit = 64
+
+  /// What a new file is made for.
+  package struct Shape: Equatable, Sendable {
+    package var profile: DeviceProfile
+    /// Requests and buffers of a chain in each journal.
+    package var slotCount: Int
+    package var chainLimit: Int
+
+    package init(profile: DeviceProfile, slotCount: Int, chainLimit: Int) {
+      self.profile = profile
+      self.slotCount = slotCount
+      self.chainLimit = chainLimit
+    }
+  }
+
+  /// Where the device sits in its guest.
+  package struct Place: Equatable, Sendable {
+    package var base: UInt64
+    package var index: Int
+    /// Number of the shared peripheral interrupt; 0 on x86.
+    package var sharedInterrupt: UInt32
+
+    package init(base: UInt64, index: Int, sharedInterrupt: UInt32) {
+      self.base = base
+      self.index = index
+      self.sharedInterrupt = sharedInterrupt
+    }
+  }
+
+  package let shape: Shape
+  package let place: Place
+  private let memory: UnsafeMutableRawPointer
+  private let length: Int
+
+  private static func journalBytes(_ shape: Shape) -> Int {
+    (QueueJournal.bytes(slotCount: shape.slotCount, chainLimit: shape.chainLimit) + 4095) & ~4095
+  }
+
+  /// Makes a file, complete before it has its name.
+  package init(path: String, shape: Shape, place: Place) throws(Errno) {
+    self.shape = shape
+    self.place = place
+    let queues = shape.profile.queueSizes.count
+    length = Self.journalsOffset + queues * Self.journalBytes(shape)
+    let temporary = path + ".new"
+    unlink(temporary)
+    let descriptor = OwnedDescriptor(
+      adopting: try retrying { open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600) })
+    guard ftruncate(descriptor.raw, off_t(length)) == 0 else { throw Errno.last }
+    memory = try Self.map(descriptor.raw, length)
+    memory.storeBytes(of: Self.magic, as: UInt64.self)
+    for (index, value) in [
+      Self.version, UInt32(clamping: length >> 12), shape.profile.deviceID, UInt32(queues), UInt32(shape.slotCount),
+      UInt32(shape.chainLimit),
+    ].enumerated() {
+      memory.storeBytes(of: value, toByteOffset: 8 + 4 * index, as: UInt32.self)
+    }
+    memory.storeBytes(of: shape.profile.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
+    memory.storeBytes(of: place.base, toByteOffset: 72, as: UInt64.self)
+    memory.storeBytes(of: UInt32(truncatingIfNeeded: place.index), toByteOffset: 80, as: UInt32.self)
+    memory.storeBytes(of: place.sharedInterrupt, toByteOffset: 84, as: UInt32.self)
+    for (index, size) in shape.profile.queueSizes.enumerated() {
+      memory.storeBytes(of: size, toByteOffset: 96 + 2 * index, as: UInt16.self)
+    }
+    guard rename(temporary, path) == 0 else {
+      let failure = Errno.last
+      munmap(memory, length)
+      throw failure
+    }
+  }
+
+  /// State that ends with the process: it outlives backends.
+  package init(shape: Shape, place: Place) throws(Errno) {
+    self.shape = shape
+    self.place = place
+    length = Self.journalsOffset + shape.profile.queueSizes.count * Self.journalBytes(shape)
+    let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    guard let start, start != MAP_FAILED else { throw Errno.last }
+    memory = start
+  }
+
+  /// Opens what an earlier process left.
+  package init(path: String) throws(StateFault) {
+    let raw = open(path, O_RDWR | O_CLOEXEC)
+    guard raw >= 0 else { throw .host(Errno.last) }
+    let descriptor = OwnedDescriptor(adopting: raw)
+    var status = stat()
+    guard fstat(raw, &status) == 0 else { throw .host(Errno.last) }
+    let length = Int(status.st_size)
+    guard length >= 12 else { throw .damaged("it has \(length) bytes") }
+    let mapped: UnsafeMutableRawPointer
+    do throws(Errno) { mapped = try Self.map(descriptor.raw, max(length, 4096)) } catch { throw .host(error) }
+    // The first page is there, and zero behind the file's end.
+    var fault: StateFault?
+    var found: (Shape, Place)?
+    do throws(StateFault) { found = try Self.examine(mapped, length) } catch { fault = error }
+    guard let found else {
+      munmap(mapped, max(length, 4096))
+      throw fault ?? .damaged("it is empty")
+    }
+    memory = mapped
+    self.length = max(length, 4096)
+    (shape, place) = found
+  }
+
+  deinit { munmap(memory, length) }
+
+  private static func map(_ descriptor: Int32, _ length: Int) throws(Errno) -> UnsafeMutableRawPointer {
+    guard let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0), start != MAP_FAILED else {
+      throw Errno.last
+    }
+    return start
+  }
+
+  private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (Shape, Place) {
+    func word(_ offset: Int) -> UInt32 { memory.load(fromByteOffset: offset, as: UInt32.self) }
+    guard memory.load(as: UInt64.self) == magic else { throw .damaged("it does not begin as such a file does") }
+    guard word(8) == version else { throw .version(word(8)) }
+    let (queues, slots, chains) = (Int(word(20)), Int(word(24)), Int(word(28)))
+    guard (1...queueLimit).contains(queues), (1...32768).contains(slots), (1...32768).contains(chains) else {
+      throw .damaged("\(queues) queues of \(slots) slots")
+    }
+    let sizes = (0..<queues).map { memory.load(fromByteOffset: 96 + 2 * $0, as: UInt16.self) }
+    let shape = Shape(
+      profile: DeviceProfile(
+        deviceID: word(16), offeredFeatures: FeatureBits(rawValue: memory.load(fromByteOffset: 64, as: UInt64.self)),
+        queueSizes: sizes), slotCount: slots, chainLimit: chains)
+    guard length == journalsOffset + queues * journalBytes(shape), word(256) <= 1 else {
+      throw .damaged("it has \(length) bytes")
+    }
+    return (
+      shape,
+      Place(base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
+    )
+  }
+
+  // MARK: Queues
+
+  /// The journal of a queue.
+  package func storage(_ queue: Int) -> JournalStorage {
+    JournalStorage(
+      memory: memory + Self.journalsOffset + queue * Self.journalBytes(shape), slotCount: shape.slotCount,
+      chainLimit: shape.chainLimit, owner: self)
+  }
+
+  package func endQueue(_ queue: Int) {
+    guard shape.profile.queueSizes.indices.contains(queue) else { return }
+    storage(queue).journal.end()
+  }
+
+  // MARK: Registers
+
+  private var valid: UnsafeMutablePointer<Atomic<UInt32>> {
+    (memory + 256).assumingMemoryBound(to: Atomic<UInt32>.self)
+  }
+
+  package func save(_ registers: MMIOTransport.Registers, _ status: DeviceStatus, configuration: [UInt8]) {
+    let next = 1 - (valid.pointee.load(ordering: .relaxed) & 1)
+    let copy = memory + Self.registersOffset + Int(next) * Self.copyBytes
+    for (index, value) in [
+      status.rawValue, registers.deviceFeaturesSelect, registers.driverFeaturesSelect, registers.queueSelect,
+      UInt32(truncatingIfNeeded: registers.driverFeatures), UInt32(truncatingIfNeeded: registers.driverFeatures >> 32),
+      UInt32(min(configuration.count, 128)),
+    ].enumerated() {
+      copy.storeBytes(of: value, toByteOffset: 4 * index, as: UInt32.self)
+    }
+    for (index, byte) in configuration.prefix(128).enumerated() {
+      copy.storeBytes(of: byte, toByteOffset: 64 + index, as: UInt8.self)
+    }
+    for (index, layout) in registers.queues.prefix(Self.queueLimit).enumerated() {
+      let queue = copy + 192 + 32 * index
+      queue.storeBytes(of: layout.size, as: UInt16.self)
+      queue.storeBytes(of: registers.ready[index] ? 1 : 0, toByteOffset: 2, as: UInt8.self)
+      queue.storeBytes(of: layout.descriptorArea, toByteOffset: 8, as: UInt64.self)
+      queue.storeBytes(of: layout.driverArea, toByteOffset: 16, as: UInt64.self)
+      queue.storeBytes(of: layout.deviceArea, toByteOffset: 24, as: UInt64.self)
+    }
+    valid.pointee.store(next, ordering: .releasing)
+  }
+
+  /// What was saved last.
+  package var saved: (registers: MMIOTransport.Registers, status: DeviceStatus, configuration: [UInt8]) {
+    let copy = memory + Self.registersOffset + Int(valid.pointee.load(ordering: .acquiring) & 1) * Self.copyBytes
+    func word(_ index: Int) -> UInt32 { copy.load(fromByteOffset: 4 * index, as: UInt32.self) }
+    var registers = MMIOTransport.Registers()
+    registers.deviceFeaturesSelect = word(1)
+    registers.driverFeaturesSelect = word(2)
+    registers.queueSelect = word(3)
+    registers.driverFeatures = UInt64(word(5)) << 32 | UInt64(word(4))
+    let configuration = (0..<Int(min(word(6), 128))).map { copy.load(fromByteOffset: 64 + $0, as: UInt8.self) }
+    for index in shape.profile.queueSizes.indices {
+      let queue = copy + 192 + 32 * index
+      var layout = QueueLayout()
+      layout.size = queue.load(as: UInt16.self)
+      layout.descriptorArea = queue.load(fromByteOffset: 8, as: UInt64.self)
+      layout.driverArea = queue.load(fromByteOffset: 16, as: UInt64.self)
+      layout.deviceArea = queue.load(fromByteOffset: 24, as: UInt64.self)
+      registers.queues.append(layout)
+      registers.ready.append(queue.load(fromByteOffset: 2, as: UInt8.self) == 1)
+    }
+    return (registers, DeviceStatus(rawValue: word(0) & 0xff), configuration)
+  }
+}

@@ -1,0 +1,88 @@
+import Backends
+import ControlAPI
+package import EventLoop
+import Glibc
+import Xen
+
+/// The folder with what must survive the daemon: a small file for each guest (which ioreq server in Xen is ours) and one for each
+/// device (`DeviceState`). In the runtime directory, so that it ends with the host.
+package struct StateFolder: Sendable {
+  package let path: String
+
+  /// A guest's file.
+  struct Guest: Equatable {
+    var server: UInt16
+    var uuid: String?
+  }
+
+  /// Makes the folder when it is not there.
+  package init(path: String) throws(Errno) {
+    self.path = path
+    guard mkdir(path, 0o700) == 0 || errno == EEXIST else { throw Errno.last }
+  }
+
+  private func guestPath(_ domain: DomainID) -> String { "\(path)/\(domain).guest" }
+
+  func devicePath(_ key: DeviceKey) -> String { "\(path)/\(key.domain)-\(key.kind.rawValue)-\(key.device).device" }
+
+  // MARK: Guests
+
+  func save(_ guest: Guest, of domain: DomainID) throws(Errno) {
+    let text = JSONText.text([
+      "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
+    ])
+    let temporary = guestPath(domain) + ".new"
+    let raw = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o600)
+    guard raw >= 0 else { throw Errno.last }
+    let descriptor = OwnedDescriptor(adopting: raw)
+    var bytes = Array(text.utf8)
+    guard write(descriptor.raw, &bytes, bytes.count) == bytes.count, rename(temporary, guestPath(domain)) == 0 else {
+      throw Errno.last
+    }
+  }
+
+  /// What was saved of a guest; nil when there is nothing that can be used.
+  func guest(_ domain: DomainID) -> Guest? {
+    guard let file = fopen(guestPath(domain), "re") else { return nil }
+    defer { fclose(file) }
+    var bytes = [UInt8](repeating: 0, count: 4096)
+    let count = fread(&bytes, 1, bytes.count, file)
+    guard let value = try? JSONText.parse(Array(bytes[..<count])), value["version"]?.integerValue == 1,
+      let server = value["server"]?.integerValue.flatMap(UInt16.init(exactly:))
+    else { return nil }
+    return Guest(server: server, uuid: value["uuid"]?.stringValue)
+  }
+
+  // MARK: Contents
+
+  /// Every guest and device that has a file.
+  var contents: (guests: Set<DomainID>, devices: Set<DeviceKey>) {
+    var guests: Set<DomainID> = []
+    var devices: Set<DeviceKey> = []
+    guard let directory = opendir(path) else { return (guests, devices) }
+    defer { closedir(directory) }
+    while let entry = readdir(directory) {
+      let name = withUnsafePointer(to: &entry.pointee.d_name) {
+        $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
+      }
+      if name.hasSuffix(".guest"), let domain = DomainID(name.dropLast(6)) { guests.insert(domain) }
+      let parts = name.split(separator: "-")
+      if name.hasSuffix(".device"), parts.count == 3, let domain = DomainID(parts[0]),
+        let kind = DeviceKey.Kind(rawValue: String(parts[1])), let device = UInt32(parts[2].dropLast(7))
+      {
+        devices.insert(DeviceKey(kind: kind, domain: domain, device: device))
+      }
+    }
+    return (guests, devices)
+  }
+
+  func forget(_ key: DeviceKey) { unlink(devicePath(key)) }
+
+  func forget(_ domain: DomainID) { unlink(guestPath(domain)) }
+
+  /// Forgets everything of a domain: another guest has its number now.
+  func forgetAll(_ domain: DomainID) {
+    for key in contents.devices where key.domain == domain { forget(key) }
+    forget(domain)
+  }
+}

@@ -1,0 +1,139 @@
+import Backends
+import Devices
+import EventLoop
+import Glibc
+import Transport
+import Xen
+
+/// Devices whose backends fail: started again by their policy, or left alone.
+extension Supervisor {
+  /// A backend in service failed: its requests wait in the journals.
+  func backendFailed(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
+    guard record.phase != .closing else { return }
+    guard record.policy.mode != .never else { return quarantine(record, of: session, reason) }
+    switch record.restarts.next(record.policy, at: EventLoop.now(), random: .random(in: 0...1)) {
+    case .quarantine: quarantine(record, of: session, reason)
+    case .restart(let pause):
+      record.phase = .restarting(reason: reason)
+      tell(.deviceRestarting, session, record, reason: "\(reason); again in \(pause) ms")
+      unplug(record, of: session, then: .start(afterMilliseconds: pause))
+    }
+    publish(session)
+  }
+
+  /// The guest broke a queue: too often, and the device is left alone.
+  func guestFaulted(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
+    record.phase = .faulted(reason: reason)
+    tell(.deviceFaulted, session, record, reason: reason)
+    var budget = record.policy
+    budget.limit = settings.faultLimit
+    guard record.faults.next(budget, at: EventLoop.now(), random: 0) == .quarantine else {
+      if record.policy.mode == .always { backendFailed(record, of: session, reason) }
+      return
+    }
+    quarantine(record, of: session, "\(reason); that was fault \(settings.faultLimit + 1) within \(budget.windowSeconds) s")
+  }
+
+  private func quarantine(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
+    let words = "\(reason); left alone until 'vxctl device restart \(session.name)/\(record.entry?.name ?? "")'"
+    record.phase = .quarantined(reason: words)
+    tell(.deviceQuarantined, session, record, reason: words)
+    unplug(record, of: session, then: .rest)
+    publish(session)
+  }
+
+  /// An operator wants the device started again: its budget is whole, and what waits goes on.
+  func restart(_ record: DeviceRecord, of session: GuestSession) {
+    record.restarts.forgive()
+    record.faults.forgive()
+    record.restarts.noteRestart()
+    tell(.deviceRestarting, session, record, reason: "an operator said so")
+    record.phase = .restarting(reason: "an operator said so")
+    publish(session)
+    unplug(record, of: session, then: .start(afterMilliseconds: 0))
+  }
+
+  /// Stops a device's backend; the guest's requests wait.
+  func pause(_ record: DeviceRecord, of session: GuestSession) {
+    record.phase = .paused
+    tell(.devicePaused, session, record)
+    publish(session)
+    unplug(record, of: session, then: .rest)
+  }
+
+  // MARK: Steps
+
+  /// Takes the backend away from its transport, stops it, joins its threads; then `then`, unless something else has begun meanwhile.
+  private func unplug(_ record: DeviceRecord, of session: GuestSession, then: DeviceRecord.AfterStop) {
+    record.restartTicket += 1
+    record.heldQueues = []
+    record.afterStop = then
+    // A store that is being opened cannot be stopped: `opened` comes back to this.
+    guard !record.isStoppingBackend, record.backend != nil || record.threads.isEmpty else { return }
+    record.isStoppingBackend = true
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    let backend = record.backend
+    record.backend = nil
+    let transport = record.transport
+    let next: @Sendable () -> Void = { [self] in onLoop { $0.backendStopped(key, identity) } }
+    session.thread.loop.enqueue {
+      transport?.unplug()
+      if let backend { backend.stop(completion: next) } else { next() }
+    }
+  }
+
+  private func backendStopped(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+    guard let (session, record) = current(key, identity) else { return }
+    record.isStoppingBackend = false
+    record.joinThreads()
+    if record.phase == .closing {
+      if record.isReleased { stopped(key, identity) }
+      return
+    }
+    let then = record.afterStop
+    record.afterStop = nil
+    if case .start(let pause) = then { startAgain(record, of: session, afterMilliseconds: pause) }
+    publish(session)
+  }
+
+  /// A backend has been opened, or has failed to, that something else is to be done with by now.
+  ///
+  /// - Returns: whether that is so.
+  func handledByAfterStop(_ record: DeviceRecord, of session: GuestSession) -> Bool {
+    guard let then = record.afterStop, !record.isStoppingBackend else { return false }
+    unplug(record, of: session, then: then)
+    return true
+  }
+
+  private func startAgain(_ record: DeviceRecord, of session: GuestSession, afterMilliseconds pause: UInt64) {
+    let (key, identity, ticket) = (record.key, ObjectIdentifier(record), record.restartTicket)
+    let start: @Sendable () -> Void = { [self] in
+      assumeIsolated { supervisor in
+        guard let (session, record) = supervisor.current(key, identity), record.restartTicket == ticket,
+          record.phase != .closing, let entry = record.entry, record.threads.isEmpty
+        else { return }
+        supervisor.startBackend(record, entry, of: session)
+      }
+    }
+    if pause == 0 { start() } else { loop.schedule(afterMilliseconds: pause, start) }
+  }
+
+  /// A device that was never served could not start: it is tried again for as long as its entry stands, ever more slowly.
+  func retryStart(_ record: DeviceRecord, of session: GuestSession) {
+    guard record.policy.mode != .never, record.phase != .closing else { return }
+    record.restartTicket += 1
+    let pause = RestartHistory.pause(
+      settings.startRetry, tries: record.failedStarts, random: .random(in: 0...1))
+    record.failedStarts += 1
+    let (key, identity, ticket) = (record.key, ObjectIdentifier(record), record.restartTicket)
+    loop.schedule(afterMilliseconds: pause) { [self] in
+      assumeIsolated { supervisor in
+        guard let (session, record) = supervisor.current(key, identity), record.restartTicket == ticket,
+          case .failed = record.phase
+        else { return }
+        session.devices[key] = nil
+        supervisor.open(key, record.keys, of: session, failedStarts: record.failedStarts)
+      }
+    }
+  }
+}

@@ -1,0 +1,155 @@
+import ControlAPI
+import EventLoop
+import Glibc
+import SimulatedXen
+import Synchronization
+import TestSupport
+import Testing
+import Virtqueue
+import Xen
+
+/// vxd dies under load, again and again, and its guests notice a pause.
+@Suite(.serialized) struct CrashTests {
+  /// A simulated Xen and xenstored of this process, and a vxd beside it that can be killed.
+  private final class Stage {
+    let folder = TemporaryFolder()
+    let hypervisor = SimulatedHypervisor()
+    let server: XenstoreServer
+    let simulator: SimulatorServer
+    let toolstack: SimulatedToolstack
+    let daemon: DaemonProcess
+    let socket: String
+    let state: String
+
+    init(profiles: String? = nil) throws {
+      server = try XenstoreServer(path: folder.path + "/xenstored")
+      simulator = try SimulatorServer(hypervisor: hypervisor, path: folder.path + "/xen")
+      toolstack = try SimulatedToolstack(server: server, hypervisor: hypervisor)
+      socket = folder.path + "/control.sock"
+      state = folder.path + "/state"
+      var arguments = [
+        "--simulated-xen", simulator.path, "--simulated-xenstore", server.path, "--socket", socket, "--state", state,
+      ]
+      if let profiles { arguments += ["--profiles", folder.file("profiles.json", text: profiles)] }
+      daemon = DaemonProcess(arguments, log: folder.path + "/log")
+      try daemon.start()
+    }
+
+    deinit {
+      daemon.kill()
+      simulator.stop()
+      server.stop()
+    }
+
+    func guest(_ identifier: DomainID, name: String, disks: [String], vcpus: Int = 1) throws -> SimulatedDomain {
+      let domain = try SimulatedDomain(identifier: identifier, memoryBytes: 32 << 20, vcpuCount: vcpus)
+      try toolstack.create(domain, name: name)
+      for disk in disks {
+        try toolstack.attach(disk: disk, image: folder.file("\(name)-\(disk).img", bytes: 4 << 20), to: identifier)
+      }
+      for disk in disks {
+        try #require(
+          toolstack.wait(for: "2", of: "state", disk: disk, domain: identifier), "\(disk): \(daemon.log)")
+      }
+      return domain
+    }
+
+    /// Whether a vxd answers that serves so many devices.
+    func isServing(_ devices: Int64) -> Bool {
+      guard let client = try? ControlClient(path: socket), let list = try? client.call("device.list") else { return false }
+      return list.arrayValue?.filter { $0["state"] == "connected" }.count ?? 0 == devices
+    }
+  }
+
+  private final class Load: Sendable {
+    let isOver = Atomic<Bool>(false)
+    let answered = Atomic<UInt64>(0)
+    let failure = Mutex<String?>(nil)
+    let ended = Latch()
+  }
+
+  /// Runs a checking guest on a thread of its own.
+  private func start(
+    _ load: Load, _ domain: SimulatedDomain, slot: Int, features: FeatureBits, seed: UInt64
+  ) throws -> LoopThread {
+    let thread = try LoopThread(name: "guest")
+    thread.loop.enqueue {
+      defer { load.ended.open() }
+      do {
+        let driver = SimulatedDriver(
+          registers: TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base), memory: domain.memory,
+          area: 1 << 20)
+        try driver.start(wanted: features, queueSize: 128)
+        let guest = CheckingGuest(
+          domain: domain, driver: driver, depth: 24, blocks: 512, area: driver.areaEnd, seed: seed)
+        try guest.run {
+          load.answered.store(guest.answered, ordering: .relaxed)
+          return load.isOver.load(ordering: .relaxed)
+        }
+        load.answered.store(guest.answered, ordering: .relaxed)
+      } catch {
+        load.failure.withLock { $0 = "\(error)" }
+      }
+    }
+    return thread
+  }
+
+  struct Form: Sendable, CustomStringConvertible {
+    var name: String
+    var features: FeatureBits
+    var profile: String
+    var kills: Int
+    var description: String { name }
+  }
+
+  static let forms: [Form] = [
+    Form(name: "split", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: "", kills: 100),
+    Form(name: "split, direct descriptors, no event index", features: [.blockFlush], profile: "", kills: 30),
+    Form(
+      name: "packed", features: [.ringPacked, .indirectDescriptors, .eventIndex, .blockFlush],
+      profile: #", "packed": true"#, kills: 40),
+    Form(
+      name: "packed, direct descriptors", features: [.ringPacked, .blockFlush], profile: #", "packed": true"#, kills: 30),
+    Form(
+      name: "in order", features: [.inOrder, .indirectDescriptors, .eventIndex, .blockFlush],
+      profile: #", "inOrder": true"#, kills: 30),
+  ]
+
+  @Test(arguments: forms) func guestNoticesAPauseWhenTheDaemonIsKilled(form: Form) throws {
+    var random = SeededGenerator(seed: UInt64(form.kills))
+    let seed = random.next()
+    let stage = try Stage(profiles: #"{"version": 1, "disks": [{"guest": "*"\#(form.profile)}]}"#)
+    let domain = try stage.guest(1, name: "alpha", disks: ["xvde"])
+    let load = Load()
+    let thread = try start(load, domain, slot: 0, features: form.features, seed: seed)
+    let kills = testsAreSlow ? 5 : form.kills
+    for round in 0..<kills {
+      // Sometimes in the middle of the start, sometimes after some work.
+      if round % 4 != 3 {
+        let before = load.answered.load(ordering: .relaxed)
+        let goal = before + 1 + UInt64(random.next() % 400)
+        let goesOn = eventually(seconds: 20) {
+          load.answered.load(ordering: .relaxed) >= goal || load.failure.withLock { $0 != nil }
+        }
+        #expect(goesOn, "seed \(seed), round \(round): the guest is stuck: \(stage.daemon.log.suffix(3000))")
+      } else {
+        usleep(UInt32(random.next() % 30_000))  // a moment of the start: chance decides which
+      }
+      if let failure = load.failure.withLock({ $0 }) {
+        Issue.record("seed \(seed), round \(round): \(failure)\n\(stage.daemon.log.suffix(3000))")
+        break
+      }
+      stage.daemon.kill()
+      try stage.daemon.start()
+    }
+    #expect(load.failure.withLock { $0 != nil } || eventually(seconds: 20) { stage.isServing(1) }, "\(stage.daemon.log.suffix(3000))")
+    load.isOver.store(true, ordering: .relaxed)
+    load.ended.wait()
+    thread.stopAndJoin()
+    #expect(load.failure.withLock { $0 } == nil, "seed \(seed): \(stage.daemon.log.suffix(3000))")
+    #expect(load.answered.load(ordering: .relaxed) > UInt64(kills) * 10)
+    #expect(try stage.toolstack.destroy(1, disks: ["xvde"]))
+    #expect(eventually { domain.usage == SimulatedDomain.Usage() }, "\(domain.usage)")
+    #expect(eventually { TemporaryFolder.names(stage.state).isEmpty }, "\(TemporaryFolder.names(stage.state))")
+  }
+}
