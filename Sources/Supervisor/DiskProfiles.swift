@@ -16,7 +16,9 @@ package struct ProfileFault: Error, Equatable {
 
 /// Options of disks that libxl cannot carry, from a JSON file:
 ///
-///     {"version": 1, "disks": [{"guest": "db*", "device": "xvde", "queues": 4, "onNoSpace": "hold"}]}
+///     {"version": 1, "disks": [{"guest": "db*", "device": "xvde", "queues": 4, "onNoSpace": "hold"}],
+///      "guests": [{"guest": "db*", "limits": {"writeBytes": 104857600}, "spareDisks": 2}],
+///      "daemon": {"limits": {"readOps": 50000}}}
 ///
 /// `guest` is a name or UUID, `device` a name or number; either may end in `*`, and one that is missing matches all. Every entry that
 /// matches is applied, in the file's order.
@@ -27,7 +29,22 @@ package struct DiskProfiles: Equatable, Sendable {
     var options: [JSONValue.Member]
   }
 
+  private struct GuestEntry: Equatable, Sendable {
+    var pattern: String
+    var options: GuestOptions
+  }
+
+  /// Options of a guest as a whole.
+  struct GuestOptions: Equatable, Sendable {
+    var limits = RateLimits()
+    /// Disks of no size that `vxctl attach` fills.
+    var spareDisks = 0
+  }
+
   private var entries: [Entry] = []
+  private var guestEntries: [GuestEntry] = []
+  /// Limits of all guests together.
+  package private(set) var daemonLimits = RateLimits()
 
   /// No profiles: every disk has the defaults.
   package init() {}
@@ -68,8 +85,9 @@ package struct DiskProfiles: Equatable, Sendable {
   /// Checks a value and takes it.
   package init(_ value: JSONValue) throws(ProfileFault) {
     guard let members = value.objectValue else { throw ProfileFault(field: "file", reason: "an object is wanted") }
-    for member in members where member.name != "version" && member.name != "disks" {
-      throw ProfileFault(field: member.name, reason: "there is no such key; 'version' and 'disks' are")
+    for member in members where !["version", "disks", "guests", "daemon"].contains(member.name) {
+      throw ProfileFault(
+        field: member.name, reason: "there is no such key; 'version', 'disks', 'guests' and 'daemon' are")
     }
     guard value["version"]?.integerValue == 1 else { throw ProfileFault(field: "version", reason: "it must be 1") }
     guard let disks = (value["disks"] ?? .array([])).arrayValue else {
@@ -91,6 +109,44 @@ package struct DiskProfiles: Equatable, Sendable {
       try Self.apply(entry.options, to: &probe, place)
       entries.append(entry)
     }
+    try readGuests(value["guests"] ?? .array([]))
+    for member in try Self.members(value["daemon"] ?? .object([]), "daemon") {
+      guard member.name == "limits" else {
+        throw ProfileFault(field: "daemon.\(member.name)", reason: "there is no such option; limits is")
+      }
+      try daemonLimits.change(member.value, "daemon.limits")
+    }
+  }
+
+  private static func members(_ value: JSONValue, _ field: String) throws(ProfileFault) -> [JSONValue.Member] {
+    guard let members = value.objectValue else { throw ProfileFault(field: field, reason: "an object is wanted") }
+    return members
+  }
+
+  private mutating func readGuests(_ value: JSONValue) throws(ProfileFault) {
+    guard let guests = value.arrayValue else { throw ProfileFault(field: "guests", reason: "an array is wanted") }
+    for (index, guest) in guests.enumerated() {
+      let place = "guests[\(index)]"
+      var entry = GuestEntry(pattern: "*", options: GuestOptions())
+      for member in try Self.members(guest, place) {
+        let field = "\(place).\(member.name)"
+        switch member.name {
+        case "guest": entry.pattern = try Self.pattern(member.value, field)
+        case "limits": try entry.options.limits.change(member.value, field)
+        case "spareDisks": entry.options.spareDisks = Int(try Self.number(member.value, field, 0...16))
+        default:
+          throw ProfileFault(field: field, reason: "there is no such option; guest, limits and spareDisks are")
+        }
+      }
+      guestEntries.append(entry)
+    }
+  }
+
+  /// Options of a guest: those of the last entry that matches.
+  func options(guest: String, uuid: String?) -> GuestOptions {
+    guestEntries.last { entry in
+      Self.matches(entry.pattern, guest) || uuid.map { Self.matches(entry.pattern, $0) } == true
+    }?.options ?? GuestOptions()
   }
 
   private static func pattern(_ value: JSONValue, _ field: String) throws(ProfileFault) -> String {
@@ -153,13 +209,22 @@ package struct DiskProfiles: Equatable, Sendable {
       case "retrySeconds": break
       case "reconnectSeconds": settings.reconnectMilliseconds = try number(option.value, field, 0...86_400) * 1000
       case "stuckSeconds": settings.stuckMilliseconds = try number(option.value, field, 1...86_400) * 1000
+      case "limits": try settings.limits.change(option.value, field)
+      case "restart":
+        let names = RestartPolicy.Mode.allCases.map(\.rawValue).joined(separator: ", ")
+        guard let mode = option.value.stringValue.flatMap(RestartPolicy.Mode.init(rawValue:)) else {
+          throw ProfileFault(field: field, reason: "one of \(names) is wanted")
+        }
+        settings.restart.mode = mode
+      case "restartLimit": settings.restart.limit = Int(try number(option.value, field, 1...1000))
+      case "restartWindowSeconds": settings.restart.windowSeconds = try number(option.value, field, 1...86_400)
       case "bounceMiB": settings.bounceBytes = Int(try number(option.value, field, 1...256)) << 20
       default:
         throw ProfileFault(
           field: field,
           reason:
             "there is no such option; nbd, queues, threads, queueSize, packed, inOrder, direct, cache, onError, onNoSpace, "
-            + "retrySeconds, reconnectSeconds, stuckSeconds and bounceMiB are")
+            + "retrySeconds, reconnectSeconds, stuckSeconds, bounceMiB, limits, restart, restartLimit and restartWindowSeconds are")
       }
     }
     guard settings.packed || settings.queueSize.nonzeroBitCount == 1 else {

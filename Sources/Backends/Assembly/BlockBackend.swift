@@ -159,6 +159,8 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
   /// CPU time of the data threads in nanoseconds.
   package var cpuTime: UInt64 { threads.reduce(0) { $0 &+ $1.cpuTime } }
   package var threadCount: Int { threads.count }
+  /// Requests that can be under way, in all queues together.
+  package var requestLimit: Int { settings.slots * queues.count }
 
   // MARK: VirtioDevice, on the ioreq thread
 

@@ -1,9 +1,12 @@
 import Devices
 import Engines
+import EventLoop
 
 /// What a block backend stores its data with: an image that all queues share, or a connection to a server for each queue.
 enum BlockStore {
   case raw(RawImage)
+  /// A disk of no size, to be filled later.
+  case empty
   case nbd(NBDAddress, first: NBDEngine)
 
   /// Opens what the settings name.
@@ -12,6 +15,7 @@ enum BlockStore {
   static func open(_ settings: BlockSettings, name: String, notice: @escaping NBDEngine.Notice) throws(ImageFault)
     -> BlockStore
   {
+    if settings.path.isEmpty { return .empty }
     guard NBDAddress.isAddress(settings.path) else {
       return .raw(
         try RawImage(
@@ -30,10 +34,18 @@ enum BlockStore {
       reconnectMilliseconds: settings.reconnectMilliseconds, onNotice: notice)
   }
 
+  private static func emptyEngine(_ settings: BlockSettings) throws(ImageFault) -> EmptyEngine {
+    do throws(Errno) {
+      return try EmptyEngine(depth: settings.slots)
+    } catch {
+      throw .host(what: "cannot make an empty disk", error)
+    }
+  }
+
   /// Queues that the store can serve.
   func queueCount(_ settings: BlockSettings) -> Int {
     switch self {
-    case .raw: settings.queues
+    case .raw, .empty: settings.queues
     case .nbd(_, let first): first.allowsSeveralQueues ? settings.queues : 1
     }
   }
@@ -44,6 +56,7 @@ enum BlockStore {
   {
     switch self {
     case .raw(let image): try AIOEngine(image: image, depth: settings.slots)
+    case .empty: try Self.emptyEngine(settings)
     case .nbd(let address, let first): queue == 0 ? first : try Self.connect(address, settings, notice)
     }
   }
@@ -53,6 +66,7 @@ enum BlockStore {
     switch self {
     case .raw(let image): image.isDirect ? "direct I/O" : "buffered I/O: the file system refuses O_DIRECT"
     case .nbd: "NBD"
+    case .empty: "empty"
     }
   }
 
@@ -64,6 +78,7 @@ enum BlockStore {
   func resize(to bytes: UInt64?) throws(ImageFault) -> UInt64 {
     switch self {
     case .raw(let image): return try image.resize(to: bytes)
+    case .empty: throw .cannotResize(path: "", "the disk is empty; 'vxctl attach' fills it")
     case .nbd(let address, _):
       throw .cannotResize(path: address.text, "the size of an NBD export is read when the device is made")
     }

@@ -104,6 +104,27 @@ test_queues() {
   while true; do sleep 60; done
 }
 
+# Verified I/O on every disk at once, in rounds, until somebody ends the guest.
+test_crash() {
+  wait_for_disks "${vx_disks:-1}"
+  describe_disks
+  round=0
+  while true; do
+    for disk in /sys/block/vd*; do
+      name=$(basename "$disk")
+      (
+        fio --name="$name" --filename="/dev/$name" --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k --size=3m \
+          --numjobs=2 --offset_increment=8m --iodepth=16 --fsync=16 --verify=crc32c --verify_fatal=1 --group_reporting \
+          --output="/tmp/fio-$name.out" >"/tmp/fio-$name.err" 2>&1 && ! grep -q 'err= *[1-9]' "/tmp/fio-$name.out" ||
+          say "FAIL fio $name: $(grep -h -i -m 3 'verify\|err\|fail' "/tmp/fio-$name.err" "/tmp/fio-$name.out" | tr '\n' ' ')"
+      ) &
+    done
+    wait
+    round=$((round + 1))
+    say "ROUND $round"
+  done
+}
+
 # Verified I/O in rounds through pages that come and go, while the toolstack takes memory away and gives it back.
 test_balloon() {
   wait_for_disks 1

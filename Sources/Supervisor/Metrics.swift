@@ -1,0 +1,212 @@
+import Backends
+import Devices
+import Transport
+import Xen
+
+/// What vxd counts, as OpenMetrics text (openmetrics.io, version 1.0). Reads the status board and counters that data threads write; it
+/// waits for nobody.
+package enum Metrics {
+  package static let contentType = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+  /// One metric: its name without suffix, its type, and what it says.
+  package struct Family: Sendable {
+    package var name: String
+    package var type: String
+    package var help: String
+
+    /// The names that samples of it have.
+    package var sampleNames: [String] {
+      switch type {
+      case "counter": ["\(name)_total"]
+      case "histogram": ["\(name)_bucket", "\(name)_count", "\(name)_sum"]
+      case "info": ["\(name)_info"]
+      default: [name]
+      }
+    }
+  }
+
+  private struct Sample {
+    var labels: [(String, String)]
+    var value: String
+    var suffix: String = ""
+  }
+
+  private struct Writer {
+    var text = ""
+    var families: [Family] = []
+
+    mutating func put(_ name: String, _ type: String, _ help: String, _ samples: [Sample]) {
+      let family = Family(name: name, type: type, help: help)
+      families.append(family)
+      text += "# TYPE \(name) \(type)\n# HELP \(name) \(help)\n"
+      let suffix = type == "counter" ? "_total" : type == "info" ? "_info" : ""
+      for sample in samples {
+        text += name + (sample.suffix.isEmpty ? suffix : sample.suffix)
+        if !sample.labels.isEmpty {
+          text +=
+            "{" + sample.labels.map { "\($0.0)=\"\(Metrics.escaped($0.1))\"" }.joined(separator: ",") + "}"
+        }
+        text += " \(sample.value)\n"
+      }
+    }
+  }
+
+  private static func escaped(_ text: String) -> String {
+    var result = ""
+    for character in text.unicodeScalars {
+      switch character {
+      case "\\": result += "\\\\"
+      case "\"": result += "\\\""
+      case "\n": result += "\\n"
+      default: result.unicodeScalars.append(character)
+      }
+    }
+    return result
+  }
+
+  /// Every metric that there is, for the dashboard's test and for `vxctl metrics --names`.
+  package static var families: [Family] { write(StatusBoard.Contents(), started: 0, now: 0).families }
+
+  /// The text of the moment.
+  ///
+  /// - Parameter started: when the daemon was, in monotonic nanoseconds, as `now`.
+  package static func text(_ board: StatusBoard, started: UInt64, now: UInt64) -> String {
+    write(board.current, started: started, now: now).text + "# EOF\n"
+  }
+
+  private static func seconds(_ nanoseconds: UInt64) -> String { "\(Double(nanoseconds) / 1e9)" }
+
+  private static func write(_ contents: StatusBoard.Contents, started: UInt64, now: UInt64) -> Writer {
+    var writer = Writer()
+    let guests = contents.guests.values.sorted { $0.domain < $1.domain }
+    writer.put(
+      "vxd_build", "info", "Version of the daemon and of Xen.",
+      [Sample(labels: [("version", SupervisorControl.version), ("hypervisor", contents.hypervisor)], value: "1")])
+    func gauge(_ name: String, _ help: String, _ value: String) { writer.put(name, "gauge", help, [Sample(labels: [], value: value)]) }
+    gauge("vxd_uptime_seconds", "Time since the daemon was started.", seconds(now &- started))
+    gauge("vxd_xenstore_connected", "Whether xenstored answers.", contents.hasXenstore ? "1" : "0")
+    gauge("vxd_xenstore_watches", "Watches in Xenstore.", "\(contents.watches)")
+    gauge("vxd_guests", "Guests with devices of vxd.", "\(guests.count)")
+    gauge("vxd_descriptors", "Open descriptors of the daemon.", "\(HostUsage.descriptors)")
+    gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
+    gauge("vxd_event_channels", "Event channels bound to ioreq servers.", "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) })")
+    gauge("vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
+    gauge("vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
+    gauge("vxd_grants", "Grants mapped; virtio-mmio uses none.", "0")
+    gauge("vxd_cpu_seconds", "CPU time of the whole daemon.", seconds(HostUsage.cpuTime))
+    writeGuests(&writer, guests)
+    writeDevices(&writer, guests.flatMap(\.devices))
+    return writer
+  }
+
+  private static func writeGuests(_ writer: inout Writer, _ guests: [StatusBoard.Guest]) {
+    func put(_ name: String, _ type: String, _ help: String, _ value: (StatusBoard.Guest) -> String?) {
+      writer.put(
+        name, type, help,
+        guests.compactMap { guest in
+          value(guest).map { Sample(labels: [("guest", guest.name), ("domain", "\(guest.domain)")], value: $0) }
+        })
+    }
+    put("vxd_guest_devices", "gauge", "Devices of a guest.") { "\($0.devices.count)" }
+    put("vxd_guest_mapped_pages", "gauge", "Pages of a guest that are mapped.") { $0.pool.map { "\($0.statistics.mappedPages)" } }
+    put("vxd_guest_mapped_pages_limit", "gauge", "Pages that may be mapped.") { $0.pool.map { "\($0.statistics.budgetPages)" } }
+    put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.pool.map { "\($0.statistics.mapCalls)" } }
+    put("vxd_guest_evictions", "counter", "Buckets unmapped for want of room.") { $0.pool.map { "\($0.statistics.evictions)" } }
+    put("vxd_guest_accesses", "counter", "Register accesses.") { $0.server.map { "\($0.counters.accesses.load(ordering: .relaxed))" } }
+    put("vxd_guest_invalidations", "counter", "Invalidations after a guest gave pages back.") {
+      $0.server.map { "\($0.counters.invalidations.load(ordering: .relaxed))" }
+    }
+  }
+
+  private static func labels(_ device: StatusBoard.Device) -> [(String, String)] {
+    [("guest", device.guestName), ("device", device.name)]
+  }
+
+  private static func writeDevices(_ writer: inout Writer, _ devices: [StatusBoard.Device]) {
+    let phases = [
+      "opening", "ready", "connected", "failed", "faulted", "held", "restarting", "quarantined", "paused", "closing",
+    ]
+    writer.put(
+      "vxd_device_state", "stateset", "The state that a device is in.",
+      devices.flatMap { device in
+        phases.map { phase in
+          Sample(
+            labels: labels(device) + [("vxd_device_state", phase)], value: device.phase.name == phase ? "1" : "0")
+        }
+      })
+    func sum(_ device: StatusBoard.Device, _ value: (BlockCounters) -> UInt64) -> UInt64 {
+      device.account.all.reduce(0) { $0 &+ value($1.counters) }
+    }
+    func put(_ name: String, _ type: String, _ help: String, _ value: (StatusBoard.Device) -> String?) {
+      writer.put(name, type, help, devices.compactMap { device in value(device).map { Sample(labels: labels(device), value: $0) } })
+    }
+    func split(
+      _ name: String, _ help: String, _ label: String, _ parts: [(String, (BlockCounters) -> UInt64)]
+    ) {
+      writer.put(
+        name, "counter", help,
+        devices.flatMap { device in
+          parts.map { Sample(labels: labels(device) + [(label, $0.0)], value: "\(sum(device, $0.1))") }
+        })
+    }
+    split(
+      "vxd_device_requests", "Requests taken, by operation.", "operation",
+      [
+        ("read", { $0.reads.value }), ("write", { $0.writes.value }), ("flush", { $0.flushes.value }),
+        ("discard", { $0.discards.value }), ("write_zeroes", { $0.writeZeroes.value }), ("other", { $0.others.value }),
+      ])
+    split(
+      "vxd_device_bytes", "Bytes of data, by direction.", "operation",
+      [("read", { $0.readBytes.value }), ("write", { $0.writtenBytes.value })])
+    split(
+      "vxd_device_errors", "Requests that failed, by kind.", "kind",
+      [("io", { $0.failed.value }), ("unsupported", { $0.unsupported.value })])
+    split("vxd_device_retries", "Steps tried again after the store had failed them.", "layer", [("engine", { $0.retries.value })])
+    split("vxd_device_throttled", "Requests that waited for their rate.", "layer", [("budget", { $0.throttled.value })])
+    split("vxd_device_adopted", "Requests taken over from a backend that was stopped.", "layer", [("journal", { $0.adopted.value })])
+    split("vxd_device_notifications", "Notifications of the driver.", "direction", [("received", { $0.notifications.value })])
+    split("vxd_device_batches", "Runs of the queue: with notifications, how many were suppressed.", "layer", [("queue", { $0.batches.value })])
+    split(
+      "vxd_device_interrupts", "Published batches, by whether the driver wanted an interrupt.", "outcome",
+      [("sent", { $0.interrupts.value }), ("suppressed", { $0.interruptsSuppressed.value })])
+    put("vxd_device_in_flight", "gauge", "Requests under way.") { "\(sum($0) { $0.inFlight.load(ordering: .relaxed) })" }
+    put("vxd_device_slots", "gauge", "Requests that can be under way: ring occupancy is in_flight by this.") {
+      $0.backend.map { "\($0.requestLimit)" }
+    }
+    put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.backend.map { "\($0.capacity)" } }
+    put("vxd_device_cpu_seconds", "counter", "CPU time of the data threads since the backend was started.") { $0.backend.map { seconds($0.cpuTime) } }
+    put("vxd_device_restarts", "counter", "Restarts of the backend.") { "\($0.restarts)" }
+    put("vxd_device_faults", "counter", "Faults of the guest's driver.") { "\($0.faults)" }
+    put("vxd_device_stuck_seconds", "gauge", "Age of a stuck request; 0 when there is none.") { "\(Double($0.stuck?.age ?? 0) / 1000)" }
+    writeLatencies(&writer, devices)
+  }
+
+  /// Limits of the histogram's buckets in nanoseconds; ends of buckets of `LatencyHistogram`.
+  private static let bounds: [UInt64] = (0..<13).map { 16_384 << UInt64(2 * $0) }
+
+  private static func writeLatencies(_ writer: inout Writer, _ devices: [StatusBoard.Device]) {
+    var samples: [Sample] = []
+    for device in devices {
+      let accounts = device.account.all
+      for operation in QueueLatencies.Operation.allCases {
+        for stage in QueueLatencies.Stage.allCases {
+          var counts = LatencyCounts()
+          for account in accounts { counts += account.latencies.counts(operation, stage) }
+          let count = counts.count
+          guard count > 0 else { continue }
+          let names = labels(device) + [("operation", "\(operation)"), ("stage", "\(stage)")]
+          for bound in bounds {
+            samples.append(
+              Sample(labels: names + [("le", seconds(bound))], value: "\(counts.below(bound))", suffix: "_bucket"))
+          }
+          samples.append(Sample(labels: names + [("le", "+Inf")], value: "\(count)", suffix: "_bucket"))
+          samples.append(Sample(labels: names, value: "\(count)", suffix: "_count"))
+          samples.append(Sample(labels: names, value: seconds(counts.sum), suffix: "_sum"))
+        }
+      }
+    }
+    writer.put(
+      "vxd_device_latency_seconds", "histogram", "Time of a request by operation and stage: throttle, queue, engine, total.",
+      samples)
+  }
+}
