@@ -21,6 +21,10 @@ package struct ControlMethod: Sendable {
   package var parameters: [ControlParameter]
   /// JSON schema of the result.
   package var result: JSONValue
+  /// Who may call it.
+  package var role: ControlRole
+  /// Whether it changes anything, and so takes `dryRun` and `idempotencyKey`.
+  package var isChange: Bool
   /// Never waits: it reads what is published.
   package var body: @Sendable (_ parameters: JSONValue) throws(ControlFault) -> JSONValue
 
@@ -33,6 +37,34 @@ package struct ControlMethod: Sendable {
     self.parameters = parameters
     self.result = result
     self.body = body
+    role = .view
+    isChange = false
+  }
+
+  /// A method that changes something.
+  ///
+  /// - Parameter plan: checks the request and says what is to be done; it changes nothing itself.
+  package init(
+    change name: String, _ summary: String, role: ControlRole = .operate, parameters: [ControlParameter] = [],
+    plan: @escaping @Sendable (JSONValue) throws(ControlFault) -> ControlChange
+  ) {
+    self.name = name
+    self.summary = summary
+    self.parameters =
+      parameters + [
+        ControlParameter("dryRun", "boolean", required: false, "Check and tell, and change nothing."),
+        ControlParameter(
+          "idempotencyKey", "string", required: false,
+          "A name of the caller's for this change: said twice, it is done once."),
+      ]
+    result = ["type": "object"]
+    body = { parameters throws(ControlFault) in
+      let change = try plan(parameters)
+      if parameters["dryRun"]?.boolValue == true { return ["dryRun": true, "would": .string(change.summary)] }
+      return change.perform()
+    }
+    self.role = role
+    isChange = true
   }
 
   /// Checks parameters by name and type.
@@ -42,7 +74,7 @@ package struct ControlMethod: Sendable {
       guard let parameter = parameters.first(where: { $0.name == member.name }) else {
         throw .invalidParameters("'\(name)' has no parameter '\(member.name)'", field: member.name)
       }
-      guard member.value.kind == parameter.type else {
+      guard parameter.type == "any" || member.value.kind == parameter.type else {
         throw .invalidParameters(
           "'\(member.name)' must be of type \(parameter.type), not \(member.value.kind)", field: member.name)
       }
@@ -56,11 +88,12 @@ package struct ControlMethod: Sendable {
   var description: JSONValue {
     [
       "name": .string(name), "summary": .string(summary), "paramStructure": "by-name",
+      "x-role": .string(role.name), "x-change": .bool(isChange),
       "params": .array(
         parameters.map {
           [
             "name": .string($0.name), "summary": .string($0.summary), "required": .bool($0.isRequired),
-            "schema": ["type": .string($0.type)],
+            "schema": $0.type == "any" ? [:] : ["type": .string($0.type)],
           ]
         }),
       "result": ["name": "result", "schema": result],
@@ -72,29 +105,35 @@ package struct ControlMethod: Sendable {
 package struct ControlMethods: Sendable {
   private var methods: [String: ControlMethod] = [:]
   private let order: [String]
+  /// What `rpc.discover` answers.
+  package let discovery: JSONValue
+  private let keys = IdempotencyStore()
   /// Requests in one batch at most.
   private static let batchLimit = 64
 
   package init(_ list: [ControlMethod], version: String) {
     for method in list { methods[method.name] = method }
     order = list.map(\.name)
-    let descriptions = list.map(\.description)
+    let description: JSONValue = [
+      "openrpc": "1.2.6", "info": ["title": "vxd control socket", "version": .string(version)],
+      "methods": .array(list.map(\.description)),
+    ]
+    discovery = description
     let discover = ControlMethod(
       "rpc.discover", "This description of the control socket, in the form of OpenRPC 1.2.",
       result: ["type": "object"]
-    ) { _ throws(ControlFault) in
-      [
-        "openrpc": "1.2.6", "info": ["title": "vxd control socket", "version": .string(version)],
-        "methods": .array(descriptions),
-      ]
-    }
+    ) { _ throws(ControlFault) in description }
     methods[discover.name] = discover
   }
 
   /// Answers one message: a request, a notification (no answer) or a batch of them.
   ///
-  /// - Parameter subscribe: what `event.subscribe` does for the sender.
-  package func answer(_ message: [UInt8], subscribe: (JSONValue) -> Void) -> JSONValue? {
+  /// - Parameters:
+  ///   - role: what the sender may do.
+  ///   - subscribe: what `event.subscribe` does for the sender, and its result.
+  package func answer(
+    _ message: [UInt8], role: ControlRole = .admin, subscribe: (JSONValue) -> JSONValue
+  ) -> JSONValue? {
     let value: JSONValue
     do throws(JSONText.Fault) {
       value = try JSONText.parse(message)
@@ -107,21 +146,21 @@ package struct ControlMethods: Sendable {
         }
       return Self.reply(error: fault, id: .null)
     }
-    guard case .array(let requests) = value else { return one(value, subscribe) }
+    guard case .array(let requests) = value else { return one(value, role, subscribe) }
     guard !requests.isEmpty, requests.count <= Self.batchLimit else {
       return Self.reply(
         error: .invalidRequest(
           "a batch of \(requests.count) requests", field: "message", remedy: "send 1 to \(Self.batchLimit) requests"),
         id: .null)
     }
-    let answers = requests.compactMap { one($0, subscribe) }
+    let answers = requests.compactMap { one($0, role, subscribe) }
     return answers.isEmpty ? nil : .array(answers)
   }
 
-  private func one(_ request: JSONValue, _ subscribe: (JSONValue) -> Void) -> JSONValue? {
+  private func one(_ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) -> JSONValue) -> JSONValue? {
     let id = request["id"]
     do throws(ControlFault) {
-      let result = try perform(request, subscribe)
+      let result = try perform(request, role, subscribe)
       guard let id else { return nil }
       return ["jsonrpc": "2.0", "result": result, "id": id]
     } catch {
@@ -131,7 +170,9 @@ package struct ControlMethods: Sendable {
     }
   }
 
-  private func perform(_ request: JSONValue, _ subscribe: (JSONValue) -> Void) throws(ControlFault) -> JSONValue {
+  private func perform(
+    _ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) -> JSONValue
+  ) throws(ControlFault) -> JSONValue {
     guard case .object = request else {
       throw .invalidRequest("a request must be an object", field: "message", remedy: "see JSON-RPC 2.0, section 4")
     }
@@ -151,10 +192,24 @@ package struct ControlMethods: Sendable {
     guard case .object = parameters else {
       throw .invalidRequest("'params' must be an object", field: "params", remedy: "give parameters by name")
     }
+    guard role >= method.role else {
+      throw ControlFault(
+        code: -32005, message: "'\(name)' is for \(method.role.name), and you may \(role.name)",
+        data: [
+          "field": "method",
+          "remedy": .string("call it as root, or be in a group of vxd's --\(method.role.name)-group"),
+        ])
+    }
     try method.check(parameters)
-    let result = try method.body(parameters)
-    if name == "event.subscribe" { subscribe(parameters) }
-    return result
+    if name == "event.subscribe" { return subscribe(parameters) }
+    guard method.isChange, let key = parameters["idempotencyKey"]?.stringValue, parameters["dryRun"]?.boolValue != true
+    else { return try method.body(parameters) }
+    guard !key.isEmpty, key.utf8.count <= 128 else {
+      throw .invalidParameters("'idempotencyKey' must have 1 to 128 bytes", field: "idempotencyKey")
+    }
+    return try keys.once(key, "\(name) \(JSONText.text(parameters))") { () throws(ControlFault) in
+      try method.body(parameters)
+    }
   }
 
   static func reply(error: ControlFault, id: JSONValue) -> JSONValue {

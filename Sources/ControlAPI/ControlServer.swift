@@ -14,15 +14,31 @@ package final class ControlServer: @unchecked Sendable {
   private let listener: OwnedDescriptor
   private var clients: [Int32: ControlConnection] = [:]
   private var token: EventLoop.Token?
+  private let access: ControlAccess
+  private let history = EventHistory()
+  /// The socket's file is the service manager's.
+  private let isInherited: Bool
   private static let clientLimit = 1024
 
   /// Listens on a Unix socket, replacing one that nobody listens on any more.
   ///
+  /// - Parameter inherited: a socket that listens already, of the service manager; nil to make one.
+  ///
   /// - Throws: EADDRINUSE when another daemon listens there.
-  package init(path: String, mode: UInt32 = 0o660, methods: ControlMethods) throws(Errno) {
+  package init(
+    path: String, mode: UInt32 = 0o660, inherited: Int32? = nil, access: ControlAccess = ControlAccess(),
+    methods: ControlMethods
+  ) throws(Errno) {
     self.path = path
     self.methods = methods
-    listener = OwnedDescriptor(adopting: try UnixSocket.listen(path, mode: mode))
+    self.access = access
+    isInherited = inherited != nil
+    if let inherited {
+      _ = fcntl(inherited, F_SETFL, fcntl(inherited, F_GETFL) | O_NONBLOCK)
+      listener = OwnedDescriptor(adopting: inherited)
+    } else {
+      listener = OwnedDescriptor(adopting: try UnixSocket.listen(path, mode: mode))
+    }
     thread = try LoopThread(name: "vxd-control")
     thread.loop.enqueue { [self] in
       listen()
@@ -51,7 +67,8 @@ package final class ControlServer: @unchecked Sendable {
         close(raw)
         continue
       }
-      let connection = ControlConnection(OwnedDescriptor(adopting: raw), methods: methods)
+      let connection = ControlConnection(
+        OwnedDescriptor(adopting: raw), methods: methods, role: access.role(of: raw), history: history)
       do throws(Errno) {
         let token = try thread.loop.add(
           raw, events: EPOLLIN.rawValue,
@@ -88,8 +105,9 @@ package final class ControlServer: @unchecked Sendable {
   /// Passes an event on to the clients that subscribed. May be called from any thread.
   package func publish(_ event: JSONValue) {
     thread.loop.enqueue { [self] in
+      let (numbered, sequence) = history.add(event)
       for connection in Array(clients.values) where connection.isSubscribed {
-        connection.send(["jsonrpc": "2.0", "method": "event", "params": event])
+        connection.send(event: numbered, sequence)
         settle(connection)
       }
     }
@@ -103,81 +121,8 @@ package final class ControlServer: @unchecked Sendable {
         if let token = connection.token { thread.loop.remove(token) }
       }
       clients = [:]
-      unlink(path)
+      if !isInherited { unlink(path) }
     }
     thread.stopAndJoin()
-  }
-}
-
-/// One client. Confined to the server's thread.
-final class ControlConnection {
-  private let descriptor: OwnedDescriptor
-  private let methods: ControlMethods
-  private var reader = FrameReader()
-  private var outgoing: [UInt8] = []
-  private var sent = 0
-  var token: EventLoop.Token?
-  private(set) var isSubscribed = false
-  /// The client is gone, or is to be dropped.
-  var isOver = false
-  /// Bytes that may wait for a client; one that lets more pile up is dropped.
-  private static let outgoingLimit = 8 << 20
-  /// Above this no further request is read until some of it is taken.
-  private static let outgoingPause = 1 << 20
-
-  init(_ descriptor: consuming OwnedDescriptor, methods: ControlMethods) {
-    self.descriptor = descriptor
-    self.methods = methods
-  }
-
-  var raw: Int32 { descriptor.raw }
-
-  private var waiting: Int { outgoing.count - sent }
-
-  var interest: UInt32 {
-    (waiting > 0 ? EPOLLOUT.rawValue : 0) | (waiting < Self.outgoingPause ? EPOLLIN.rawValue : 0)
-  }
-
-  func receive() {
-    var buffer = [UInt8](repeating: 0, count: 65536)
-    let count = read(raw, &buffer, buffer.count)
-    if count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR) { isOver = true }
-    guard count > 0 else { return }
-    for item in reader.append(buffer[..<count]) {
-      switch item {
-      case .message(let message):
-        if let answer = methods.answer(message, subscribe: { _ in isSubscribed = true }) { send(answer) }
-      case .tooLong:
-        send(
-          ControlMethods.reply(
-            error: .invalidRequest(
-              "the message is longer than \(FrameReader.limit) bytes", field: "message",
-              remedy: "send messages of at most 1 MiB"), id: .null))
-      }
-    }
-  }
-
-  func send(_ message: JSONValue) {
-    outgoing.append(contentsOf: JSONText.text(message).utf8)
-    outgoing.append(0x0a)
-    if waiting > Self.outgoingLimit { isOver = true }
-  }
-
-  func flush() {
-    while waiting > 0 && !isOver {
-      let count = outgoing.withUnsafeBytes { bytes in
-        Glibc.send(raw, bytes.baseAddress.map { $0 + sent }, waiting, Int32(MSG_NOSIGNAL))
-      }
-      if count < 0 {
-        if errno == EINTR { continue }
-        if errno != EAGAIN { isOver = true }
-        break
-      }
-      sent += count
-    }
-    if waiting == 0 {
-      outgoing.removeAll(keepingCapacity: outgoing.count < 65536)
-      sent = 0
-    }
   }
 }

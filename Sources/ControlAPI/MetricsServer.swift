@@ -48,8 +48,9 @@ package final class MetricsServer: @unchecked Sendable {
       for listener in listeners { close(listener) }
       throw error
     }
+    let all = listeners
     thread.loop.enqueue { [self] in
-      for listener in listeners {
+      for listener in all {
         _ = try? thread.loop.onReadable(listener) { [unowned self] in accept(listener) }
       }
     }

@@ -8,6 +8,11 @@ package struct DeviceKey: Hashable, Sendable {
   package enum Kind: String, CaseIterable, Sendable {
     case disk = "virtio_disk"
     case generic = "virtio"
+    /// No kind of Xenstore's: a spare disk of the profiles.
+    case spare
+
+    /// Those that are watched in Xenstore.
+    static let watched: [Kind] = [.disk, .generic]
   }
 
   package var kind: Kind
@@ -78,12 +83,7 @@ package struct DeviceEntry: Equatable, Sendable {
     let mode = try required("mode")
     guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
     let path = try required("params")
-    if NBDAddress.isAddress(path) {
-      do throws(ImageFault) { _ = try NBDAddress(path) } catch { throw EntryFault("params", error.message) }
-    } else if !path.hasPrefix("/") {
-      throw EntryFault(
-        "params", "'\(path)' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)")
-    }
+    if let fault = fault(ofImage: path) { throw EntryFault("params", fault) }
     let base = try number("base", required("base"))
     guard base & 0x1ff == 0, base < 1 << 52 else {
       throw EntryFault("base", "0x\(String(base, radix: 16)) is no multiple of 512 below 2^52")
@@ -98,6 +98,16 @@ package struct DeviceEntry: Equatable, Sendable {
       frontend: frontend, name: name,
       settings: BlockSettings(path: path, readOnly: mode == "r", discard: discard, serial: name),
       base: base, irq: UInt32(irq))
+  }
+
+  /// What is wrong with the name of an image; nil when nothing is.
+  static func fault(ofImage path: String) -> String? {
+    if NBDAddress.isAddress(path) {
+      do throws(ImageFault) { _ = try NBDAddress(path) } catch { return error.message }
+      return nil
+    }
+    return path.hasPrefix("/")
+      ? nil : "'\(path)' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)"
   }
 
   /// A number in decimal or, with 0x, hexadecimal: libxl writes `base` in decimal for disks and in hexadecimal for generic

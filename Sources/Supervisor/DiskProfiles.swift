@@ -44,7 +44,7 @@ package struct DiskProfiles: Equatable, Sendable {
   private var entries: [Entry] = []
   private var guestEntries: [GuestEntry] = []
   /// Limits of all guests together.
-  package private(set) var daemonLimits = RateLimits()
+  private(set) var daemonLimits = RateLimits()
 
   /// No profiles: every disk has the defaults.
   package init() {}
@@ -224,7 +224,8 @@ package struct DiskProfiles: Equatable, Sendable {
           field: field,
           reason:
             "there is no such option; nbd, queues, threads, queueSize, packed, inOrder, direct, cache, onError, onNoSpace, "
-            + "retrySeconds, reconnectSeconds, stuckSeconds, bounceMiB, limits, restart, restartLimit and restartWindowSeconds are")
+            + "retrySeconds, reconnectSeconds, stuckSeconds, bounceMiB, limits, restart, restartLimit and restartWindowSeconds are"
+        )
       }
     }
     guard settings.packed || settings.queueSize.nonzeroBitCount == 1 else {

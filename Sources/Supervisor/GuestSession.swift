@@ -33,11 +33,13 @@ final class GuestSession {
   var restored: [DeviceKey: RestoredDevice] = [:]
   /// Devices whose saved state cannot be used: the driver must reset them.
   var lost: [DeviceKey: String] = [:]
+  var limits = RateLimits()
   /// The guest's node of the budget tree.
   let rate: RateNode
 
   init(
-    domain: DomainID, name: String, uuid: String?, handle: any GuestHandle, pool: ForeignMappingPool, thread: LoopThread,
+    domain: DomainID, name: String, uuid: String?, handle: any GuestHandle, pool: ForeignMappingPool,
+    thread: LoopThread,
     rate: RateNode
   ) {
     self.rate = rate
@@ -134,6 +136,9 @@ final class DeviceRecord {
   var afterStop: AfterStop?
   /// Tries to start it that failed, before it was served for the first time.
   var failedStarts = 0
+  /// An image that a spare is being filled with.
+  var attaching: String?
+  var isDetaching = false
   /// A restart or another try is under way: a number that changes with each.
   var restartTicket: UInt64 = 0
   /// The driver believes the device to be live, and what was saved of it cannot be used.

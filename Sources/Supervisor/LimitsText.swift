@@ -1,5 +1,5 @@
 import ControlAPI
-package import Devices
+import Devices
 
 /// Limits as profiles and the control socket write them:
 ///

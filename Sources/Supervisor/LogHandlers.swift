@@ -5,9 +5,13 @@ package import Logging
 /// Log lines to the journal, with priority and the fields GUEST= and DEVICE=.
 package struct JournalLogHandler: LogHandler {
   package var metadata: Logger.Metadata = [:]
-  package var logLevel: Logger.Level
+  /// The process's level; one logger alone has none.
+  package var logLevel: Logger.Level {
+    get { LogLevel.current }
+    set {}
+  }
 
-  package init(level: Logger.Level) { logLevel = level }
+  package init() {}
 
   package subscript(metadataKey key: String) -> Logger.Metadata.Value? {
     get { metadata[key] }
@@ -51,9 +55,13 @@ package struct JournalLogHandler: LogHandler {
 /// Log lines to standard error: time, level, message.
 package struct PlainLogHandler: LogHandler {
   package var metadata: Logger.Metadata = [:]
-  package var logLevel: Logger.Level
+  /// The process's level; one logger alone has none.
+  package var logLevel: Logger.Level {
+    get { LogLevel.current }
+    set {}
+  }
 
-  package init(level: Logger.Level) { logLevel = level }
+  package init() {}
 
   package subscript(metadataKey key: String) -> Logger.Metadata.Value? {
     get { metadata[key] }

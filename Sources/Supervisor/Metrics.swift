@@ -82,16 +82,22 @@ package enum Metrics {
     writer.put(
       "vxd_build", "info", "Version of the daemon and of Xen.",
       [Sample(labels: [("version", SupervisorControl.version), ("hypervisor", contents.hypervisor)], value: "1")])
-    func gauge(_ name: String, _ help: String, _ value: String) { writer.put(name, "gauge", help, [Sample(labels: [], value: value)]) }
+    func gauge(_ name: String, _ help: String, _ value: String) {
+      writer.put(name, "gauge", help, [Sample(labels: [], value: value)])
+    }
     gauge("vxd_uptime_seconds", "Time since the daemon was started.", seconds(now &- started))
     gauge("vxd_xenstore_connected", "Whether xenstored answers.", contents.hasXenstore ? "1" : "0")
     gauge("vxd_xenstore_watches", "Watches in Xenstore.", "\(contents.watches)")
     gauge("vxd_guests", "Guests with devices of vxd.", "\(guests.count)")
     gauge("vxd_descriptors", "Open descriptors of the daemon.", "\(HostUsage.descriptors)")
     gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
-    gauge("vxd_event_channels", "Event channels bound to ioreq servers.", "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) })")
-    gauge("vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
-    gauge("vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
+    gauge(
+      "vxd_event_channels", "Event channels bound to ioreq servers.",
+      "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) })")
+    gauge(
+      "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
+    gauge(
+      "vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
     gauge("vxd_grants", "Grants mapped; virtio-mmio uses none.", "0")
     gauge("vxd_cpu_seconds", "CPU time of the whole daemon.", seconds(HostUsage.cpuTime))
     writeGuests(&writer, guests)
@@ -108,11 +114,19 @@ package enum Metrics {
         })
     }
     put("vxd_guest_devices", "gauge", "Devices of a guest.") { "\($0.devices.count)" }
-    put("vxd_guest_mapped_pages", "gauge", "Pages of a guest that are mapped.") { $0.pool.map { "\($0.statistics.mappedPages)" } }
-    put("vxd_guest_mapped_pages_limit", "gauge", "Pages that may be mapped.") { $0.pool.map { "\($0.statistics.budgetPages)" } }
+    put("vxd_guest_mapped_pages", "gauge", "Pages of a guest that are mapped.") {
+      $0.pool.map { "\($0.statistics.mappedPages)" }
+    }
+    put("vxd_guest_mapped_pages_limit", "gauge", "Pages that may be mapped.") {
+      $0.pool.map { "\($0.statistics.budgetPages)" }
+    }
     put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.pool.map { "\($0.statistics.mapCalls)" } }
-    put("vxd_guest_evictions", "counter", "Buckets unmapped for want of room.") { $0.pool.map { "\($0.statistics.evictions)" } }
-    put("vxd_guest_accesses", "counter", "Register accesses.") { $0.server.map { "\($0.counters.accesses.load(ordering: .relaxed))" } }
+    put("vxd_guest_evictions", "counter", "Buckets unmapped for want of room.") {
+      $0.pool.map { "\($0.statistics.evictions)" }
+    }
+    put("vxd_guest_accesses", "counter", "Register accesses.") {
+      $0.server.map { "\($0.counters.accesses.load(ordering: .relaxed))" }
+    }
     put("vxd_guest_invalidations", "counter", "Invalidations after a guest gave pages back.") {
       $0.server.map { "\($0.counters.invalidations.load(ordering: .relaxed))" }
     }
@@ -138,7 +152,9 @@ package enum Metrics {
       device.account.all.reduce(0) { $0 &+ value($1.counters) }
     }
     func put(_ name: String, _ type: String, _ help: String, _ value: (StatusBoard.Device) -> String?) {
-      writer.put(name, type, help, devices.compactMap { device in value(device).map { Sample(labels: labels(device), value: $0) } })
+      writer.put(
+        name, type, help,
+        devices.compactMap { device in value(device).map { Sample(labels: labels(device), value: $0) } })
     }
     func split(
       _ name: String, _ help: String, _ label: String, _ parts: [(String, (BlockCounters) -> UInt64)]
@@ -161,23 +177,37 @@ package enum Metrics {
     split(
       "vxd_device_errors", "Requests that failed, by kind.", "kind",
       [("io", { $0.failed.value }), ("unsupported", { $0.unsupported.value })])
-    split("vxd_device_retries", "Steps tried again after the store had failed them.", "layer", [("engine", { $0.retries.value })])
+    split(
+      "vxd_device_retries", "Steps tried again after the store had failed them.", "layer",
+      [("engine", { $0.retries.value })])
     split("vxd_device_throttled", "Requests that waited for their rate.", "layer", [("budget", { $0.throttled.value })])
-    split("vxd_device_adopted", "Requests taken over from a backend that was stopped.", "layer", [("journal", { $0.adopted.value })])
-    split("vxd_device_notifications", "Notifications of the driver.", "direction", [("received", { $0.notifications.value })])
-    split("vxd_device_batches", "Runs of the queue: with notifications, how many were suppressed.", "layer", [("queue", { $0.batches.value })])
+    split(
+      "vxd_device_adopted", "Requests taken over from a backend that was stopped.", "layer",
+      [("journal", { $0.adopted.value })])
+    split(
+      "vxd_device_notifications", "Notifications of the driver.", "direction",
+      [("received", { $0.notifications.value })])
+    split(
+      "vxd_device_batches", "Runs of the queue: with notifications, how many were suppressed.", "layer",
+      [("queue", { $0.batches.value })])
     split(
       "vxd_device_interrupts", "Published batches, by whether the driver wanted an interrupt.", "outcome",
       [("sent", { $0.interrupts.value }), ("suppressed", { $0.interruptsSuppressed.value })])
-    put("vxd_device_in_flight", "gauge", "Requests under way.") { "\(sum($0) { $0.inFlight.load(ordering: .relaxed) })" }
+    put("vxd_device_in_flight", "gauge", "Requests under way.") {
+      "\(sum($0) { $0.inFlight.load(ordering: .relaxed) })"
+    }
     put("vxd_device_slots", "gauge", "Requests that can be under way: ring occupancy is in_flight by this.") {
       $0.backend.map { "\($0.requestLimit)" }
     }
     put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.backend.map { "\($0.capacity)" } }
-    put("vxd_device_cpu_seconds", "counter", "CPU time of the data threads since the backend was started.") { $0.backend.map { seconds($0.cpuTime) } }
+    put("vxd_device_cpu_seconds", "counter", "CPU time of the data threads since the backend was started.") {
+      $0.backend.map { seconds($0.cpuTime) }
+    }
     put("vxd_device_restarts", "counter", "Restarts of the backend.") { "\($0.restarts)" }
     put("vxd_device_faults", "counter", "Faults of the guest's driver.") { "\($0.faults)" }
-    put("vxd_device_stuck_seconds", "gauge", "Age of a stuck request; 0 when there is none.") { "\(Double($0.stuck?.age ?? 0) / 1000)" }
+    put("vxd_device_stuck_seconds", "gauge", "Age of a stuck request; 0 when there is none.") {
+      "\(Double($0.stuck?.age ?? 0) / 1000)"
+    }
     writeLatencies(&writer, devices)
   }
 
@@ -206,7 +236,8 @@ package enum Metrics {
       }
     }
     writer.put(
-      "vxd_device_latency_seconds", "histogram", "Time of a request by operation and stage: throttle, queue, engine, total.",
+      "vxd_device_latency_seconds", "histogram",
+      "Time of a request by operation and stage: throttle, queue, engine, total.",
       samples)
   }
 }

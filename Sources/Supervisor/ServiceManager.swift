@@ -22,6 +22,24 @@ package enum ServiceManager {
     return max(1, microseconds / 2000)
   }
 
+  /// A listening socket that the service manager passed (sd_listen_fds(3)), by the name that its unit gives it.
+  package static func socket(named name: String) -> Int32? {
+    var names: UnsafeMutablePointer<UnsafeMutablePointer<CChar>?>?
+    let count = sd_listen_fds_with_names(0, &names)
+    guard count > 0, let names else { return nil }
+    defer {
+      for index in 0..<Int(count) { free(names[index]) }
+      free(names)
+    }
+    for index in 0..<Int(count) {
+      guard let text = names[index], String(cString: text) == name else { continue }
+      let descriptor = 3 + Int32(index)  // SD_LISTEN_FDS_START
+      _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
+      return descriptor
+    }
+    return nil
+  }
+
   /// Whether standard error goes to the journal, so that log lines may go there with their fields.
   package static var logsToJournal: Bool { getenv("JOURNAL_STREAM") != nil }
 

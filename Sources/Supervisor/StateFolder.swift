@@ -1,5 +1,6 @@
 import Backends
 import ControlAPI
+import Devices
 package import EventLoop
 import Glibc
 import Xen
@@ -31,23 +32,12 @@ package struct StateFolder: Sendable {
     let text = JSONText.text([
       "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
     ])
-    let temporary = guestPath(domain) + ".new"
-    let raw = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o600)
-    guard raw >= 0 else { throw Errno.last }
-    let descriptor = OwnedDescriptor(adopting: raw)
-    var bytes = Array(text.utf8)
-    guard write(descriptor.raw, &bytes, bytes.count) == bytes.count, rename(temporary, guestPath(domain)) == 0 else {
-      throw Errno.last
-    }
+    try Self.write(text, to: guestPath(domain))
   }
 
   /// What was saved of a guest; nil when there is nothing that can be used.
   func guest(_ domain: DomainID) -> Guest? {
-    guard let file = fopen(guestPath(domain), "re") else { return nil }
-    defer { fclose(file) }
-    var bytes = [UInt8](repeating: 0, count: 4096)
-    let count = fread(&bytes, 1, bytes.count, file)
-    guard let value = try? JSONText.parse(Array(bytes[..<count])), value["version"]?.integerValue == 1,
+    guard let value = Self.read(guestPath(domain)),
       let server = value["server"]?.integerValue.flatMap(UInt16.init(exactly:))
     else { return nil }
     return Guest(server: server, uuid: value["uuid"]?.stringValue)
@@ -78,11 +68,65 @@ package struct StateFolder: Sendable {
 
   func forget(_ key: DeviceKey) { unlink(devicePath(key)) }
 
+  // MARK: Spares
+
+  /// What a spare disk was filled with.
+  struct Filling: Equatable {
+    var image: String
+    var limits: RateLimits
+  }
+
+  private func fillingPath(_ key: DeviceKey) -> String { "\(path)/\(key.domain)-\(key.device).filling" }
+
+  func save(_ filling: Filling, of key: DeviceKey) throws(Errno) {
+    try Self.write(
+      JSONText.text(["version": 1, "image": .string(filling.image), "limits": filling.limits.json]),
+      to: fillingPath(key))
+  }
+
+  func filling(_ key: DeviceKey) -> Filling? {
+    guard let value = Self.read(fillingPath(key)), let image = value["image"]?.stringValue else { return nil }
+    var limits = RateLimits()
+    try? limits.change(value["limits"] ?? .object([]), "limits")
+    return Filling(image: image, limits: limits)
+  }
+
+  func forgetFilling(_ key: DeviceKey) { unlink(fillingPath(key)) }
+
+  // MARK: Files
+
+  /// Replaces a file by another, whole.
+  private static func write(_ text: String, to path: String) throws(Errno) {
+    let temporary = path + ".new"
+    let raw = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o600)
+    guard raw >= 0 else { throw Errno.last }
+    let descriptor = OwnedDescriptor(adopting: raw)
+    var bytes = Array(text.utf8)
+    guard Glibc.write(descriptor.raw, &bytes, bytes.count) == bytes.count, rename(temporary, path) == 0 else {
+      throw Errno.last
+    }
+  }
+
+  /// A file's value, if it has version 1.
+  private static func read(_ path: String) -> JSONValue? {
+    guard let file = fopen(path, "re") else { return nil }
+    defer { fclose(file) }
+    var bytes = [UInt8](repeating: 0, count: 16384)
+    let count = fread(&bytes, 1, bytes.count, file)
+    guard let value = try? JSONText.parse(Array(bytes[..<count])), value["version"]?.integerValue == 1 else {
+      return nil
+    }
+    return value
+  }
+
   func forget(_ domain: DomainID) { unlink(guestPath(domain)) }
 
   /// Forgets everything of a domain: another guest has its number now.
   func forgetAll(_ domain: DomainID) {
-    for key in contents.devices where key.domain == domain { forget(key) }
+    for key in contents.devices where key.domain == domain {
+      forget(key)
+      forgetFilling(key)
+    }
     forget(domain)
   }
 }

@@ -22,6 +22,9 @@ package final class StatusBoard: Sendable {
     var restarts = 0
     var faults = 0
     var policy = RestartPolicy()
+    var isEmptySpare = false
+    /// The target that the toolstack named.
+    var entryPath: String?
   }
 
   struct Guest: Sendable {
@@ -33,6 +36,7 @@ package final class StatusBoard: Sendable {
     var vcpus: Int
     var server: IOReqServerReport?
     var pool: ForeignMappingPool?
+    var limits = RateLimits()
     var devices: [Device]
   }
 
@@ -46,6 +50,7 @@ package final class StatusBoard: Sendable {
     var watches = 0
     var hypervisor = ""
     var hasXenstore = false
+    var limits = RateLimits()
   }
 
   private let contents = Mutex(Contents())

@@ -70,7 +70,7 @@ extension Supervisor {
     }
   }
 
-  private func known(_ key: DeviceKey) -> (GuestSession, DeviceRecord)? {
+  func known(_ key: DeviceKey) -> (GuestSession, DeviceRecord)? {
     guard let session = sessions[key.domain], let record = session.devices[key] else { return nil }
     return (session, record)
   }
@@ -101,7 +101,7 @@ extension Supervisor {
     record.failedStarts = failedStarts
     session.devices[key] = record
     do throws(EntryFault) {
-      var entry = try DeviceEntry.parse(key, keys)
+      var entry = key.kind == .spare ? spareEntry(key) : try DeviceEntry.parse(key, keys)
       entry.settings.direct = settings.direct
       profiles.apply(
         to: &entry.settings, guest: session.name, uuid: session.uuid, device: entry.name, number: key.device)
@@ -112,7 +112,9 @@ extension Supervisor {
       if let restored = session.restored.removeValue(forKey: key) {
         take(restored, record, &entry)
       } else {
-        record.slot = try entry.slot(key, taken: session.takenSlots, count: settings.slots)
+        record.slot =
+          key.kind == .spare
+          ? try spareSlot(session) : try entry.slot(key, taken: session.takenSlots, count: settings.slots)
         // The guest's driver is at work, with a device that nobody remembers.
         record.mustBeReset = session.lost.removeValue(forKey: key)
         if record.mustBeReset == nil, settings.stateFolder != nil, keys["state"] == XenbusState.connected.rawValue {
@@ -171,11 +173,13 @@ extension Supervisor {
       record.state = backend.state
       if record.phase == .closing { return stopBackend(record, of: session) }
       if handledByAfterStop(record, of: session) { return }
+      guard judgeAttached(record, of: session, backend, nil) else { return publish(session) }
       attachIfReady(record, of: session)
     case .failure(let fault):
       record.joinThreads()
       if record.phase == .closing { return stopped(key, identity) }
       if handledByAfterStop(record, of: session) { return }
+      guard judgeAttached(record, of: session, nil, fault.message) else { return publish(session) }
       if record.isAttached {
         backendFailed(record, of: session, "params: \(fault.message)")
       } else {
@@ -255,6 +259,11 @@ extension Supervisor {
       write(key, "state", XenbusState.initWait.rawValue)
     }
     let store = "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")"
+    if record.isDetaching {
+      record.isDetaching = false
+      tell(.deviceDetached, session, record)
+      return publish(session)
+    }
     switch record.phase {
     case .faulted(let reason): tell(.deviceFaulted, session, record, reason: reason)
     case .connected where !wasRestarting: tell(.deviceAdopted, session, record, reason: store)
@@ -334,6 +343,7 @@ extension Supervisor {
     guard record.phase != .closing else { return }
     record.phase = .closing
     tell(.deviceClosing, session, record)
+    if record.key.kind != .spare { closeSparesIfAlone(session) }
     publish(session)
     let (key, identity) = (record.key, ObjectIdentifier(record))
     guard record.isAttached, let slot = record.slot else { return released(key, identity) }

@@ -24,7 +24,10 @@ extension Supervisor {
     let session = GuestSession(
       domain: domain, name: name, uuid: uuid, handle: handle, pool: pool, thread: thread, rate: RateNode(parent: rate))
     sessions[domain] = session
+    session.limits = profiles.options(guest: name, uuid: uuid).limits
+    session.rate.set(session.limits)
     startServer(session, adopting: restore(session))
+    openSpares(session)
     try? store?.watch("/local/domain/\(domain)/name", token: "\(Self.nameToken)\(domain)")
     countWatches()
     startWatchdog()
@@ -173,7 +176,7 @@ extension Supervisor {
 
   /// An entry may have come back while the old session ended.
   private func reconcileDomain(_ domain: DomainID) {
-    for kind in DeviceKey.Kind.allCases {
+    for kind in DeviceKey.Kind.watched {
       for device in store?.list("backend/\(kind.rawValue)/\(domain)") ?? [] {
         if let device = UInt32(device) { reconcile(DeviceKey(kind: kind, domain: domain, device: device)) }
       }
@@ -217,14 +220,16 @@ extension GuestSession {
       }
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: vcpus,
-      server: isServerClosed ? nil : report, pool: pool,
+      server: isServerClosed ? nil : report, pool: pool, limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { record in
         StatusBoard.Device(
           key: record.key, name: record.entry?.name ?? record.keys["dev"] ?? "\(record.key.device)", guestName: name,
           phase: record.phase, slot: record.slot, path: record.entry?.settings.path ?? record.keys["params"],
           readOnly: record.entry?.settings.readOnly ?? false, backend: record.backend, transport: record.transport,
           stuck: record.stuck, account: record.account, limits: record.limits, restarts: record.restarts.count,
-          faults: record.faults.count, policy: record.policy)
+          faults: record.faults.count, policy: record.policy,
+          isEmptySpare: record.key.kind == .spare && record.entry?.settings.path.isEmpty != false,
+          entryPath: record.keys["params"])
       })
   }
 }

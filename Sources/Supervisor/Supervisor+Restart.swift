@@ -1,4 +1,5 @@
 import Backends
+import ControlAPI
 import Devices
 import EventLoop
 import Glibc
@@ -31,7 +32,8 @@ extension Supervisor {
       if record.policy.mode == .always { backendFailed(record, of: session, reason) }
       return
     }
-    quarantine(record, of: session, "\(reason); that was fault \(settings.faultLimit + 1) within \(budget.windowSeconds) s")
+    quarantine(
+      record, of: session, "\(reason); that was fault \(settings.faultLimit + 1) within \(budget.windowSeconds) s")
   }
 
   private func quarantine(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
@@ -41,6 +43,61 @@ extension Supervisor {
     unplug(record, of: session, then: .rest)
     publish(session)
   }
+
+  /// An operator's word for a device, by its key.
+  func restart(_ key: DeviceKey) {
+    guard let (session, record) = known(key), record.phase != .closing else { return }
+    guard record.isAttached else {
+      // It was never served: as if its entry had come just now.
+      session.devices[key] = nil
+      return open(key, record.keys, of: session)
+    }
+    restart(record, of: session)
+  }
+
+  func pause(_ key: DeviceKey) {
+    guard let (session, record) = known(key), record.isAttached, record.phase != .closing else { return }
+    pause(record, of: session)
+  }
+
+  /// A spare gets another store: as a restart, without its trouble.
+  func exchange(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
+    guard record.phase != .closing else { return }
+    record.phase = .restarting(reason: reason)
+    publish(session)
+    unplug(record, of: session, then: .start(afterMilliseconds: 0))
+  }
+
+  // MARK: Limits
+
+  func set(limits: RateLimits) {
+    rate.set(limits)
+    board.update { $0.limits = limits }
+    for session in sessions.values { limitsChanged(session) }
+  }
+
+  func set(limits: RateLimits, of domain: DomainID) {
+    guard let session = sessions[domain] else { return }
+    session.limits = limits
+    session.rate.set(limits)
+    limitsChanged(session)
+    publish(session)
+  }
+
+  func set(limits: RateLimits, of key: DeviceKey) {
+    guard let (session, record) = known(key) else { return }
+    record.limits = limits
+    record.rate.set(limits)
+    record.backend?.limitsChanged()
+    tell(.deviceLimited, session, record, reason: JSONText.text(limits.json))
+    publish(session)
+  }
+
+  private func limitsChanged(_ session: GuestSession) {
+    for record in session.devices.values { record.backend?.limitsChanged() }
+  }
+
+  // MARK: Restarts
 
   /// An operator wants the device started again: its budget is whole, and what waits goes on.
   func restart(_ record: DeviceRecord, of session: GuestSession) {
@@ -64,7 +121,7 @@ extension Supervisor {
   // MARK: Steps
 
   /// Takes the backend away from its transport, stops it, joins its threads; then `then`, unless something else has begun meanwhile.
-  private func unplug(_ record: DeviceRecord, of session: GuestSession, then: DeviceRecord.AfterStop) {
+  func unplug(_ record: DeviceRecord, of session: GuestSession, then: DeviceRecord.AfterStop) {
     record.restartTicket += 1
     record.heldQueues = []
     record.afterStop = then

@@ -46,6 +46,8 @@ package actor Supervisor {
     self.hypervisor = hypervisor
     self.settings = settings
     profiles = settings.profiles
+    rate.set(settings.profiles.daemonLimits)
+    board.update { $0.limits = settings.profiles.daemonLimits }
     self.log = log
     self.board = board
     self.announce = announce
@@ -70,7 +72,7 @@ package actor Supervisor {
   private func connect() throws(XenError) {
     let store = try XenStore(socketPath: settings.xenstoreSocket)
     self.store = store
-    for kind in DeviceKey.Kind.allCases { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
+    for kind in DeviceKey.Kind.watched { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
     do throws(XenError) {
       try store.watch(Self.releaseWatch, token: Self.releaseWatch)
     } catch {
@@ -152,7 +154,19 @@ package actor Supervisor {
   /// Takes new options for the disks that are opened from now on.
   package func use(profiles: DiskProfiles) {
     self.profiles = profiles
-    log.info("profiles are loaded; running devices keep theirs")
+    set(limits: profiles.daemonLimits)
+    for session in sessions.values {
+      set(limits: profiles.options(guest: session.name, uuid: session.uuid).limits, of: session.domain)
+      for record in session.devices.values where record.key.kind != .spare {
+        guard let entry = record.entry else { continue }
+        var probe = BlockSettings(path: entry.settings.path, readOnly: false, discard: false, serial: "")
+        profiles.apply(
+          to: &probe, guest: session.name, uuid: session.uuid, device: entry.name, number: record.key.device)
+        record.policy = probe.restart
+        if probe.limits != record.limits { set(limits: probe.limits, of: record.key) }
+      }
+    }
+    log.info("profiles are loaded: limits and restart policies hold at once, running devices keep their other options")
   }
 
   // MARK: Xenstore events
@@ -176,7 +190,7 @@ package actor Supervisor {
     if checksDomains { keys.formUnion(keysOfDeadDomains()) }
     // Lower numbers first: disks get their slots in their order.
     for key in keys.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) { reconcile(key) }
-    guard !hasSwept, seenKinds.count == DeviceKey.Kind.allCases.count else { return }
+    guard !hasSwept, seenKinds.count == DeviceKey.Kind.watched.count else { return }
     hasSwept = true
     sweepSavedState()
   }
@@ -209,7 +223,7 @@ package actor Supervisor {
   private func keysOfDeadDomains() -> Set<DeviceKey> {
     var keys: Set<DeviceKey> = []
     for session in sessions.values where session.phase != .closing {
-      keys.formUnion(session.devices.keys)
+      keys.formUnion(session.devices.keys.filter { $0.kind != .spare })
     }
     return keys
   }

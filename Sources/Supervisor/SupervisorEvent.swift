@@ -23,6 +23,9 @@ package struct SupervisorEvent: Sendable {
     case devicePaused = "device.paused"
     case deviceAdopted = "device.adopted"
     case deviceLimited = "device.limited"
+    case deviceAttached = "device.attached"
+    case deviceNotAttached = "device.notAttached"
+    case deviceDetached = "device.detached"
     case guestRenamed = "guest.renamed"
     case deviceStuck = "device.stuck"
     case deviceUnstuck = "device.unstuck"
@@ -38,7 +41,7 @@ package struct SupervisorEvent: Sendable {
     package var isTrouble: Bool {
       switch self {
       case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStoreLost, .deviceStuck, .deviceNotResized,
-        .deviceRestarting, .deviceQuarantined:
+        .deviceRestarting, .deviceQuarantined, .deviceNotAttached:
         true
       default: false
       }

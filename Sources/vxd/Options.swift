@@ -1,3 +1,4 @@
+import ControlAPI
 import EventLoop
 import Glibc
 import Supervisor
@@ -11,7 +12,12 @@ struct Options {
   /// Socket of a simulated Xen in another process.
   var simulatedXen: String?
   /// Where what must survive the daemon is kept; empty for nowhere.
-  var state = "/run/vxd/state"
+  var state = ""
+  /// Where metrics are read; empty for nowhere.
+  var metricsSocket = ""
+  /// The same on the loopback.
+  var metricsPort: UInt16?
+  var access = ControlAccess()
   /// Where the profiles are; a default that is not there is an empty one.
   var profiles = "/etc/vxd/profiles.json"
   var profilesAreWanted = false
@@ -27,7 +33,13 @@ struct Options {
       --mapping-budget MIB     guest memory kept mapped per guest at most (default 1024)
       --profiles PATH          options of disks that libxl cannot carry (default /etc/vxd/profiles.json)
       --state PATH             where the state of running devices is kept, which a restarted vxd goes on from
-                               (default /run/vxd/state; '' keeps none, and devices end with the daemon)
+                               (default: 'state' beside the control socket; '' keeps none, and devices end
+                               with the daemon)
+      --metrics-socket PATH    OpenMetrics by HTTP (default: 'metrics.sock' beside the control socket; '' for none)
+      --metrics-port N         the same on 127.0.0.1
+      --operate-group GROUP    members may change devices (vxctl attach, limit, restart, ...)
+      --admin-group GROUP      members may change the daemon too; root always may, and whoever can connect may look
+      --describe-api           print the control socket's methods as OpenRPC, and end
       --buffered               do not try O_DIRECT
       --simulate               run on a simulated Xen with a guest that does I/O, without any Xen at all
       --verbose                log more
@@ -50,7 +62,15 @@ struct Options {
       }
       return number
     }
+    func group(_ name: String) throws(OptionFault) -> UInt32 {
+      let text = try value(name)
+      do throws(Errno) { return try ControlAccess.group(text) } catch {
+        throw OptionFault("\(name): there is no group '\(text)'")
+      }
+    }
+    var isGiven: Set<String> = []
     while let argument = rest.popFirst() {
+      isGiven.insert(argument)
       switch argument {
       case "--socket": options.socket = try value(argument)
       case "--slots": options.settings.slots = Int(try number(argument, 1...32))
@@ -64,6 +84,14 @@ struct Options {
       case "--simulated-xen": options.simulatedXen = try value(argument)
       case "--simulated-xenstore": options.settings.xenstoreSocket = try value(argument)
       case "--state": options.state = try value(argument)
+      case "--metrics-socket": options.metricsSocket = try value(argument)
+      case "--metrics-port": options.metricsPort = UInt16(try number(argument, 1...65535))
+      case "--operate-group": options.access.operators.insert(try group(argument))
+      case "--admin-group": options.access.admins.insert(try group(argument))
+      case "--describe-api":
+        let methods = SupervisorControl.methods(board: StatusBoard(), isSimulated: false)
+        print(JSONText.text(methods.discovery, pretty: true))
+        return nil
       case "--buffered": options.settings.direct = false
       case "--simulate": options.simulate = true
       case "--verbose": options.verbose = true
@@ -76,6 +104,10 @@ struct Options {
       default: throw OptionFault("there is no option '\(argument)' (vxd --help)")
       }
     }
+    // Beside the control socket, unless said otherwise.
+    let folder = options.socket.lastIndex(of: "/").map { options.socket[..<$0] + "/" } ?? ""
+    if !isGiven.contains("--state") { options.state = folder + "state" }
+    if !isGiven.contains("--metrics-socket") { options.metricsSocket = folder + "metrics.sock" }
     do throws(ProfileFault) {
       options.settings.profiles = try DiskProfiles(path: options.profiles, isOptional: !options.profilesAreWanted)
     } catch {

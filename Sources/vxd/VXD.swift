@@ -30,25 +30,28 @@ enum VXD {
   private static func run(_ options: Options) throws {
     signal(SIGPIPE, SIG_IGN)
     let signals = try SignalDescriptor([SIGTERM, SIGINT, SIGHUP])
-    let level: Logger.Level = options.verbose ? .debug : .info
+    LogLevel.current = options.verbose ? .debug : .info
     let toJournal = ServiceManager.logsToJournal
     LoggingSystem.bootstrap { _ in
-      let handler: any LogHandler = toJournal ? JournalLogHandler(level: level) : PlainLogHandler(level: level)
+      let handler: any LogHandler = toJournal ? JournalLogHandler() : PlainLogHandler()
       return handler
     }
     let log = Logger(label: "vxd")
 
     let loop = try EventLoop(name: "vxd")
     let board = StatusBoard()
-    let actions = SupervisorControl.Actions(profilePath: options.profiles)
+    let actions = SupervisorControl.Actions(profilePath: options.profiles, profiles: options.settings.profiles)
     let methods = SupervisorControl.methods(board: board, isSimulated: options.simulate, actions: actions)
     let control: ControlServer
     do throws(Errno) {
       try makeFolder(of: options.socket)
-      control = try ControlServer(path: options.socket, methods: methods)
+      control = try ControlServer(
+        path: options.socket, inherited: ServiceManager.socket(named: "control"), access: options.access,
+        methods: methods)
     } catch {
       throw OptionFault("--socket \(options.socket): \(error)")
     }
+    let metrics = try startMetrics(options, board)
     var settings = options.settings
     var simulation: Simulation?
     if options.simulate {
@@ -89,6 +92,7 @@ enum VXD {
       log.info("listening on \(options.socket)")
     }
     let ending = Ending(loop: loop, supervisor: supervisor, log: log, simulation: simulation)
+    actions.onShutdown { handsOver in loop.enqueue { ending.begin(handsOver: handsOver) } }
     let token = try loop.onReadable(signals.raw) {
       for signal in signals.take() {
         guard signal == SIGHUP else { return ending.begin() }
@@ -100,8 +104,22 @@ enum VXD {
     loop.run()
     loop.remove(token)
     simulation?.stop()
+    metrics?.stop()
     control.stop()
     log.info("ended")
+  }
+
+  private static func startMetrics(_ options: Options, _ board: StatusBoard) throws(OptionFault) -> MetricsServer? {
+    guard !options.metricsSocket.isEmpty else { return nil }
+    let started = EventLoop.now()
+    do throws(Errno) {
+      try makeFolder(of: options.metricsSocket)
+      return try MetricsServer(
+        path: options.metricsSocket, port: options.metricsPort, contentType: Metrics.contentType,
+        text: { Metrics.text(board, started: started, now: EventLoop.now()) })
+    } catch {
+      throw OptionFault("--metrics-socket \(options.metricsSocket), --metrics-port: \(error)")
+    }
   }
 
   /// The loop itself feeds the watchdog: when the supervisor hangs, systemd learns of it.
@@ -126,6 +144,7 @@ private final class Ending: @unchecked Sendable {
   private let log: Logger
   private let simulation: Simulation?
   private var hasBegun = false
+  private var handsOver = true
   /// Ends the simulated guest while the supervisor goes on serving it.
   private var helper: LoopThread?
 
@@ -136,9 +155,10 @@ private final class Ending: @unchecked Sendable {
     self.simulation = simulation
   }
 
-  func begin() {
+  func begin(handsOver: Bool = true) {
     guard !hasBegun else { return }
     hasBegun = true
+    self.handsOver = handsOver
     log.info("ending the devices")
     ServiceManager.stopping()
     let (loop, log) = (loop, log)
@@ -158,7 +178,7 @@ private final class Ending: @unchecked Sendable {
   }
 
   private func stopSupervisor() {
-    let loop = loop
-    supervisor.assumeIsolated { $0.stop { loop.stop() } }
+    let (loop, handsOver) = (loop, handsOver)
+    supervisor.assumeIsolated { $0.stop(handsOver: handsOver) { loop.stop() } }
   }
 }

@@ -13,7 +13,7 @@ import Testing
       ) { parameters throws(ControlFault) in parameters["text"] ?? .null }
     ], version: "1")
 
-  private func answer(_ text: String) -> JSONValue? { methods.answer(Array(text.utf8), subscribe: { _ in }) }
+  private func answer(_ text: String) -> JSONValue? { methods.answer(Array(text.utf8), subscribe: { _ in .null }) }
 
   private func error(_ text: String) -> (code: Int64?, field: String?) {
     let fault = answer(text)?["error"]

@@ -36,7 +36,7 @@ enum ControlTarget {
 
   static let run: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = { bytes in
     let message = Array(bytes)
-    if let answer = methods.answer(message, subscribe: { _ in }) {
+    if let answer = methods.answer(message, subscribe: { _ in .null }) {
       // What is sent must be JSON again.
       precondition((try? JSONText.parse(Array(JSONText.text(answer).utf8))) != nil, "the answer is no JSON")
     }

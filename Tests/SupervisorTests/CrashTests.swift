@@ -56,7 +56,9 @@ import Xen
 
     /// Whether a vxd answers that serves so many devices.
     func isServing(_ devices: Int64) -> Bool {
-      guard let client = try? ControlClient(path: socket), let list = try? client.call("device.list") else { return false }
+      guard let client = try? ControlClient(path: socket), let list = try? client.call("device.list") else {
+        return false
+      }
       return list.arrayValue?.filter { $0["state"] == "connected" }.count ?? 0 == devices
     }
   }
@@ -109,7 +111,8 @@ import Xen
       name: "packed", features: [.ringPacked, .indirectDescriptors, .eventIndex, .blockFlush],
       profile: #", "packed": true"#, kills: 40),
     Form(
-      name: "packed, direct descriptors", features: [.ringPacked, .blockFlush], profile: #", "packed": true"#, kills: 30),
+      name: "packed, direct descriptors", features: [.ringPacked, .blockFlush], profile: #", "packed": true"#, kills: 30
+    ),
     Form(
       name: "in order", features: [.inOrder, .indirectDescriptors, .eventIndex, .blockFlush],
       profile: #", "inOrder": true"#, kills: 30),
@@ -142,7 +145,9 @@ import Xen
       stage.daemon.kill()
       try stage.daemon.start()
     }
-    #expect(load.failure.withLock { $0 != nil } || eventually(seconds: 20) { stage.isServing(1) }, "\(stage.daemon.log.suffix(3000))")
+    #expect(
+      load.failure.withLock { $0 != nil } || eventually(seconds: 20) { stage.isServing(1) },
+      "\(stage.daemon.log.suffix(3000))")
     load.isOver.store(true, ordering: .relaxed)
     load.ended.wait()
     thread.stopAndJoin()

@@ -41,7 +41,7 @@ import Testing
   static let mistakes = [
     (#"[]"#, "file: an object is wanted"),
     (#"{"version": 2}"#, "version: it must be 1"),
-    (#"{"version": 1, "disk": []}"#, "disk: there is no such key; 'version' and 'disks' are"),
+    (#"{"version": 1, "disk": []}"#, "disk: there is no such key; 'version', 'disks', 'guests' and 'daemon' are"),
     (#"{"version": 1, "disks": {}}"#, "disks: an array is wanted"),
     (#"{"version": 1, "disks": [1]}"#, "disks[0]: an object is wanted"),
     (#"{"version": 1, "disks": [{"queues": 0}]}"#, "disks[0].queues: a whole number from 1 to 64 is wanted"),

@@ -82,7 +82,7 @@ final class World {
 
   func call(_ method: String, _ parameters: JSONValue = .object([])) -> JSONValue {
     let request: JSONValue = ["jsonrpc": "2.0", "id": 1, "method": .string(method), "params": parameters]
-    let reply = methods.answer(Array(JSONText.text(request).utf8), subscribe: { _ in })
+    let reply = methods.answer(Array(JSONText.text(request).utf8), subscribe: { _ in .null })
     return reply?["result"] ?? reply?["error"] ?? .null
   }
 

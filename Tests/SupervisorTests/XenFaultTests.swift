@@ -138,7 +138,7 @@ import Xen
     defer { world.end() }
     _ = domain
     let answer = world.call("device.resume", ["guest": "web1", "device": "xvde"])
-    #expect(answer["message"]?.stringValue == "'web1/xvde' is not held, it is ready")
+    #expect(answer["message"]?.stringValue == "'web1/xvde' is ready")
   }
 
   @Test func resizeByTheControlSocketReachesTheGuest() throws {

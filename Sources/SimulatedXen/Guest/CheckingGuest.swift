@@ -39,7 +39,8 @@ package final class CheckingGuest {
   ///   - blocks: blocks of 4 KiB that are used, all zero at first.
   ///   - area: guest memory, 8 KiB for each request.
   package init(
-    domain: SimulatedDomain, driver: SimulatedDriver, queue: Int = 0, depth: Int, blocks: Int, area: UInt64, seed: UInt64
+    domain: SimulatedDomain, driver: SimulatedDriver, queue: Int = 0, depth: Int, blocks: Int, area: UInt64,
+    seed: UInt64
   ) {
     self.domain = domain
     self.driver = driver

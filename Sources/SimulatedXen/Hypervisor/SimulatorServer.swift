@@ -45,7 +45,9 @@ package final class SimulatorServer: @unchecked Sendable {
     guard raw >= 0 else { return }
     let connection = Connection(raw)
     connections[raw] = connection
-    if let token = try? thread.loop.onReadable(raw, { [unowned self] in serve(raw) }) { connection.tokens.append(token) }
+    if let token = try? thread.loop.onReadable(raw, { [unowned self] in serve(raw) }) {
+      connection.tokens.append(token)
+    }
   }
 
   private func serve(_ raw: Int32) {
@@ -93,7 +95,9 @@ package final class SimulatorServer: @unchecked Sendable {
       if let token { connection.tokens.append(token) }
       return reply(connection, UInt64(domain.memory.pageCount), Array(domain.memory.path.utf8))
     }
-    guard let handle = connection.handle, let domain = connection.domain else { return reply(connection, errno: EINVAL) }
+    guard let handle = connection.handle, let domain = connection.domain else {
+      return reply(connection, errno: EINVAL)
+    }
     let server = UInt16(truncatingIfNeeded: packet.server)
     let port = UInt32(truncatingIfNeeded: packet.first)
     switch kind {

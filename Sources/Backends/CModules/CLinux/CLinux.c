@@ -94,3 +94,9 @@ int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_N
 int clinux_socket_cloexec(void) { return SOCK_CLOEXEC; }
 
 int32_t clinux_thread_id(void) { return gettid(); }
+
+int clinux_peer_groups(int fd, uint32_t *groups, uint32_t capacity) {
+  socklen_t length = capacity * sizeof *groups;
+  if (getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, groups, &length) != 0) return -errno;
+  return (int)(length / sizeof *groups);
+}

@@ -49,3 +49,5 @@ static inline int clinux_is_regular(mode_t mode) { return S_ISREG(mode); }
 static inline int clinux_is_directory(mode_t mode) { return S_ISDIR(mode); }
 /// The kernel's number of the calling thread.
 int32_t clinux_thread_id(void);
+/// Supplementary groups of a Unix socket's peer (SO_PEERGROUPS): how many were stored, or a negated errno.
+int clinux_peer_groups(int fd, uint32_t *groups, uint32_t capacity);

@@ -1,0 +1,173 @@
+import CLinux
+import EventLoop
+import Glibc
+
+/// One client. Confined to the server's thread.
+final class ControlConnection {
+  private let descriptor: OwnedDescriptor
+  private let methods: ControlMethods
+  private let role: ControlRole
+  private let history: EventHistory
+  private var reader = FrameReader()
+  private var outgoing: [UInt8] = []
+  private var sent = 0
+  var token: EventLoop.Token?
+  private(set) var isSubscribed = false
+  /// The first event that a slow subscriber missed; 0 when it missed none.
+  private var missedFrom: Int64 = 0
+  /// The last event that it was sent, or missed.
+  private var lastEvent: Int64 = 0
+  /// The client is gone, or is to be dropped.
+  var isOver = false
+  /// Bytes that may wait for a client; one that lets more pile up is dropped.
+  private static let outgoingLimit = 8 << 20
+  /// Above this no further request is read until some of it is taken.
+  private static let outgoingPause = 1 << 20
+  /// Above this a subscriber's events are left out, and it is told so.
+  private static let eventPause = 1 << 18
+
+  init(
+    _ descriptor: consuming OwnedDescriptor, methods: ControlMethods, role: ControlRole, history: EventHistory
+  ) {
+    self.descriptor = descriptor
+    self.methods = methods
+    self.role = role
+    self.history = history
+  }
+
+  var raw: Int32 { descriptor.raw }
+
+  private var waiting: Int { outgoing.count - sent }
+
+  var interest: UInt32 {
+    (waiting > 0 ? EPOLLOUT.rawValue : 0) | (waiting < Self.outgoingPause ? EPOLLIN.rawValue : 0)
+  }
+
+  func receive() {
+    var buffer = [UInt8](repeating: 0, count: 65536)
+    let count = read(raw, &buffer, buffer.count)
+    if count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR) { isOver = true }
+    guard count > 0 else { return }
+    for item in reader.append(buffer[..<count]) {
+      switch item {
+      case .message(let message): answer(message)
+      case .tooLong:
+        send(
+          ControlMethods.reply(
+            error: .invalidRequest(
+              "the message is longer than \(FrameReader.limit) bytes", field: "message",
+              remedy: "send messages of at most 1 MiB"), id: .null))
+      }
+    }
+  }
+
+  private func answer(_ message: [UInt8]) {
+    var replayAfter: Int64?
+    let answer = methods.answer(message, role: role) { parameters in
+      isSubscribed = true
+      lastEvent = history.last
+      replayAfter = parameters["after"]?.integerValue
+      return ["subscribed": true, "epoch": .string(history.epoch), "sequence": .integer(history.last)]
+    }
+    if let answer { send(answer) }
+    if let replayAfter { replay(after: replayAfter) }
+  }
+
+  private func replay(after: Int64) {
+    if after + 1 < history.first, history.last > after {
+      sendDropped(from: max(after + 1, 1), to: history.first - 1)
+    }
+    for (sequence, event) in history.events(after: after) { send(event: event, sequence) }
+  }
+
+  /// Passes an event on; one that a slow client has no room for is left out.
+  func send(event: JSONValue, _ sequence: Int64) {
+    lastEvent = sequence
+    guard missedFrom == 0, waiting < Self.eventPause else {
+      if missedFrom == 0 { missedFrom = sequence }
+      return
+    }
+    send(["jsonrpc": "2.0", "method": "event", "params": event])
+  }
+
+  private func sendDropped(from: Int64, to: Int64) {
+    send([
+      "jsonrpc": "2.0", "method": "event.dropped", "params": ["from": .integer(from), "to": .integer(to)],
+    ])
+  }
+
+  private func send(_ message: JSONValue) {
+    outgoing.append(contentsOf: JSONText.text(message).utf8)
+    outgoing.append(0x0a)
+    if waiting > Self.outgoingLimit { isOver = true }
+  }
+
+  func flush() {
+    push()
+    guard waiting == 0, missedFrom != 0, !isOver else { return }
+    sendDropped(from: missedFrom, to: lastEvent)
+    missedFrom = 0
+    push()
+  }
+
+  private func push() {
+    while waiting > 0 && !isOver {
+      let count = outgoing.withUnsafeBytes { bytes in
+        Glibc.send(raw, bytes.baseAddress.map { $0 + sent }, waiting, Int32(MSG_NOSIGNAL))
+      }
+      if count < 0 {
+        if errno == EINTR { continue }
+        if errno != EAGAIN { isOver = true }
+        break
+      }
+      sent += count
+    }
+    if waiting == 0 {
+      outgoing.removeAll(keepingCapacity: outgoing.count < 65536)
+      sent = 0
+    }
+  }
+}
+
+/// The last events, for clients that come back. Confined to the server's thread.
+final class EventHistory {
+  private static let limit = 4096
+  /// Tells the numbers of this daemon from those of an earlier one.
+  let epoch: String
+  private var events: [JSONValue] = []
+  /// The number of the oldest event that is kept; of the next one when none is.
+  private(set) var first: Int64 = 1
+
+  init() {
+    var time = timespec()
+    clock_gettime(CLOCK_REALTIME, &time)
+    epoch = String(UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec), radix: 36)
+  }
+
+  /// The number of the newest event; 0 when there was none.
+  var last: Int64 { first + Int64(events.count) - 1 }
+
+  /// Numbers an event and keeps it.
+  func add(_ event: JSONValue) -> (JSONValue, Int64) {
+    let sequence = last + 1
+    var time = timespec()
+    clock_gettime(CLOCK_REALTIME, &time)
+    var members = event.objectValue ?? []
+    members.append(.init(name: "sequence", value: .integer(sequence)))
+    members.append(
+      .init(name: "milliseconds", value: .integer(Int64(time.tv_sec) * 1000 + Int64(time.tv_nsec) / 1_000_000)))
+    let numbered = JSONValue.object(members)
+    events.append(numbered)
+    if events.count > Self.limit {
+      events.removeFirst(Self.limit / 4)
+      first += Int64(Self.limit / 4)
+    }
+    return (numbered, sequence)
+  }
+
+  func events(after: Int64) -> [(Int64, JSONValue)] {
+    guard after < last else { return [] }
+    let start = max(after + 1, first)
+    return (start...last).map { ($0, events[Int($0 - first)]) }
+  }
+}

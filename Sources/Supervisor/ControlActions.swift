@@ -1,0 +1,117 @@
+import Backends
+package import ControlAPI
+import Devices
+import Glibc
+import Synchronization
+import Xen
+
+extension SupervisorControl {
+  /// What operators can have done; the supervisor exists later than its control socket.
+  package final class Actions: Sendable {
+    private let supervisor = Mutex<Supervisor?>(nil)
+    private let profilePath: String?
+    private let profiles: Mutex<DiskProfiles>
+    private let shutdown = Mutex<(@Sendable (_ handsOver: Bool) -> Void)?>(nil)
+
+    /// - Parameter profilePath: the file that `config.reload` reads; nil when profiles are off.
+    package init(profilePath: String? = nil, profiles: DiskProfiles = DiskProfiles()) {
+      self.profilePath = profilePath
+      self.profiles = Mutex(profiles)
+    }
+
+    package func connect(_ supervisor: Supervisor) { self.supervisor.withLock { $0 = supervisor } }
+
+    /// What `system.shutdown` does.
+    package func onShutdown(_ body: @escaping @Sendable (_ handsOver: Bool) -> Void) {
+      shutdown.withLock { $0 = body }
+    }
+
+    func endDaemon(handsOver: Bool) { shutdown.withLock { $0 }?(handsOver) }
+
+    /// Runs on the supervisor's loop with the device, if it is there by then.
+    func change(
+      _ device: StatusBoard.Device, _ body: @escaping @Sendable (isolated Supervisor, DeviceKey) -> Void
+    ) -> JSONValue {
+      let key = device.key
+      supervisor.withLock { $0 }?.onLoop { body($0, key) }
+      return ["accepted": true]
+    }
+
+    func onLoop(_ body: @escaping @Sendable (isolated Supervisor) -> Void) {
+      supervisor.withLock { $0 }?.onLoop(body)
+    }
+
+    func resize(_ key: DeviceKey, _ backend: BlockBackend, to bytes: UInt64?) {
+      supervisor.withLock { $0 }?.resize(key, backend, to: bytes)
+    }
+
+    // MARK: Profiles
+
+    private static func fault(_ fault: ProfileFault, _ remedy: String) -> ControlFault {
+      ControlFault(
+        code: -32003, message: fault.message, data: ["field": .string(fault.field), "remedy": .string(remedy)])
+    }
+
+    static func profiles(_ value: JSONValue) throws(ControlFault) -> DiskProfiles {
+      do throws(ProfileFault) {
+        return try DiskProfiles(value)
+      } catch {
+        throw fault(error, "correct it; nothing is changed")
+      }
+    }
+
+    /// Reads the profiles again; a bad file changes nothing.
+    package func reload() throws(ControlFault) { try read().map(use) }
+
+    func read() throws(ControlFault) -> DiskProfiles? {
+      guard let profilePath else { return nil }
+      do throws(ProfileFault) {
+        return try DiskProfiles(path: profilePath, isOptional: true)
+      } catch {
+        throw Self.fault(error, "correct \(profilePath); the old profiles stay in force")
+      }
+    }
+
+    func use(_ new: DiskProfiles) {
+      profiles.withLock { $0 = new }
+      supervisor.withLock { $0 }?.onLoop { $0.use(profiles: new) }
+    }
+
+    func difference(_ new: DiskProfiles, _ contents: StatusBoard.Contents) -> JSONValue {
+      let old = profiles.withLock { $0 }
+      var devices: [JSONValue] = []
+      for guest in SupervisorControl.sorted(contents) {
+        for device in guest.devices where device.key.kind == .disk {
+          func texts(_ profiles: DiskProfiles) -> [(String, String)] {
+            var settings = BlockSettings(path: device.entryPath ?? "", readOnly: false, discard: false, serial: "")
+            profiles.apply(
+              to: &settings, guest: guest.name, uuid: guest.uuid, device: device.name, number: device.key.device)
+            return settings.optionTexts
+          }
+          let changes = zip(texts(old), texts(new)).filter { $0.0.1 != $0.1.1 }
+          guard !changes.isEmpty else { continue }
+          devices.append([
+            "guest": .string(guest.name), "device": .string(device.name),
+            "changes": .array(changes.map { .string("\($0.0.0): \($0.0.1) -> \($0.1.1)") }),
+          ])
+        }
+      }
+      return .array(devices)
+    }
+  }
+}
+
+extension BlockSettings {
+  /// Its options as profiles name them, with their values as text.
+  var optionTexts: [(String, String)] {
+    [
+      ("nbd or target", path), ("queues", "\(queues)"), ("threads", "\(threads)"), ("queueSize", "\(queueSize)"),
+      ("packed", "\(packed)"), ("inOrder", "\(inOrder)"), ("direct", "\(direct)"), ("cache", cache.rawValue),
+      ("onError", "\(errors.onError)"), ("onNoSpace", "\(errors.onNoSpace)"),
+      ("reconnectSeconds", "\(reconnectMilliseconds / 1000)"), ("stuckSeconds", "\(stuckMilliseconds / 1000)"),
+      ("bounceMiB", "\(bounceBytes >> 20)"), ("limits", JSONText.text(limits.json)),
+      ("restart", restart.mode.rawValue), ("restartLimit", "\(restart.limit)"),
+      ("restartWindowSeconds", "\(restart.windowSeconds)"),
+    ]
+  }
+}

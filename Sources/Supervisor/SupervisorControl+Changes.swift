@@ -1,0 +1,269 @@
+import Backends
+import ControlAPI
+import Devices
+import EventLoop
+import Logging
+import Xen
+
+/// The methods that change something.
+extension SupervisorControl {
+  private static func wrongState(_ device: StatusBoard.Device, _ wanted: String) -> ControlFault {
+    ControlFault(
+      code: -32002,
+      message: "'\(device.guestName)/\(device.name)' is \(device.phase.name)",
+      data: ["field": "params.device", "remedy": .string("the state must be \(wanted)")])
+  }
+
+  private static func limits(_ old: RateLimits, _ parameters: JSONValue) throws(ControlFault) -> RateLimits {
+    var limits = old
+    do throws(ProfileFault) {
+      try limits.change(parameters["limits"] ?? .null, "limits")
+    } catch {
+      throw ControlFault(
+        code: -32602, message: error.message,
+        data: ["field": .string("params.\(error.field)"), "remedy": "0 takes a limit away; others stay as they are"])
+    }
+    return limits
+  }
+
+  private static let limitsParameter = ControlParameter(
+    "limits", "object", required: true,
+    "What to change of \(RateLimits.memberNames); rates by the second, 0 for no limit.")
+
+  static func deviceChanges(_ board: StatusBoard, _ actions: Actions) -> [ControlMethod] {
+    let one = [guestParameter, deviceParameter]
+    return [
+      ControlMethod(
+        change: "device.resume", "Goes on after a hold (what failed is tried again) or a pause.", parameters: one
+      ) { parameters throws(ControlFault) in
+        let device = try find(parameters, board.current)
+        switch device.phase {
+        case .held:
+          guard let backend = device.backend else { throw wrongState(device, "held or paused") }
+          return ControlChange("the failed requests of \(device.name) are tried again") {
+            backend.resume()
+            return ["accepted": true]
+          }
+        case .paused:
+          return ControlChange("\(device.name) goes on") {
+            actions.change(device) { supervisor, key in supervisor.restart(key) }
+          }
+        default: throw wrongState(device, "held or paused")
+        }
+      },
+      ControlMethod(
+        change: "device.pause", "Stops a device's backend; the guest's requests wait until it is resumed.",
+        parameters: one
+      ) { parameters throws(ControlFault) in
+        let device = try find(parameters, board.current)
+        guard device.transport != nil, ["ready", "connected", "held", "faulted"].contains(device.phase.name) else {
+          throw wrongState(device, "ready, connected, held or faulted")
+        }
+        return ControlChange("requests of \(device.name) wait until 'device.resume'") {
+          actions.change(device) { supervisor, key in supervisor.pause(key) }
+        }
+      },
+      ControlMethod(
+        change: "device.restart",
+        "Makes a device's backend anew, with its restart budget whole: also the way out of quarantine. Requests wait meanwhile.",
+        parameters: one
+      ) { parameters throws(ControlFault) in
+        let device = try find(parameters, board.current)
+        guard !["closing", "opening"].contains(device.phase.name) else { throw wrongState(device, "another one") }
+        return ControlChange("the backend of \(device.name) is stopped and started again") {
+          actions.change(device) { supervisor, key in supervisor.restart(key) }
+        }
+      },
+      ControlMethod(
+        change: "device.resize",
+        "Makes a disk follow its image's size, or grows a regular file first; event device.resized or device.notResized tells the outcome.",
+        parameters: one + [
+          ControlParameter("bytes", "integer", required: false, "Size that a regular file is to grow to.")
+        ]
+      ) { parameters throws(ControlFault) in
+        let device = try find(parameters, board.current)
+        guard let backend = device.backend else {
+          throw .notFound(
+            "'\(device.guestName)/\(device.name)' is \(device.phase.name): it has no open image", field: "device")
+        }
+        var bytes: UInt64?
+        if let wanted = parameters["bytes"]?.integerValue {
+          guard wanted >= 512, wanted % 512 == 0 else {
+            throw .invalidParameters("'bytes' must be a positive multiple of 512, not \(wanted)", field: "bytes")
+          }
+          bytes = UInt64(wanted)
+        }
+        let size = bytes
+        return ControlChange("\(device.name) follows its image\(size.map { ", grown to \($0) bytes" } ?? "")") {
+          actions.resize(device.key, backend, to: size)
+          return ["accepted": true]
+        }
+      },
+      ControlMethod(
+        change: "device.limit", "Changes a device's limits at once; profiles are what lasts.",
+        parameters: one + [limitsParameter]
+      ) { parameters throws(ControlFault) in
+        let device = try find(parameters, board.current)
+        let limits = try limits(device.limits, parameters)
+        return ControlChange("limits of \(device.name) become \(JSONText.text(limits.json))") {
+          _ = actions.change(device) { supervisor, key in supervisor.set(limits: limits, of: key) }
+          return ["accepted": true, "limits": limits.json]
+        }
+      },
+      ControlMethod(
+        change: "guest.limit", "Changes the limits of all devices of a guest together.",
+        parameters: [guestParameter, limitsParameter]
+      ) { parameters throws(ControlFault) in
+        let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
+        let limits = try limits(guest.limits, parameters)
+        let domain = guest.domain
+        return ControlChange("limits of guest \(guest.name) become \(JSONText.text(limits.json))") {
+          actions.onLoop { $0.set(limits: limits, of: domain) }
+          return ["accepted": true, "limits": limits.json]
+        }
+      },
+      attach(board, actions), detach(board, actions),
+    ]
+  }
+
+  // MARK: Hot-plug
+
+  private static func attach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
+    ControlMethod(
+      change: "device.attach",
+      "Gives a guest a disk while it runs: fills a spare disk of its profile ('spareDisks'), whose size the guest's driver sees change. "
+        + "Event device.attached or device.notAttached tells the outcome.",
+      parameters: [
+        guestParameter,
+        ControlParameter(
+          "image", "string", required: true, "Absolute path of a raw image or block device, or an NBD address."),
+        ControlParameter("device", "string", required: false, "Which spare; the first empty one otherwise."),
+        ControlParameter("limits", "object", required: false, limitsParameter.summary),
+      ]
+    ) { parameters throws(ControlFault) in
+      let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
+      let image = parameters["image"]?.stringValue ?? ""
+      if let fault = DeviceEntry.fault(ofImage: image) { throw .invalidParameters("'image': \(fault)", field: "image") }
+      let wanted = parameters["device"]?.stringValue
+      let spares = guest.devices.filter { $0.key.kind == .spare && (wanted == nil || $0.name == wanted) }
+      guard !spares.isEmpty else {
+        throw ControlFault(
+          code: -32006,
+          message: wanted.map { "guest '\(guest.name)' has no spare disk '\($0)'" }
+            ?? "guest '\(guest.name)' has no spare disks",
+          data: [
+            "field": "params.device",
+            "remedy":
+              "virtio-mmio slots are fixed when the guest is created: give the guest \"spareDisks\" in the profiles, and create it again",
+          ])
+      }
+      guard let spare = spares.first(where: { $0.isEmptySpare }) else {
+        throw ControlFault(
+          code: -32006, message: "every spare disk of guest '\(guest.name)' is in use",
+          data: [
+            "field": "params.device",
+            "remedy": "detach one first, or give the guest more spareDisks and create it again",
+          ])
+      }
+      var limits: RateLimits?
+      if parameters["limits"] != nil { limits = try Self.limits(RateLimits(), parameters) }
+      let chosen = limits
+      return ControlChange("\(guest.name)/\(spare.name) becomes \(image), by a change of its size") {
+        _ = actions.change(spare) { supervisor, key in supervisor.attach(key, image: image, limits: chosen) }
+        return ["accepted": true, "device": .string(spare.name), "way": "spare slot, config-change"]
+      }
+    }
+  }
+
+  private static func detach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
+    ControlMethod(
+      change: "device.detach",
+      "Takes a disk that was attached at run time away: its size becomes 0. Waits for the requests under way, up to a deadline; what is left "
+        + "then fails. Event device.detached tells the end.",
+      parameters: [
+        guestParameter, deviceParameter,
+        ControlParameter("seconds", "integer", required: false, "The deadline, 0 to 3600; 10 by default."),
+      ]
+    ) { parameters throws(ControlFault) in
+      let device = try find(parameters, board.current)
+      guard device.key.kind == .spare else {
+        throw ControlFault(
+          code: -32006, message: "'\(device.guestName)/\(device.name)' was made by the toolstack",
+          data: [
+            "field": "params.device",
+            "remedy":
+              "only disks of 'vxctl attach' can be detached; the toolstack's go with their guest (xl destroy, xl shutdown)",
+          ])
+      }
+      guard !device.isEmptySpare else { throw wrongState(device, "attached: this spare is empty already") }
+      let seconds = parameters["seconds"]?.integerValue ?? 10
+      guard (0...3600).contains(seconds) else {
+        throw .invalidParameters("'seconds' must be from 0 to 3600, not \(seconds)", field: "seconds")
+      }
+      return ControlChange("\(device.guestName)/\(device.name) becomes empty within \(seconds) s") {
+        actions.change(device) { supervisor, key in supervisor.detach(key, deadlineMilliseconds: UInt64(seconds) * 1000)
+        }
+      }
+    }
+  }
+
+  // MARK: The daemon
+
+  static func daemonChanges(_ board: StatusBoard, _ actions: Actions) -> [ControlMethod] {
+    [
+      ControlMethod(
+        change: "config.reload",
+        "Reads the profiles again, for the disks that are opened from now on, and for limits at once.",
+        role: .admin
+      ) { _ throws(ControlFault) in
+        let new = try actions.read()
+        return ControlChange("the profiles are used from now on") {
+          if let new { actions.use(new) }
+          return ["accepted": true]
+        }
+      },
+      ControlMethod(
+        change: "daemon.limit", "Changes the limits of all guests together.", role: .admin,
+        parameters: [limitsParameter]
+      ) { parameters throws(ControlFault) in
+        let limits = try limits(board.current.limits, parameters)
+        return ControlChange("limits of all guests together become \(JSONText.text(limits.json))") {
+          actions.onLoop { $0.set(limits: limits) }
+          return ["accepted": true, "limits": limits.json]
+        }
+      },
+      ControlMethod(
+        change: "log.level", "Changes what is logged.", role: .admin,
+        parameters: [
+          ControlParameter("level", "string", required: true, "debug, info, notice, warning, error or critical.")
+        ]
+      ) { parameters throws(ControlFault) in
+        let name = parameters["level"]?.stringValue ?? ""
+        guard let level = Logger.Level(rawValue: name), level != .trace else {
+          throw .invalidParameters(
+            "'level': '\(name)' is none of debug, info, notice, warning, error, critical", field: "level")
+        }
+        return ControlChange("lines from \(name) on are logged") {
+          LogLevel.current = level
+          return ["accepted": true]
+        }
+      },
+      ControlMethod(
+        change: "system.shutdown",
+        "Ends the daemon. By default guests keep their devices and wait for the next vxd; with 'end' devices are ended for good.",
+        role: .admin,
+        parameters: [
+          ControlParameter("end", "boolean", required: false, "End the devices: their guests lose them.")
+        ]
+      ) { parameters throws(ControlFault) in
+        let ends = parameters["end"]?.boolValue ?? false
+        return ControlChange(
+          ends ? "every device is ended, then the daemon" : "the daemon ends, guests wait for the next"
+        ) {
+          actions.endDaemon(handsOver: !ends)
+          return ["accepted": true]
+        }
+      },
+    ]
+  }
+}

@@ -1,0 +1,160 @@
+import Backends
+import ControlAPI
+import Devices
+import EventLoop
+import Glibc
+import Xen
+
+/// How guests and devices are told to clients.
+extension SupervisorControl {
+  static func info(_ contents: StatusBoard.Contents, _ started: UInt64, _ isSimulated: Bool) -> JSONValue {
+    let guests = contents.guests.values
+    let pools = guests.compactMap { $0.pool?.statistics }
+    return [
+      "version": .string(version), "hypervisor": .string(contents.hypervisor), "simulated": .bool(isSimulated),
+      "pid": .count(getpid()), "uptimeSeconds": .count((EventLoop.now() - started) / 1_000_000_000),
+      "guests": .count(guests.count), "devices": .count(guests.reduce(0) { $0 + $1.devices.count }),
+      "devicesInTrouble": .count(
+        guests.reduce(0) { $0 + $1.devices.filter { $0.phase.reason != nil }.count }),
+      "ioreqServers": .count(guests.filter { $0.server != nil }.count),
+      "mappedPages": .count(pools.reduce(0) { $0 + $1.mappedPages }),
+      "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
+    ]
+  }
+
+  static func describe(guest: StatusBoard.Guest) -> JSONValue {
+    var members: [JSONValue.Member] = [
+      .init(name: "domain", value: .count(guest.domain)), .init(name: "name", value: .string(guest.name)),
+      .init(name: "uuid", value: guest.uuid.map(JSONValue.string) ?? .null),
+      .init(name: "state", value: .string(guest.phase)), .init(name: "vcpus", value: .count(guest.vcpus)),
+      .init(name: "devices", value: .count(guest.devices.count)),
+    ]
+    if let reason = guest.reason { members.append(.init(name: "reason", value: .string(reason))) }
+    if let server = guest.server {
+      members.append(
+        .init(
+          name: "ioreqServer",
+          value: [
+            "id": .count(server.identifier),
+            "accesses": .count(server.counters.accesses.load(ordering: .relaxed)),
+            "invalidations": .count(server.counters.invalidations.load(ordering: .relaxed)),
+            "strays": .count(server.counters.strays.load(ordering: .relaxed)),
+          ]))
+    }
+    return .object(members)
+  }
+
+  static func describe(device: StatusBoard.Device, counters: Bool = false) -> JSONValue {
+    var members: [JSONValue.Member] = [
+      .init(name: "guest", value: .string(device.guestName)), .init(name: "domain", value: .count(device.key.domain)),
+      .init(name: "device", value: .string(device.name)), .init(name: "id", value: .count(device.key.device)),
+      .init(name: "kind", value: .string(device.key.kind.rawValue)),
+      .init(name: "state", value: .string(device.phase.name)),
+      .init(name: "reason", value: device.phase.reason.map(JSONValue.string) ?? .null),
+      .init(name: "image", value: device.path.map(JSONValue.string) ?? .null),
+      .init(name: "readOnly", value: .bool(device.readOnly)),
+    ]
+    if let slot = device.slot {
+      members.append(.init(name: "slot", value: .count(slot.index)))
+      members.append(.init(name: "base", value: .string("0x" + String(slot.base, radix: 16))))
+    }
+    if let backend = device.backend {
+      members.append(.init(name: "bytes", value: .count(backend.capacity)))
+      members.append(.init(name: "directIO", value: .bool(backend.isDirect)))
+      let all = backend.counters
+      members.append(.init(name: "inFlight", value: .count(sum(all) { $0.inFlight.load(ordering: .relaxed) })))
+      members.append(.init(name: "requests", value: .count(sum(all, requests))))
+      if counters {
+        members.append(.init(name: "queues", value: .count(all.count)))
+        members.append(.init(name: "threads", value: .count(backend.threadCount)))
+        members.append(.init(name: "store", value: .string(backend.mode)))
+        members.append(.init(name: "cache", value: .string(backend.settings.cache.rawValue)))
+        members.append(.init(name: "requestsByQueue", value: .array(all.map { .count(requests($0)) })))
+        members.append(.init(name: "counters", value: describe(all, device)))
+      }
+    }
+    members.append(.init(name: "restarts", value: .count(device.restarts)))
+    if counters {
+      members.append(.init(name: "faults", value: .count(device.faults)))
+      members.append(.init(name: "restartPolicy", value: .string(device.policy.mode.rawValue)))
+      members.append(.init(name: "limits", value: device.limits.json))
+      members.append(.init(name: "latencies", value: latencies(device.account)))
+    }
+    if let stuck = device.stuck {
+      members.append(
+        .init(
+          name: "stuck",
+          value: [
+            "queue": .count(stuck.queue), "layer": .string(stuck.layer.rawValue), "milliseconds": .count(stuck.age),
+          ]))
+    }
+    if counters, let transport = device.transport {
+      members.append(.init(name: "driverStatus", value: .count(transport.currentStatus.rawValue)))
+    }
+    return .object(members)
+  }
+
+  /// Quantiles of each operation and stage that occurred, in microseconds.
+  static func latencies(_ account: DeviceAccount) -> JSONValue {
+    let accounts = account.all
+    var operations: [JSONValue.Member] = []
+    for operation in QueueLatencies.Operation.allCases {
+      var stages: [JSONValue.Member] = []
+      for stage in QueueLatencies.Stage.allCases {
+        var counts = LatencyCounts()
+        for account in accounts { counts += account.latencies.counts(operation, stage) }
+        guard counts.count > 0 else { continue }
+        func microseconds(_ share: Double) -> JSONValue { .count(counts.quantile(share) / 1000) }
+        stages.append(
+          .init(
+            name: "\(stage)",
+            value: [
+              "count": .count(counts.count), "p50": microseconds(0.5), "p99": microseconds(0.99),
+              "p999": microseconds(0.999), "mean": .count(counts.sum / counts.count / 1000),
+            ]))
+      }
+      if !stages.isEmpty { operations.append(.init(name: "\(operation)", value: .object(stages))) }
+    }
+    return .object(operations)
+  }
+
+  static func sum(_ counters: [BlockCounters], _ value: (BlockCounters) -> UInt64) -> UInt64 {
+    counters.reduce(0) { $0 &+ value($1) }
+  }
+
+  static func requests(_ counters: BlockCounters) -> UInt64 {
+    counters.reads.value &+ counters.writes.value &+ counters.flushes.value &+ counters.discards.value
+      &+ counters.writeZeroes.value &+ counters.others.value
+  }
+
+  static func describe(_ counters: [BlockCounters], _ device: StatusBoard.Device) -> JSONValue {
+    let values: [(String, (BlockCounters) -> UInt64)] = [
+      ("reads", { $0.reads.value }), ("writes", { $0.writes.value }), ("flushes", { $0.flushes.value }),
+      ("discards", { $0.discards.value }), ("writeZeroes", { $0.writeZeroes.value }), ("others", { $0.others.value }),
+      ("readBytes", { $0.readBytes.value }), ("writtenBytes", { $0.writtenBytes.value }),
+      ("failed", { $0.failed.value }), ("unsupported", { $0.unsupported.value }), ("retries", { $0.retries.value }),
+      ("throttled", { $0.throttled.value }), ("adopted", { $0.adopted.value }),
+      ("interruptsSent", { $0.interrupts.value }), ("interruptsSuppressed", { $0.interruptsSuppressed.value }),
+      ("waiting", { $0.waiting.load(ordering: .relaxed) }), ("notifications", { $0.notifications.value }),
+      ("batches", { $0.batches.value }), ("translationHits", { $0.translationHits.value }),
+      ("translationMisses", { $0.translationMisses.value }),
+    ]
+    var members = values.map { JSONValue.Member(name: $0.0, value: .count(sum(counters, $0.1))) }
+    let interrupts = device.transport?.interrupts.raised.load(ordering: .relaxed) ?? 0
+    members.append(.init(name: "interrupts", value: .count(interrupts)))
+    return .object(members)
+  }
+
+  static func describe(poolOf guest: StatusBoard.Guest) -> JSONValue? {
+    guard let statistics = guest.pool?.statistics else { return nil }
+    let counters = guest.devices.flatMap { $0.backend?.counters ?? [] }
+    return [
+      "guest": .string(guest.name), "domain": .count(guest.domain), "mappedPages": .count(statistics.mappedPages),
+      "budgetPages": .count(statistics.budgetPages), "buckets": .count(statistics.buckets),
+      "holePages": .count(statistics.holePages), "ringPages": .count(statistics.rangePages),
+      "hits": .count(counters.reduce(0) { $0 &+ $1.translationHits.value }), "misses": .count(statistics.misses),
+      "evictions": .count(statistics.evictions), "invalidations": .count(statistics.invalidations),
+      "mapCalls": .count(statistics.mapCalls), "unmapCalls": .count(statistics.unmapCalls),
+    ]
+  }
+}
