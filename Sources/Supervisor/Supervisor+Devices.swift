@@ -149,7 +149,7 @@ extension Supervisor {
     let identity = ObjectIdentifier(record)
     record.threads = BlockBackend.start(
       entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool, rate: record.rate,
-      account: record.account, makeState: stateMaker(record, slot),
+      account: record.account, makeState: stateMaker(record, slot), decorate: settings.decorate,
       report: { [self] report in onLoop { $0.reported(key, identity, report) } },
       completion: { [self] result in
         // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.

@@ -1,4 +1,5 @@
 package import Backends
+package import Devices
 import Xen
 
 /// How the daemon serves its guests.
@@ -25,6 +26,8 @@ package struct SupervisorSettings: Sendable {
   }()
   /// Options of disks that libxl cannot carry.
   package var profiles = DiskProfiles()
+  /// Puts something between each queue and its engine: faults in tests.
+  package var decorate: @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine }
   /// For a test that shows what invalidations are for: do nothing at one.
   package var ignoresInvalidations = false
   /// Try O_DIRECT.

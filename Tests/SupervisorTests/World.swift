@@ -35,7 +35,9 @@ final class World {
   }
 
   /// Starts a supervisor, as the start of the daemon does.
-  func start(slots: Int = 8, profiles: String? = nil) throws {
+  func start(
+    slots: Int = 8, profiles: String? = nil, _ change: (inout SupervisorSettings) -> Void = { _ in }
+  ) throws {
     let thread = try LoopThread(name: "supervisor")
     var settings = SupervisorSettings()
     settings.xenstoreSocket = server.path
@@ -43,6 +45,8 @@ final class World {
     settings.bucketShift = 16
     settings.storeCheckMilliseconds = 50
     if let profiles { settings.profiles = try DiskProfiles(try JSONText.parse(Array(profiles.utf8))) }
+    settings.startRetry.firstPause = 20
+    change(&settings)
     let events = events
     let supervisor = Supervisor(
       loop: thread.loop, hypervisor: hypervisor, settings: settings,
@@ -93,6 +97,11 @@ final class World {
   func state(_ guest: String, _ disk: String) -> String? { device(guest, disk)["state"]?.stringValue }
 
   func info(_ name: String) -> Int64? { call("system.info")[name]?.integerValue }
+
+  /// Reasons of the events of a kind.
+  func reasons(_ kind: SupervisorEvent.Kind) -> [String] {
+    events.list.withLock { $0.filter { $0.kind == kind }.map { $0.reason ?? "" } }
+  }
 
   var eventKinds: [SupervisorEvent.Kind] { events.list.withLock { $0.map(\.kind) } }
 

@@ -25,12 +25,13 @@ package final class SimulatedToolstack {
   }
 
   /// Makes a domain without devices.
-  package func create(_ domain: SimulatedDomain, name: String) throws(XenError) {
+  package func create(_ domain: SimulatedDomain, name: String, uuid: String? = nil) throws(XenError) {
     hypervisor.add(domain)
     let path = "/local/domain/\(domain.identifier)"
     try store.transaction { transaction throws(XenError) in
       try store.write("\(path)/name", name, in: transaction)
-      try store.write("\(path)/vm", "/vm/00000000-0000-4000-8000-00000000\(1000 + domain.identifier)", in: transaction)
+      let vm = uuid ?? "00000000-0000-4000-8000-00000000\(1000 + domain.identifier)"
+      try store.write("\(path)/vm", "/vm/\(vm)", in: transaction)
       try store.write("\(path)/device", "", in: transaction)
     }
     server.fire(special: "@introduceDomain")

@@ -1,0 +1,127 @@
+import ControlAPI
+import EventLoop
+import Glibc
+import SimulatedXen
+import Supervisor
+import TestSupport
+import Testing
+import Xen
+
+/// What a supervisor leaves, and what the next one makes of it.
+@Suite struct SavedStateTests {
+  private func world() throws -> (World, SimulatedDomain, StateFolder) {
+    let world = try World()
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    try world.start { $0.stateFolder = folder }
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    return (world, domain, folder)
+  }
+
+  private func block(_ byte: UInt8) -> [UInt8] { Array(repeating: byte, count: 4096) }
+
+  @Test func guestGoesOnWithTheNextSupervisor() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    world.stop()
+    // Left behind: the server and its files; everything else is given back.
+    #expect(domain.usage == SimulatedDomain.Usage(ioreqServers: 1))
+    #expect(TemporaryFolder.names(folder.path).count == 2)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(world.eventKinds.contains(.deviceAdopted))
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+    #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
+    #expect(eventually { domain.usage == .init() })
+    #expect(eventually { TemporaryFolder.names(folder.path).isEmpty })
+  }
+
+  @Test func stateOfAnUnknownVersionMakesTheGuestResetItsDevice() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    world.stop()
+    let name = try #require(TemporaryFolder.names(folder.path).first { $0.hasSuffix(".device") })
+    let descriptor = open(folder.path + "/" + name, O_WRONLY | O_CLOEXEC)
+    var version: UInt32 = 99
+    #expect(pwrite(descriptor, &version, 4, 8) == 4)
+    close(descriptor)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "faulted" })
+    #expect(world.device("web1", "xvde")["reason"]?.stringValue?.contains("version 99, and this vxd knows version 1") == true)
+    #expect(guest.driver.status & 0x40 != 0)
+    #expect(guest.driver.acknowledgeInterrupt() & 2 != 0)
+    let again = try world.boot(domain)
+    #expect(try again.read(sector: 0, count: 4096).bytes == block(1))
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+  }
+
+  @Test(arguments: [0, 5, 100, 5000]) func cutStateIsRefusedAndTheDeviceServedAnew(length: Int) throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    _ = try world.boot(domain)
+    world.stop()
+    let name = try #require(TemporaryFolder.names(folder.path).first { $0.hasSuffix(".device") })
+    #expect(truncate(folder.path + "/" + name, off_t(length)) == 0)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "faulted" })
+    let again = try world.boot(domain)
+    #expect(try again.write(block(1), sector: 0) == 0)
+  }
+
+  @Test func stateOfAnotherGuestWithTheSameNumberIsNotUsed() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    _ = try world.boot(domain)
+    world.stop()
+    // The guest ends while no vxd is there, and another one gets its number.
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    try world.toolstack.crash(5)
+    let other = try SimulatedDomain(identifier: 5, memoryBytes: 16 << 20)
+    try world.toolstack.create(other, name: "other", uuid: "11111111-0000-4000-8000-000000000005")
+    try world.toolstack.attach(disk: "xvde", image: world.image("other.img"), to: 5)
+    try world.start { $0.stateFolder = folder }
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    let guest = try world.boot(other)
+    #expect(try guest.write(block(2), sector: 0) == 0)
+    #expect(eventually { world.state("other", "xvde") == "connected" })
+    #expect(!world.eventKinds.contains(.deviceAdopted))
+  }
+
+  @Test func whatNoEntrySpeaksOfIsEnded() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    _ = try world.boot(domain)
+    world.stop()
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { domain.usage == .init() })
+    #expect(eventually { TemporaryFolder.names(folder.path).isEmpty })
+  }
+
+  @Test func attachedSpareIsThereAgain() throws {
+    let world = try World()
+    defer { world.end() }
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    let profiles = #"{"version": 1, "guests": [{"spareDisks": 1}]}"#
+    try world.start(profiles: profiles) { $0.stateFolder = folder }
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    #expect(eventually { world.state("web1", "spare0") == "ready" })
+    let guest = try world.boot(domain, slot: 7)
+    let image = world.image("added.img", bytes: 2 << 20)
+    #expect(world.call("device.attach", ["guest": "web1", "image": .string(image)])["accepted"] == true)
+    #expect(eventually { guest.driver.registers.read(0x100, width: 8) == 4096 })
+    #expect(try guest.write(block(7), sector: 0) == 0)
+    world.stop()
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "spare0") == "connected" })
+    #expect(guest.driver.registers.read(0x100, width: 8) == 4096)
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(7))
+  }
+}
