@@ -51,7 +51,22 @@ struct Doctor: ParsableCommand {
           isGood: isThere, subject: "/dev/xen/\(node)",
           words: isThere ? "can be used" : "cannot be used: modprobe \(module), and run as root"))
     }
+    let operations = Self.number("/proc/sys/fs/aio-max-nr")
+    findings.append(
+      Finding(
+        isGood: operations >= 262_144, subject: "fs.aio-max-nr",
+        words: operations >= 262_144
+          ? "\(operations) operations" : "\(operations) operations are few: 256 for each queue; sysctl fs.aio-max-nr=1048576"))
     return findings
+  }
+
+  /// The number that a file of /proc holds; 0 when there is none.
+  private static func number(_ path: String) -> UInt64 {
+    guard let file = fopen(path, "re") else { return 0 }
+    defer { fclose(file) }
+    var text = [CChar](repeating: 0, count: 64)
+    guard fgets(&text, 64, file) != nil else { return 0 }
+    return UInt64(String(decoding: text.prefix { $0 > 32 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)) ?? 0
   }
 
   private func guestFindings(_ devices: JSONValue) -> [Finding] {

@@ -99,6 +99,7 @@ private final class MemoryEngine: BlockEngine {
   func acknowledgeReadiness() {}
   func waitForCompletion() {}
   func abandon() {}
+  func close() {}
 
   func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
     for index in 0..<count { done.append(EngineCompletion(tag: requests[index].tag, result: perform(requests[index]))) }

@@ -12,7 +12,9 @@ import Virtqueue
 import Xen
 
 /// A simulated Xen with a supervisor, a toolstack, and guests that a test makes.
-final class World {
+final class World: @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: set up before threads of a test use it, and made of parts for sharing.
+
   let folder = TemporaryFolder()
   let hypervisor = SimulatedHypervisor()
   let server: XenstoreServer
@@ -89,6 +91,16 @@ final class World {
     let reply = methods.answer(Array(JSONText.text(request).utf8), subscribe: { _ in .null })
     return reply?["result"] ?? reply?["error"] ?? .null
   }
+
+  var controlPath: String { folder.path + "/control.sock" }
+
+  /// The control socket with the supervisor's methods.
+  func serveControl(access: ControlAccess = ControlAccess()) throws -> ControlServer {
+    try ControlServer(path: controlPath, access: access, methods: methods)
+  }
+
+  /// What Prometheus would read.
+  var metrics: String { Metrics.text(board, started: 0, now: EventLoop.now()) }
 
   func device(_ guest: String, _ disk: String) -> JSONValue {
     call("device.get", ["guest": .string(guest), "device": .string(disk)])

@@ -186,6 +186,7 @@ final class BlockQueue: @unchecked Sendable {
     engine.abandon()
     pump?.drain()
     pump = nil
+    engine.close()
     if retryTimer != 0 { thread.loop.cancel(timer: retryTimer) }
     for token in tokens { thread.loop.remove(token) }
     tokens = []

@@ -13,7 +13,7 @@ package final class AIOEngine: BlockEngine {
 
   private let ready: EventDescriptor
   private var context: io_context_t?
-  private let ring: CompletionRing?
+  private var ring: CompletionRing?
   private let depth: Int
   private let blocks: UnsafeMutablePointer<iocb>
   private let pointers: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
@@ -34,6 +34,8 @@ package final class AIOEngine: BlockEngine {
   private var workerOutstanding = 0
   private var flushesByWorker = false
 
+  private static let smallestContext: Int32 = 16
+
   /// - Parameter depth: operations at a time at most; tags are below it.
   package init(image: RawImage, depth: Int) throws(ImageFault) {
     self.image = image
@@ -52,16 +54,24 @@ package final class AIOEngine: BlockEngine {
     early = .allocate(capacity: depth)
     events = .allocate(capacity: Self.eventCapacity)
     events.initialize(repeating: io_event(), count: Self.eventCapacity)
-    let result = io_setup(Int32(clamping: depth), &context)
+    // The host has 65536 operations for all processes as it comes: with many disks, some get less than they asked for, and what is
+    // beyond it waits in the backlog.
+    var events = Int32(clamping: depth)
+    var result = io_setup(events, &context)
+    while result == -EAGAIN && events > Self.smallestContext {
+      events /= 2
+      result = io_setup(events, &context)
+    }
     ring = context.flatMap(CompletionRing.init)
     guard result == 0 else {
-      throw .host(what: "cannot make an aio context (fs.aio-max-nr may be too low)", Errno(-result))
+      throw .host(
+        what: "cannot make an aio context (fs.aio-max-nr is used up: sysctl fs.aio-max-nr=1048576)", Errno(-result))
     }
   }
 
   deinit {
     worker?.stop()
-    if let context { io_destroy(context) }
+    close()
     blocks.deallocate()
     pointers.deallocate()
     backlog.deallocate()
@@ -233,6 +243,13 @@ package final class AIOEngine: BlockEngine {
 
   /// The kernel answers for its stores by itself.
   package func abandon() {}
+
+  package func close() {
+    // The kernel waits for a grace period of its own, tens of milliseconds long.
+    if let context { io_destroy(context) }
+    context = nil
+    ring = nil
+  }
 
   package func acknowledgeReadiness() { ready.drain() }
 }

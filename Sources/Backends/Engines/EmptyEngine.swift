@@ -45,4 +45,6 @@ package final class EmptyEngine: BlockEngine {
   package func waitForCompletion() {}
 
   package func abandon() {}
+
+  package func close() {}
 }

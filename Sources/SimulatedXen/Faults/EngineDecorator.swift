@@ -22,4 +22,5 @@ extension EngineDecorator {
   }
   package func waitForCompletion() { engine.waitForCompletion() }
   package func abandon() { engine.abandon() }
+  package func close() { engine.close() }
 }

@@ -121,6 +121,17 @@ package final class SimulatedToolstack {
     try store.remove("/local/domain/\(domain)/device/virtio_disk")
   }
 
+  /// Removes every disk's entry with one blow.
+  package func removeAllEntries() throws(XenError) { try store.remove("/local/domain/0/backend/virtio_disk") }
+
+  /// How many guests have a directory among the backends.
+  package var backendNodes: Int { store.list("/local/domain/0/backend/virtio_disk")?.count ?? 0 }
+
+  /// Renames a domain.
+  package func rename(_ domain: DomainID, _ name: String) throws(XenError) {
+    try store.write("/local/domain/\(domain)/name", name)
+  }
+
   /// Removes an entry without any ceremony.
   package func removeEntry(disk: String, of domain: DomainID) throws(XenError) {
     try store.remove(Self.backendPath(domain, disk))

@@ -133,4 +133,7 @@ package protocol BlockEngine: AnyObject {
   func waitForCompletion()
   /// Completes with an error, as soon as possible, what would otherwise wait for a store that is out of reach: the device ends.
   func abandon()
+  /// Gives the kernel back what it has for the engine, which works on nothing any more: called on the device's thread, since that can
+  /// take long.
+  func close()
 }

@@ -179,6 +179,8 @@ package final class NBDEngine: BlockEngine {
 
   package func acknowledgeReadiness() { wakeUp.drain() }
 
+  package func close() { connector.stop() }
+
   package func abandon() {
     isAbandoned = true
     hangUp()
