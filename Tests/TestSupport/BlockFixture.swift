@@ -20,7 +20,7 @@ package final class BlockFixture {
   package init(
     _ settings: BlockSettings, memoryBytes: Int = 32 << 20, queueSize: UInt16 = 256, indirect: Bool = true,
     wanted: FeatureBits = [.indirectDescriptors, .eventIndex], mappingBudget: UInt64 = 1 << 30, bucketShift: Int = 16,
-    onlyWanted: Bool = false, queueCount: Int = 1, vcpuCount: Int = 1,
+    onlyWanted: Bool = false, queueCount: Int = 1, vcpuCount: Int = 1, rate: RateNode = RateNode(),
     decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
     report: @escaping @Sendable (BlockReport) -> Void = { _ in }
   ) throws {
@@ -31,7 +31,7 @@ package final class BlockFixture {
     pool = ForeignMappingPool(guest: handle, bucketShift: bucketShift, budgetBytes: mappingBudget)
     let latch = Latch()
     let outcome = Outcome()
-    threads = BlockBackend.start(settings, name: "test", source: pool, decorate: decorate, report: report) { result in
+    threads = BlockBackend.start(settings, name: "test", source: pool, rate: rate, decorate: decorate, report: report) { result in
       outcome.result = result
       latch.open()
     }
