@@ -4,7 +4,7 @@ SHELL := /bin/bash
 SWIFT_RELEASE := -c release --static-swift-stdlib
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
+.PHONY: help deps api build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -24,6 +24,11 @@ deps:
 build: deps
 	swift build $(SWIFT_RELEASE) --product vxd
 	swift build $(SWIFT_RELEASE) --product vxctl
+
+# The control socket's description, generated from the code; a test compares them.
+api: deps
+	swift build --product vxd
+	.build/debug/vxd --describe-api > deploy/control-api.json
 
 lint:
 	swift format lint --strict --recursive Package.swift Sources Tests Benchmarks
@@ -66,6 +71,7 @@ demo: build
 bench: deps
 	swift build $(SWIFT_RELEASE) --product vxd-bench
 	.build/release/vxd-bench
+	.build/release/vxd-bench rates
 
 DESTDIR ?= /
 install: build

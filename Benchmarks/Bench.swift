@@ -14,10 +14,13 @@ enum Bench {
     if CommandLine.arguments.dropFirst().first == "profile" {
       return try Profile.run(Array(CommandLine.arguments.dropFirst(2)))
     }
-    let path = CommandLine.arguments.dropFirst().first ?? "/dev/shm/vxd-bench-\(getpid()).img"
-    let isOwn = CommandLine.arguments.count < 2
+    let isRates = CommandLine.arguments.dropFirst().first == "rates"
+    let arguments = CommandLine.arguments.dropFirst(isRates ? 2 : 1)
+    let path = arguments.first ?? "/dev/shm/vxd-bench-\(getpid()).img"
+    let isOwn = arguments.isEmpty
     if isOwn { try makeFile(path) }
     defer { if isOwn { unlink(path) } }
+    if isRates { return try Rates.run(path) }
 
     print("file \(path)\(isOwn ? " (in memory)" : ""), \(rounds) rounds of \(seconds) s each, medians\n")
     for inline in [true, false] {

@@ -30,7 +30,7 @@ final class GuestLoad {
   }
 
   /// - Parameter inline: without a thread for the device.
-  init(path: String, copies: Bool, inline: Bool) throws {
+  init(path: String, copies: Bool, inline: Bool, rate: RateNode = RateNode()) throws {
     domain = try SimulatedDomain(identifier: 1, memoryBytes: 64 << 20)
     let hypervisor = SimulatedHypervisor()
     hypervisor.add(domain)
@@ -44,7 +44,7 @@ final class GuestLoad {
       serve = { device.run() }
       end = { device.finish() }
     } else {
-      let (backend, threads) = try Self.startBackend(path, pool, copies)
+      let (backend, threads) = try Self.startBackend(path, pool, copies, rate)
       transport = MMIOTransport(device: backend, line: line, onStatus: { _ in })
       serve = nil
       end = {
@@ -60,13 +60,14 @@ final class GuestLoad {
   }
 
   private static func startBackend(
-    _ path: String, _ pool: ForeignMappingPool, _ copies: Bool
+    _ path: String, _ pool: ForeignMappingPool, _ copies: Bool, _ rate: RateNode
   ) throws -> (BlockBackend, [LoopThread]) {
     var settings = BlockSettings(path: path, readOnly: false, discard: false, serial: "bench")
     settings.copiesAlways = copies
     let latch = Latch()
     let outcome = Outcome()
-    let threads = BlockBackend.start(settings, name: "bench", source: pool, report: { fatalError("\($0)") }) {
+    let threads = BlockBackend.start(settings, name: "bench", source: pool, rate: rate, report: { fatalError("\($0)") })
+    {
       outcome.result = $0
       latch.open()
     }

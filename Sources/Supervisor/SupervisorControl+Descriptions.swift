@@ -64,6 +64,10 @@ extension SupervisorControl {
       let all = backend.counters
       members.append(.init(name: "inFlight", value: .count(sum(all) { $0.inFlight.load(ordering: .relaxed) })))
       members.append(.init(name: "requests", value: .count(sum(all, requests))))
+      members.append(.init(name: "reads", value: .count(sum(all) { $0.reads.value })))
+      members.append(.init(name: "writes", value: .count(sum(all) { $0.writes.value })))
+      members.append(.init(name: "readBytes", value: .count(sum(all) { $0.readBytes.value })))
+      members.append(.init(name: "writtenBytes", value: .count(sum(all) { $0.writtenBytes.value })))
       if counters {
         members.append(.init(name: "queues", value: .count(all.count)))
         members.append(.init(name: "threads", value: .count(backend.threadCount)))

@@ -18,20 +18,58 @@ struct DeviceName: ExpressibleByArgument {
   }
 }
 
-/// `vxctl resume GUEST/DEVICE`: the end of a hold.
+/// `vxctl device VERB GUEST/DEVICE`: the same verbs by their full names.
+struct Device: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Verbs on one device.", subcommands: [Show.self, Pause.self, Resume.self, Restart.self, Resize.self])
+}
+
+/// `vxctl resume GUEST/DEVICE`: the end of a hold or a pause.
 struct Resume: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Lets a device go on that was held by errors of its store; what failed is tried again.")
+    abstract: "Lets a device go on that was held by errors of its store, or paused; what failed is tried again.")
 
   @OptionGroup var connection: ConnectionOptions
+  @OptionGroup var options: ChangeOptions
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  var device: DeviceName
+
+  func run() throws { try Outcome.change(connection, "device.resume", device.parameters, options) }
+}
+
+/// `vxctl pause GUEST/DEVICE`: its requests wait.
+struct Pause: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Stops a device's backend: the guest's requests wait until 'vxctl resume'.")
+
+  @OptionGroup var connection: ConnectionOptions
+  @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
   var device: DeviceName
 
   func run() throws {
-    try connection.run { client throws(ControlClient.Failure) in
-      let answer = try client.call("device.resume", .object(device.parameters))
-      if connection.json { printJSON(answer) }
-    }
+    try Outcome.change(
+      connection, "device.pause", device.parameters, options, device: device.device,
+      until: Outcome(good: ["device.paused"]))
+  }
+}
+
+/// `vxctl restart GUEST/DEVICE`: a new backend, also out of quarantine.
+struct Restart: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Makes a device's backend anew, also out of quarantine; the guest sees a pause.")
+
+  @OptionGroup var connection: ConnectionOptions
+  @OptionGroup var options: ChangeOptions
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  var device: DeviceName
+
+  func run() throws {
+    try Outcome.change(
+      connection, "device.restart", device.parameters, options, device: device.device,
+      until: Outcome(
+        good: ["device.restarted", "device.ready"],
+        bad: ["device.failed", "device.quarantined", "device.faulted"]))
   }
 }
 
@@ -41,6 +79,7 @@ struct Resize: ParsableCommand {
     abstract: "Makes a disk follow the size of its image, or grows a regular file first.")
 
   @OptionGroup var connection: ConnectionOptions
+  @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
   var device: DeviceName
   @Argument(
@@ -48,24 +87,11 @@ struct Resize: ParsableCommand {
   var size: ByteCount?
 
   func run() throws {
-    try connection.run { client throws(ControlClient.Failure) in
-      _ = try client.call("event.subscribe")
-      var parameters = device.parameters
-      if let size { parameters.append(.init(name: "bytes", value: .count(size.bytes))) }
-      _ = try client.call("device.resize", .object(parameters))
-      while true {
-        guard let event = try client.receive(30_000)["params"], event["device"]?.stringValue == device.device else {
-          continue
-        }
-        let reason = event["reason"]?.stringValue ?? ""
-        if event["event"] == "device.notResized" {
-          throw .refused(ControlFault(code: -32002, message: reason))
-        }
-        guard event["event"] == "device.resized" else { continue }
-        if connection.json { printJSON(event) } else { print(reason) }
-        return
-      }
-    }
+    var parameters = device.parameters
+    if let size { parameters.append(.init(name: "bytes", value: .count(size.bytes))) }
+    try Outcome.change(
+      connection, "device.resize", parameters, options, device: device.device,
+      until: Outcome(good: ["device.resized"], bad: ["device.notResized"]))
   }
 }
 
@@ -76,24 +102,9 @@ struct ByteCount: ExpressibleByArgument {
   init?(argument: String) {
     let units: [Character: Int64] = ["K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40]
     let unit = argument.last.flatMap { units[$0] }
-    guard let number = Int64(unit == nil ? argument[...] : argument.dropLast()), number > 0 else { return nil }
+    guard let number = Int64(unit == nil ? argument[...] : argument.dropLast()), number >= 0 else { return nil }
     let (bytes, overflow) = number.multipliedReportingOverflow(by: unit ?? 1)
     guard !overflow else { return nil }
     self.bytes = bytes
-  }
-}
-
-/// `vxctl reload`: the profiles anew.
-struct Reload: ParsableCommand {
-  static let configuration = CommandConfiguration(
-    abstract: "Reads the profiles of disks again, for the disks that are opened from now on.")
-
-  @OptionGroup var connection: ConnectionOptions
-
-  func run() throws {
-    try connection.run { client throws(ControlClient.Failure) in
-      let answer = try client.call("config.reload")
-      if connection.json { printJSON(answer) }
-    }
   }
 }

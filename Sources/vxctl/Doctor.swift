@@ -56,7 +56,8 @@ struct Doctor: ParsableCommand {
       Finding(
         isGood: operations >= 262_144, subject: "fs.aio-max-nr",
         words: operations >= 262_144
-          ? "\(operations) operations" : "\(operations) operations are few: 256 for each queue; sysctl fs.aio-max-nr=1048576"))
+          ? "\(operations) operations"
+          : "\(operations) operations are few: 256 for each queue; sysctl fs.aio-max-nr=1048576"))
     return findings
   }
 

@@ -112,21 +112,29 @@ struct Events: ParsableCommand {
   @OptionGroup var connection: ConnectionOptions
   @Option(help: "End after this many events.")
   var count: Int?
+  @Option(help: "First those that came after the event of this number.")
+  var after: Int64?
+  @Flag(name: .shortAndLong, help: "Go on printing; it is what happens in any case.")
+  var follow = false
 
   func run() throws {
     try connection.run { client throws(ControlClient.Failure) in
-      _ = try client.call("event.subscribe")
+      _ = try client.call("event.subscribe", after.map { ["after": .integer($0)] } ?? .object([]))
       var left = count ?? .max
       while left > 0 {
         let message = try client.receive(-1)
         guard let event = message["params"] else { continue }
+        if message["method"] == "event.dropped" {
+          print("(events \(event.cell("from")) to \(event.cell("to")) are lost)")
+          continue
+        }
         if connection.json {
           print(JSONText.text(event))
         } else {
           let subject =
             event["device"].map { _ in "\(event.cell("guest"))/\(event.cell("device"))" } ?? event.cell("guest")
           let reason = event["reason"]?.stringValue.map { ": \($0)" } ?? ""
-          print("\(event.cell("event")) \(subject)\(reason)")
+          print("\(event.cell("sequence")) \(event.cell("event")) \(subject)\(reason)")
         }
         flushOutput()
         left -= 1

@@ -9,11 +9,13 @@ struct VXCtl: ParsableCommand {
     commandName: "vxctl", abstract: "Shows and steers vxd, the virtio driver-domain daemon for Xen.",
     discussion: """
       Exit codes: 0 done; 1 vxd refused or found trouble; 2 vxd cannot be reached; 64 wrong usage.
+      Completions: vxctl --generate-completion-script bash (or zsh, fish).
       """,
-    version: "0.1.0",
+    version: "0.2.0",
     subcommands: [
-      Status.self, List.self, Show.self, Events.self, Resume.self, Resize.self, Reload.self, ACPITable.self,
-      Doctor.self,
+      Status.self, List.self, Show.self, Top.self, Events.self, Explain.self, Doctor.self, Attach.self, Detach.self,
+      Resize.self, Limit.self, Pause.self, Resume.self, Restart.self, Device.self, Config.self, Reload.self,
+      MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self,
     ])
 }
 

@@ -101,7 +101,8 @@ import Virtqueue
     for index in 0..<12 as Range<UInt64> {
       guest.putHeader(at: (20 << 20) + index * 8192, type: 1, sector: index * 8)
       let chain: [SimulatedDriver.Buffer] = [
-        .init((20 << 20) + index * 8192, 16, writable: false), .init((20 << 20) + index * 8192 + 4096, 512, writable: false),
+        .init((20 << 20) + index * 8192, 16, writable: false),
+        .init((20 << 20) + index * 8192 + 4096, 512, writable: false),
         .init((20 << 20) + index * 8192 + 16, 1, writable: true),
       ]
       #expect(fixture.driver.add(chain) != nil)
@@ -110,7 +111,8 @@ import Virtqueue
     #expect(eventually { fixture.backend.counters[0].throttled.value > 0 })
     guest.putHeader(at: 24 << 20, type: 0, sector: 0)
     let read = fixture.driver.add([
-      .init(24 << 20, 16, writable: false), .init((24 << 20) + 4096, 512, writable: true), .init((24 << 20) + 16, 1, writable: true),
+      .init(24 << 20, 16, writable: false), .init((24 << 20) + 4096, 512, writable: true),
+      .init((24 << 20) + 16, 1, writable: true),
     ])
     fixture.driver.notifyIfWanted()
     var order: [UInt16] = []
@@ -137,7 +139,8 @@ import Virtqueue
     fixture.guest.putHeader(at: 20 << 20, type: 0, sector: 0)
     #expect(
       fixture.driver.add([
-        .init(20 << 20, 16, writable: false), .init((20 << 20) + 4096, 512, writable: true), .init((20 << 20) + 16, 1, writable: true),
+        .init(20 << 20, 16, writable: false), .init((20 << 20) + 4096, 512, writable: true),
+        .init((20 << 20) + 16, 1, writable: true),
       ]) != nil)
     fixture.driver.notifyIfWanted()
     #expect(eventually { fixture.backend.counters[0].throttled.value == 1 })

@@ -58,7 +58,8 @@ import Xen
     plan.add(FaultPlan.Fault(result: -19))
     guest.putHeader(at: 8 << 20, type: 0, sector: 0)
     let chain: [SimulatedDriver.Buffer] = [
-      .init(8 << 20, 16, writable: false), .init(9 << 20, 4096, writable: true), .init((9 << 20) + 4096, 1, writable: true),
+      .init(8 << 20, 16, writable: false), .init(9 << 20, 4096, writable: true),
+      .init((9 << 20) + 4096, 1, writable: true),
     ]
     #expect(guest.driver.add(chain) != nil)
     guest.driver.notify()
@@ -130,7 +131,8 @@ import Xen
     #expect(eventually { world.state("web1", "xvde") == "paused" && world.device("web1", "xvde")["inFlight"] == nil })
     guest.putHeader(at: 8 << 20, type: 0, sector: 8)
     let chain: [SimulatedDriver.Buffer] = [
-      .init(8 << 20, 16, writable: false), .init(9 << 20, 4096, writable: true), .init((9 << 20) + 4096, 1, writable: true),
+      .init(8 << 20, 16, writable: false), .init(9 << 20, 4096, writable: true),
+      .init((9 << 20) + 4096, 1, writable: true),
     ]
     #expect(guest.driver.add(chain) != nil)
     guest.driver.notify()

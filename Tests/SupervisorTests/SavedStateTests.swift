@@ -52,7 +52,8 @@ import Xen
     close(descriptor)
     try world.start { $0.stateFolder = folder }
     #expect(eventually { world.state("web1", "xvde") == "faulted" })
-    #expect(world.device("web1", "xvde")["reason"]?.stringValue?.contains("version 99, and this vxd knows version 1") == true)
+    #expect(
+      world.device("web1", "xvde")["reason"]?.stringValue?.contains("version 99, and this vxd knows version 1") == true)
     #expect(guest.driver.status & 0x40 != 0)
     #expect(guest.driver.acknowledgeInterrupt() & 2 != 0)
     let again = try world.boot(domain)

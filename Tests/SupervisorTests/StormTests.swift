@@ -29,7 +29,8 @@ import Xen
       try world.toolstack.create(domain, name: "storm\(identifier)")
       domains.append(domain)
       for disk in disks {
-        try world.toolstack.attach(disk: disk, image: world.image("\(identifier)\(disk)", bytes: 1 << 20), to: identifier)
+        try world.toolstack.attach(
+          disk: disk, image: world.image("\(identifier)\(disk)", bytes: 1 << 20), to: identifier)
       }
     }
     // They all appear at once; small queues, since the host has 65536 aio operations as it comes.

@@ -31,7 +31,8 @@ package final class BlockFixture {
     pool = ForeignMappingPool(guest: handle, bucketShift: bucketShift, budgetBytes: mappingBudget)
     let latch = Latch()
     let outcome = Outcome()
-    threads = BlockBackend.start(settings, name: "test", source: pool, rate: rate, decorate: decorate, report: report) { result in
+    threads = BlockBackend.start(settings, name: "test", source: pool, rate: rate, decorate: decorate, report: report) {
+      result in
       outcome.result = result
       latch.open()
     }
