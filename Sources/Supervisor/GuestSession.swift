@@ -145,8 +145,8 @@ final class DeviceRecord {
   var mustBeReset: String?
   /// What the guest's driver makes us say of it.
   var chatter = Chatter()
-  /// Queues that are held by an error of the store.
-  var heldQueues: Set<Int> = []
+  /// Queues that are held by an error of the store, and why.
+  var heldQueues: [Int: String] = [:]
   /// What the watchdog found last.
   var stuck: StuckRequest?
   /// The image is open, the guest's server is there: the device can go into its slot.

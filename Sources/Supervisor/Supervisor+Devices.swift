@@ -161,10 +161,11 @@ extension Supervisor {
     guard let slot = record.slot else { return }
     let key = record.key
     let identity = ObjectIdentifier(record)
+    let ticket = record.restartTicket
     record.threads = BlockBackend.start(
       entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool, rate: record.rate,
       account: record.account, makeState: stateMaker(record, slot), decorate: settings.decorate,
-      report: { [self] report in onLoop { $0.reported(key, identity, report) } },
+      report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } },
       completion: { [self] result in
         // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.
         onLoop { $0.opened(key, identity, result) }
@@ -223,12 +224,12 @@ extension Supervisor {
   /// Puts a device into its slot when the image is open and the guest's server is there.
   func attachIfReady(_ record: DeviceRecord, of session: GuestSession) {
     guard session.phase == .running, let backend = record.backend, let slot = record.slot else { return }
-    let (key, identity) = (record.key, ObjectIdentifier(record))
+    let (key, identity, ticket) = (record.key, ObjectIdentifier(record), record.restartTicket)
     if record.isAttached {
       guard let transport = record.transport else { return }
       session.thread.loop.enqueue { [self] in
         transport.plug(backend)
-        onLoop { $0.attached(key, identity) }
+        onLoop { $0.attached(key, identity, ticket) }
       }
       return
     }
@@ -244,7 +245,7 @@ extension Supervisor {
       do throws(XenError) {
         try cell.server?.attach(transport, to: slot)
         if mustBeReset { transport.interruptForConfiguration() }
-        onLoop { $0.attached(key, identity) }
+        onLoop { $0.attached(key, identity, ticket) }
       } catch {
         let reason = "base: \(error)"
         onLoop { supervisor in
@@ -255,8 +256,9 @@ extension Supervisor {
     }
   }
 
-  private func attached(_ key: DeviceKey, _ identity: ObjectIdentifier) {
-    guard let (session, record) = current(key, identity), record.phase != .closing, let transport = record.transport
+  private func attached(_ key: DeviceKey, _ identity: ObjectIdentifier, _ ticket: UInt64) {
+    guard let (session, record) = current(key, identity), record.phase != .closing, record.restartTicket == ticket,
+      let transport = record.transport
     else { return }
     let status = transport.currentStatus
     let wasRestarting: Bool
@@ -264,8 +266,11 @@ extension Supervisor {
     record.failedStarts = 0
     if status.contains(.needsReset) {
       record.phase = .faulted(reason: record.mustBeReset ?? "the guest must reset the device")
+    } else if status.contains(.driverOK) {
+      // The backend may have been held before this word of its being attached.
+      record.phase = record.heldQueues.values.first.map { .held(reason: $0) } ?? .connected
     } else {
-      record.phase = status.contains(.driverOK) ? .connected : .ready
+      record.phase = .ready
     }
     if store?.read("\(key.path)/error") != nil { try? store?.remove("\(key.path)/error") }
     // The server, its page, ranges and channels are ready: the guest's first instruction finds the device.
@@ -308,23 +313,24 @@ extension Supervisor {
     publish(session)
   }
 
-  private func reported(_ key: DeviceKey, _ identity: ObjectIdentifier, _ report: BlockReport) {
-    guard let (session, record) = current(key, identity), record.phase != .closing else { return }
+  private func reported(
+    _ key: DeviceKey, _ identity: ObjectIdentifier, _ ticket: UInt64, _ report: BlockReport
+  ) {
+    // A backend that is being stopped has nothing to say any more: each queue of it may report the same.
+    guard let (session, record) = current(key, identity), record.phase != .closing, record.restartTicket == ticket
+    else { return }
     switch report {
     case .fault(let fault): guestFaulted(record, of: session, fault.message)
     case .storeGone(let result):
-      // Each queue says so.
-      if case .restarting = record.phase { return }
-      if case .quarantined = record.phase { return }
       backendFailed(record, of: session, "the store is gone (\(Errno(Int32(clamping: -result))))")
     case .held(let queue, let result):
-      record.heldQueues.insert(queue)
       let reason =
         "queue \(queue): the store fails (\(Errno(Int32(clamping: -result)))); the guest waits for 'vxctl resume'"
+      record.heldQueues[queue] = reason
       if record.phase == .connected { record.phase = .held(reason: reason) }
       tell(.deviceHeld, session, record, reason: reason)
     case .resumed(let queue):
-      record.heldQueues.remove(queue)
+      record.heldQueues[queue] = nil
       guard record.heldQueues.isEmpty else { break }
       if case .held = record.phase { record.phase = .connected }
       tell(.deviceResumed, session, record)

@@ -123,7 +123,7 @@ extension Supervisor {
   /// Takes the backend away from its transport, stops it, joins its threads; then `then`, unless something else has begun meanwhile.
   func unplug(_ record: DeviceRecord, of session: GuestSession, then: DeviceRecord.AfterStop) {
     record.restartTicket += 1
-    record.heldQueues = []
+    record.heldQueues = [:]
     record.afterStop = then
     // A store that is being opened cannot be stopped: `opened` comes back to this.
     guard !record.isStoppingBackend, record.backend != nil || record.threads.isEmpty else { return }
