@@ -136,8 +136,10 @@ final class RemoteGuestHandle: GuestHandle, @unchecked Sendable {
       if pending.isEmpty {
         more.drain()
         var isOver = false
-        guard let (packet, _) = RemotePacket.receive(socket.raw, wait: false, isOver: &isOver), packet.kind == .event
-        else { return nil }
+        let received = RemotePacket.receive(socket.raw, wait: false, isOver: &isOver)
+        // A simulator that is gone would leave the socket readable for ever.
+        if isOver { epoll_ctl(readiness.raw, EPOLL_CTL_DEL, socket.raw, nil) }
+        guard let (packet, _) = received, packet.kind == .event else { return nil }
         return UInt32(truncatingIfNeeded: packet.first)
       }
       return pending.removeFirst()

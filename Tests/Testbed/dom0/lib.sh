@@ -5,6 +5,7 @@ PASSED=0
 FAILED=0
 VXD_LOG=/var/log/vxd.log
 GUEST_CPU=3
+VXD_AS=
 
 step() { echo "STEP $*"; }
 passed() { PASSED=$((PASSED + 1)); echo "ok - $*"; }
@@ -65,9 +66,17 @@ vxd_pid() { cat /run/vxd.pid 2>/dev/null; }
 vxd_runs() { [ -n "$(vxd_pid)" ] && [ -d "/proc/$(vxd_pid)" ] && ! grep -q '^State:.Z' "/proc/$(vxd_pid)/status"; }
 
 start_vxd() { # OPTION... : starts the daemon and waits until its control socket answers
-  vxd "$@" 2>>$VXD_LOG &
+  $VXD_AS vxd "$@" 2>>$VXD_LOG &
   echo $! >/run/vxd.pid
   wait_until 20 vxctl status --json || { failed "vxd starts and answers its control socket"; show_logs; verdict; poweroff -f; }
+}
+
+# As its unit runs it: a user of its own with one capability. For the starts of vxd that follow.
+run_vxd_unprivileged() {
+  VXD_AS="/bin/setpriv --reuid=990 --regid=990 --clear-groups --no-new-privs --inh-caps=-all,+dac_override --ambient-caps=-all,+dac_override \
+    --bounding-set=-all,+dac_override"
+  mkdir -p /run/vxd
+  chown 990:990 /run/vxd
 }
 
 profiles() { # JSON : options of disks, for the next start of vxd

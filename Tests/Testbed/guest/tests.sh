@@ -104,6 +104,39 @@ test_queues() {
   while true; do sleep 60; done
 }
 
+# A disk of no size that grows and shrinks, then limited writes, then rounds of verified I/O until somebody ends the guest.
+test_operate() {
+  wait_for_disks 2
+  say "FIRST vda $(cat /sys/block/vda/size)"
+  say "SPARE vdb $(cat /sys/block/vdb/size)"
+  while [ "$(cat /sys/block/vdb/size)" = 0 ]; do usleep 100000; done
+  say "ATTACHED vdb $(cat /sys/block/vdb/size)"
+  check_filesystem vdb
+  say "FREE"
+  # The limit comes any moment now: each round of 40 writes tells by its time whether it is there.
+  while true; do
+    before=$(date +%s)
+    fio --name=probe --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=4 --size=4m --number_ios=60 \
+      --output=/tmp/fio.out >/dev/null 2>&1 || say "FAIL probe"
+    [ $(($(date +%s) - before)) -lt 3 ] || break
+  done
+  before=$(date +%s)
+  fio --name=limited --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=4 --size=4m --number_ios=200 \
+    --output=/tmp/fio.out >/dev/null 2>&1 || say "FAIL limited"
+  say "LIMITED vda $(($(date +%s) - before))"
+  round=0 gone=
+  while true; do
+    fio --name=round --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --size=2m --iodepth=8 --verify=crc32c \
+      --verify_fatal=1 --output=/tmp/fio.out >/tmp/fio.err 2>&1 && ! grep -q 'err= *[1-9]' /tmp/fio.out || say "FAIL fio: $(head -n 3 /tmp/fio.err)"
+    round=$((round + 1))
+    say "ROUND $round"
+    if [ -z "$gone" ] && [ "$(cat /sys/block/vdb/size)" = 0 ]; then
+      gone=yes
+      say "DETACHED vdb"
+    fi
+  done
+}
+
 # Verified I/O on every disk at once, in rounds, until somebody ends the guest.
 test_crash() {
   wait_for_disks "${vx_disks:-1}"

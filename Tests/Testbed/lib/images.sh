@@ -90,6 +90,8 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   done
   ln -s ../lib/xen-4.17/bin/xl "$image/sbin/xl"
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/libexec/xen-qemu-system-i386" /usr/libexec/xen-qemu-system-i386
+  # util-linux is on every Debian system.
+  copy_with_libraries "$image" /usr/bin/setpriv /bin/setpriv
   for tool in qemu-storage-daemon qemu-img; do copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"; done
   install -D "$PACKAGES_ROOT/usr/lib/xen-4.17/boot/hvmloader" "$image/usr/lib/xen-4.17/boot/hvmloader"
   install -D "$PACKAGES_ROOT/usr/share/seabios/bios-256k.bin" "$image/usr/share/seabios/bios-256k.bin"
