@@ -78,6 +78,20 @@ install: build
 	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
 	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
 	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
+	install -D -m 644 deploy/vxd.socket $(DESTDIR)/lib/systemd/system/vxd.socket
+	install -D -m 644 deploy/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vxd.conf
+	install -D -m 644 deploy/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vxd.conf
+	install -D -m 644 deploy/sysctl.conf $(DESTDIR)/usr/lib/sysctl.d/50-vxd.conf
+	install -D -m 644 deploy/man/vxd.8 $(DESTDIR)/usr/share/man/man8/vxd.8
+	install -D -m 644 deploy/man/vxctl.1 $(DESTDIR)/usr/share/man/man1/vxctl.1
+	install -D -m 644 deploy/grafana/vxd.json $(DESTDIR)/usr/share/vxd/grafana.json
+	install -D -m 644 deploy/prometheus/alerts.yml $(DESTDIR)/usr/share/vxd/alerts.yml
+	install -D -m 644 deploy/control-api.json $(DESTDIR)/usr/share/vxd/control-api.json
+	install -d $(DESTDIR)/usr/share/bash-completion/completions $(DESTDIR)/usr/share/zsh/vendor-completions \
+	  $(DESTDIR)/usr/share/fish/vendor_completions.d
+	.build/release/vxctl --generate-completion-script bash > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
+	.build/release/vxctl --generate-completion-script zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_vxctl
+	.build/release/vxctl --generate-completion-script fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/vxctl.fish
 	install -D -m 644 deploy/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/vxd.conf
 	install -D -m 644 deploy/acpi/slots.aml $(DESTDIR)/usr/share/vxd/slots.aml
 	install -D -m 644 deploy/acpi/slots.asl $(DESTDIR)/usr/share/vxd/slots.asl

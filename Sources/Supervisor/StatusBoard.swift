@@ -59,5 +59,12 @@ package final class StatusBoard: Sendable {
 
   func update(_ change: (inout Contents) -> Void) { contents.withLock { change(&$0) } }
 
+  /// Whether the data threads make progress: fewer than half of all devices have one that does not come back from a batch.
+  package var isHealthy: Bool {
+    let devices = current.guests.values.flatMap(\.devices)
+    let hanging = devices.filter { $0.stuck?.layer == .thread }.count
+    return hanging < 2 || hanging * 2 < devices.count
+  }
+
   var current: Contents { contents.withLock { $0 } }
 }

@@ -99,7 +99,7 @@ enum VXD {
         do throws(ControlFault) { try actions.reload() } catch { log.error("profiles: \(error.message)") }
       }
     }
-    if let period = ServiceManager.watchdogPeriod { feedWatchdog(loop, period) }
+    if let period = ServiceManager.watchdogPeriod { feedWatchdog(loop, board, period) }
     simulation?.play(log: log)
     loop.run()
     loop.remove(token)
@@ -122,11 +122,12 @@ enum VXD {
     }
   }
 
-  /// The loop itself feeds the watchdog: when the supervisor hangs, systemd learns of it.
-  private static func feedWatchdog(_ loop: EventLoop, _ period: UInt64) {
+  /// The loop itself feeds the watchdog: when the supervisor hangs, or most data threads do, systemd starts vxd anew. One thread that
+  /// hangs on a dead disk is no reason: its process would hang in its end as well, and every guest with it.
+  private static func feedWatchdog(_ loop: EventLoop, _ board: StatusBoard, _ period: UInt64) {
     loop.schedule(afterMilliseconds: period) {
-      ServiceManager.alive()
-      feedWatchdog(loop, period)
+      if board.isHealthy { ServiceManager.alive() }
+      feedWatchdog(loop, board, period)
     }
   }
 

@@ -11,7 +11,9 @@ import Testing
   /// Runs a program to its end; its output and exit status.
   private func run(_ program: String, _ arguments: [String], environment: [String: String] = [:]) -> (String, Int32) {
     var ends: [Int32] = [0, 0]
+    // Closed on exec: a server that a program leaves behind must not hold the other end open.
     guard pipe(&ends) == 0 else { return ("", -1) }
+    for end in ends { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
     let pid = spawn(program, arguments, environment, output: ends[1], other: ends[0])
     close(ends[1])
     var bytes: [UInt8] = []
@@ -91,6 +93,75 @@ import Testing
       let tree = run("xenstore-ls", ["-f", "/local/domain/0/backend"], environment: ["XENSTORED_PATH": String(store)])
       #expect(tree.0.contains("/local/domain/0/backend/virtio_disk/1/51776/state = \"4\""), "\(tree.0)")
     }
+  }
+
+  /// `vxctl top` in a real terminal: fills it, follows its size, ends at q and gives it back.
+  @Test func topFillsATerminalAndGivesItBack() throws {
+    try withDaemon { socket, _ in
+      let session = "vxd-test-\(getpid())"
+      let tmux = ["-L", session]
+      let command = "\(Self.products)/vxctl top --interval 0.3 --socket \(socket); echo ended with $?; cat"
+      // Its server keeps what it was started with open, so it gets no pipe of ours.
+      let start = run(
+        "sh",
+        [
+          "-c",
+          "tmux -L \(session) -f /dev/null new-session -d -x 100 -y 20 -s \(session) \"$1\" >/dev/null 2>&1 </dev/null",
+          "sh",
+          command,
+        ], environment: ["TERM": "xterm"])
+      #expect(start.1 == 0, "\(start.0)")
+      defer { _ = run("tmux", tmux + ["kill-server"]) }
+      func screen() -> String { run("tmux", tmux + ["capture-pane", "-p", "-t", session]).0 }
+      #expect(eventually { screen().contains("demo/xvde  connected") }, "\(screen())")
+      // Work is seen: the guest writes ten blocks a second.
+      #expect(
+        eventually {
+          let row = screen().split(separator: "\n").first { $0.hasPrefix("demo/xvde") }?.split(separator: " ") ?? []
+          return row.count > 3 && Int(row[3]) ?? 0 > 0
+        }, "\(screen())")
+      _ = run("tmux", tmux + ["resize-window", "-t", session, "-x", "40", "-y", "10"])
+      #expect(
+        eventually { screen().split(separator: "\n").allSatisfy { $0.count <= 40 } && screen().contains("demo/xvde") })
+      _ = run("tmux", tmux + ["send-keys", "-t", session, "n"])
+      #expect(eventually { screen().contains("by name") || screen().contains("vxd 0.2.0") })
+      _ = run("tmux", tmux + ["send-keys", "-t", session, "q"])
+      #expect(eventually { screen().contains("ended with 0") && !screen().contains("demo/xvde") }, "\(screen())")
+    }
+  }
+
+  /// Each verb is in the manual and in the completions, and each option of vxd in its manual.
+  @Test func manualsAndCompletionsKnowEverything() throws {
+    let root = Self.products.split(separator: "/").dropLast(2).joined(separator: "/")
+    func text(_ path: String) -> String { run("cat", ["/\(root)/\(path)"]).0.split(separator: "\\").joined() }
+    let help = run(Self.products + "/vxctl", ["--help"]).0
+    let verbs = help.split(separator: "\n").drop { !$0.hasPrefix("SUBCOMMANDS:") }.dropFirst().compactMap { line in
+      line.hasPrefix("  ") && !line.hasPrefix("   ") ? line.split(separator: " ").first.map(String.init) : nil
+    }.filter { $0 != "See" && $0 != "help" }
+    #expect(verbs.count >= 20, "\(verbs)")
+    let manual = text("deploy/man/vxctl.1")
+    for verb in verbs where verb != "device" && verb != "config" {
+      #expect(manual.contains(verb), "vxctl.1 does not know '\(verb)'")
+    }
+    for shell in ["bash", "zsh", "fish"] {
+      let script = run(Self.products + "/vxctl", ["--generate-completion-script", shell]).0
+      for verb in verbs { #expect(script.contains(verb), "\(shell): \(verb)") }
+    }
+    let daemon = text("deploy/man/vxd.8")
+    for word in run(Self.products + "/vxd", ["--help"]).0.split(whereSeparator: { " \n,;()".contains($0) })
+    where word.hasPrefix("--") {
+      #expect(daemon.contains(word), "vxd.8 does not know '\(word)'")
+    }
+  }
+
+  /// systemd rates the unit's sandbox, and finds nothing in the units that it does not know.
+  @Test func unitIsWellSandboxed() throws {
+    let root = "/" + Self.products.split(separator: "/").dropLast(2).joined(separator: "/")
+    let rating = run(
+      "systemd-analyze", ["security", "--offline=yes", "--threshold=30", "--no-pager", root + "/deploy/vxd.service"])
+    #expect(rating.1 == 0, "\(rating.0.suffix(2000))")
+    #expect(rating.0.contains("Overall exposure level"))
+    #expect(!rating.0.contains("Unknown key"))
   }
 
   @Test func wrongUsageIsExplained() {
