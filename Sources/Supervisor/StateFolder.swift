@@ -49,12 +49,7 @@ package struct StateFolder: Sendable {
   var contents: (guests: Set<DomainID>, devices: Set<DeviceKey>) {
     var guests: Set<DomainID> = []
     var devices: Set<DeviceKey> = []
-    guard let directory = opendir(path) else { return (guests, devices) }
-    defer { closedir(directory) }
-    while let entry = readdir(directory) {
-      let name = withUnsafePointer(to: &entry.pointee.d_name) {
-        $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
-      }
+    for name in namesInFolder(path) {
       if name.hasSuffix(".guest"), let domain = DomainID(name.dropLast(6)) { guests.insert(domain) }
       let parts = name.split(separator: "-")
       if name.hasSuffix(".device"), parts.count == 3, let domain = DomainID(parts[0]),

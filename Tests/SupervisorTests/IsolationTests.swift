@@ -29,7 +29,7 @@ import Xen
     return (median(requests), median(calls))
   }
 
-  /// The stated factor: a neighbour's median latency grows by no more than 25 times, and never beyond 20 ms, while another guest floods
+  /// The stated factor: a neighbour's median latency grows by no more than 25 times (5 ms are always allowed), and never beyond 50 ms, while another guest floods
   /// its device from two vCPUs on a machine whose processors are all taken. (Without a limit on the flood the processors are shared by
   /// the kernel's scheduler; with a queue in common it would be seconds.)
   @Test func hostileDeviceAtFullSpeedStarvesNeitherNeighboursNorTheControlSocket() throws {
@@ -79,8 +79,8 @@ import Xen
     let beside = try measure(guest, client, rounds: 200)
     let after = world.device("flood", "xvde")["requests"]?.integerValue ?? 0
     #expect(after - before > 500, "the flood is none")
-    let limit: UInt64 = testsAreSlow ? 400_000_000 : 20_000_000
-    #expect(beside.request < max(alone.request * 25, 2_000_000) && beside.request < limit, "\(alone) \(beside)")
-    #expect(beside.status < max(alone.status * 25, 2_000_000) && beside.status < limit, "\(alone) \(beside)")
+    let limit: UInt64 = testsAreSlow ? 400_000_000 : 50_000_000
+    #expect(beside.request < max(alone.request * 25, 5_000_000) && beside.request < limit, "\(alone) \(beside)")
+    #expect(beside.status < max(alone.status * 25, 5_000_000) && beside.status < limit, "\(alone) \(beside)")
   }
 }

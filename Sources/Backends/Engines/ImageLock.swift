@@ -63,25 +63,12 @@ enum ImageLock {
     return "process \(pid) (\(name))"
   }
 
-  private static func processes() -> [Int32] { entries("/proc").compactMap { Int32($0) } }
+  private static func processes() -> [Int32] { namesInFolder("/proc").compactMap { Int32($0) } }
 
   private static func has(process pid: Int32, open identity: FileIdentity) -> Bool {
-    entries("/proc/\(pid)/fd").contains { entry in
+    namesInFolder("/proc/\(pid)/fd").contains { entry in
       var status = stat()
       return stat("/proc/\(pid)/fd/\(entry)", &status) == 0 && FileIdentity(status) == identity
     }
-  }
-
-  private static func entries(_ path: String) -> [String] {
-    guard let directory = opendir(path) else { return [] }
-    defer { closedir(directory) }
-    var names: [String] = []
-    while let entry = readdir(directory) {
-      let name = withUnsafePointer(to: &entry.pointee.d_name) {
-        $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
-      }
-      if !name.hasPrefix(".") { names.append(name) }
-    }
-    return names
   }
 }

@@ -22,12 +22,12 @@ package struct BlockPump: ~Copyable {
   /// answers while the next ones are made; else one call for all is cheaper.
   private let groupLimit: Int
 
-  private let engine: any BlockEngine
+  let engine: any BlockEngine
   let settings: BlockPumpSettings
   let serial: [UInt8]
-  private let counters: BlockCounters
+  let counters: BlockCounters
   let latencies: QueueLatencies
-  private let storage: JournalStorage
+  let storage: JournalStorage
   /// The device's node of the budget tree, and whether it or one above it has a limit, as of this batch.
   let rate: RateNode
   var isLimited = false
@@ -40,25 +40,25 @@ package struct BlockPump: ~Copyable {
   var queue: Virtqueue
   var slab: OperationSlab
   var bounce: BouncePool
-  private let staged: UnsafeMutablePointer<EngineRequest>
-  private var stagedCount = 0
-  private let completions: UnsafeMutablePointer<EngineCompletion>
-  private static var completionCapacity: Int { 64 }
+  let staged: UnsafeMutablePointer<EngineRequest>
+  var stagedCount = 0
+  let completions: UnsafeMutablePointer<EngineCompletion>
+  static var completionCapacity: Int { 64 }
 
   /// Whether the queue is live.
   package private(set) var isActive = false
   var life: UInt32 = 0
   /// Operations of the present life, and those that an earlier one left behind.
   var inFlight = 0
-  private var orphans = 0
+  var orphans = 0
   var tally = Tally()
   private var idle = IdlePoll()
   /// Time of the batch, in nanoseconds.
   var now: UInt64 = 0
   /// Whether writes of the present life must be durable when they complete, or whether the driver decides by `writeback`.
-  private var isWriteThrough = false
-  private var followsDriver = false
-  private let writeback: WritebackSwitch
+  var isWriteThrough = false
+  var followsDriver = false
+  let writeback: WritebackSwitch
 
   /// Slots whose step failed and is to be tried again: after a while, or at an operator's word.
   let waiting: UnsafeMutablePointer<UInt32>
@@ -71,30 +71,11 @@ package struct BlockPump: ~Copyable {
   /// When the first of them may go, in nanoseconds; 0 when none waits.
   var throttledUntil: UInt64 = 0
   /// Slots of an earlier owner's chains that are still to be started.
-  private var adopted: SlotList
+  var adopted: SlotList
   /// Why the queue is held (a negated errno); 0 when it is not.
   package var heldResult = 0
   /// The store is gone for good (a negated errno), and only a new engine helps; 0 while it is there.
   package var goneResult = 0
-
-  /// Counts of a batch, added to the shared counters once at its end.
-  struct Tally {
-    var reads: UInt64 = 0
-    var writes: UInt64 = 0
-    var flushes: UInt64 = 0
-    var discards: UInt64 = 0
-    var writeZeroes: UInt64 = 0
-    var others: UInt64 = 0
-    var readBytes: UInt64 = 0
-    var writtenBytes: UInt64 = 0
-    var failed: UInt64 = 0
-    var unsupported: UInt64 = 0
-    var retries: UInt64 = 0
-    var throttled: UInt64 = 0
-    var interrupts: UInt64 = 0
-    var suppressed: UInt64 = 0
-    var adopted: UInt64 = 0
-  }
 
   /// - Parameter storage: the journal of the queue: its slots are the requests that are worked on at a time, its limit for chains
   ///   comes from `chainLimit(queueSize:)`.
@@ -223,7 +204,7 @@ package struct BlockPump: ~Copyable {
     publishLoad()
   }
 
-  private mutating func dropOrphan(_ slot: Int) {
+  mutating func dropOrphan(_ slot: Int) {
     guard slot < slab.count else { return }
     release(slot)
     orphans &-= 1
@@ -329,43 +310,6 @@ package struct BlockPump: ~Copyable {
     return hasFreed
   }
 
-  // MARK: Adoption
-
-  /// Takes over the chains that an earlier owner of the journal left.
-  private mutating func adopt() throws(VirtqueueFault) {
-    for chain in try queue.adopt() {
-      let slot = Int(chain.ticket.slot)
-      guard slab.take(slot, at: now) else { throw .badLayout }
-      slab.records[slot] = BlockOperationRecord(
-        life: life, ticket: chain.ticket, readableCount: chain.readableCount, writableCount: chain.writableCount)
-      adopted.append(slot)
-      tally.adopted &+= 1
-    }
-  }
-
-  /// Starts them again. None of them was answered, so they have no order among each other, and nothing new is taken before.
-  private mutating func startAdopted() {
-    guard !adopted.isEmpty, orphans == 0, heldResult == 0 else { return }
-    while let slot = adopted.first {
-      let record = slab.records[slot]
-      var chain = DescriptorChain(buffers: slab.buffers(slot))
-      chain.ticket = record.ticket
-      chain.readableCount = record.readableCount
-      chain.writableCount = record.writableCount
-      for index in 0..<record.readableCount { chain.readableBytes &+= UInt64(chain.buffers[index].length) }
-      for index in 0..<record.writableCount { chain.writableBytes &+= UInt64(chain.writable[index].length) }
-      // The request was checked when it was taken first.
-      guard let hasRoom = try? begin(slot, chain) else {
-        complete(slot, .ioError)
-        adopted.removeFirst()
-        continue
-      }
-      guard hasRoom else { break }
-      adopted.removeFirst()
-    }
-    submit()
-  }
-
   /// Watches the queue for the length of the poll window.
   ///
   /// - Returns: whether there is something to do.
@@ -378,36 +322,6 @@ package struct BlockPump: ~Copyable {
       if inFlight > 0 { return false }
     } while engine.now < end
     return false
-  }
-
-  private mutating func settle() {
-    counters.reads.add(tally.reads)
-    counters.writes.add(tally.writes)
-    counters.flushes.add(tally.flushes)
-    counters.discards.add(tally.discards)
-    counters.writeZeroes.add(tally.writeZeroes)
-    counters.others.add(tally.others)
-    counters.readBytes.add(tally.readBytes)
-    counters.writtenBytes.add(tally.writtenBytes)
-    counters.failed.add(tally.failed)
-    counters.unsupported.add(tally.unsupported)
-    counters.retries.add(tally.retries)
-    counters.throttled.add(tally.throttled)
-    counters.adopted.add(tally.adopted)
-    counters.interrupts.add(tally.interrupts)
-    counters.interruptsSuppressed.add(tally.suppressed)
-    counters.batches.add(1)
-    counters.translationHits.set(memory.hits)
-    counters.translationMisses.set(memory.misses)
-    publishLoad()
-    tally = Tally()
-  }
-
-  /// What the watchdog and the operator see of the requests under way.
-  private mutating func publishLoad() {
-    counters.inFlight.store(UInt64(slab.busyCount), ordering: .relaxed)
-    counters.waiting.store(UInt64(waitingCount), ordering: .relaxed)
-    counters.oldestSince.store(slab.oldestSince, ordering: .relaxed)
   }
 
   /// Takes chains until the queue is empty or the budget is used up.
@@ -438,44 +352,5 @@ package struct BlockPump: ~Copyable {
       budget &-= 1
     }
     return true
-  }
-
-  // MARK: Engine
-
-  mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
-    slab.records[slot].vectorCount = vectorCount
-    slab.records[slot].isWithEngine = true
-    if slab.records[slot].submittedAt == 0 { slab.records[slot].submittedAt = now }
-    staged[stagedCount] = EngineRequest(
-      operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
-      vectors: slab.vectors(slot), vectorCount: vectorCount)
-    // Read behind the chain's arrival: what the driver wrote before it made the chain available counts.
-    staged[stagedCount].isDurable = isWriteThrough || followsDriver && !writeback.isOn
-    staged[stagedCount].mayUnmap = mayUnmap
-    stagedCount &+= 1
-    inFlight &+= 1
-  }
-
-  mutating func submit() {
-    guard stagedCount > 0 else { return }
-    engine.submit(staged, count: stagedCount)
-    stagedCount = 0
-  }
-
-  private mutating func reap() {
-    while true {
-      let count = engine.reap(into: completions, capacity: Self.completionCapacity)
-      // For the histograms: the batch's time is that of its start.
-      if count > 0 { now = engine.now }
-      for index in 0..<count {
-        let slot = Int(completions[index].tag)
-        guard slot < slab.count else { continue }
-        slab.records[slot].isWithEngine = false
-        if slab.records[slot].life == life { finishStep(slot, completions[index].result) } else { dropOrphan(slot) }
-      }
-      // A full harvest may not be all; a step that goes on must be submitted.
-      submit()
-      if count < Self.completionCapacity { return }
-    }
   }
 }

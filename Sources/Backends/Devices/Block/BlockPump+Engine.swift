@@ -1,0 +1,39 @@
+/// Between the pump and its engine: what is staged goes out together, what is done comes back.
+extension BlockPump {
+  mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
+    slab.records[slot].vectorCount = vectorCount
+    slab.records[slot].isWithEngine = true
+    if slab.records[slot].submittedAt == 0 { slab.records[slot].submittedAt = now }
+    staged[stagedCount] = EngineRequest(
+      operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
+      vectors: slab.vectors(slot), vectorCount: vectorCount)
+    // Read behind the chain's arrival: what the driver wrote before it made the chain available counts.
+    staged[stagedCount].isDurable = isWriteThrough || followsDriver && !writeback.isOn
+    staged[stagedCount].mayUnmap = mayUnmap
+    stagedCount &+= 1
+    inFlight &+= 1
+  }
+
+  mutating func submit() {
+    guard stagedCount > 0 else { return }
+    engine.submit(staged, count: stagedCount)
+    stagedCount = 0
+  }
+
+  mutating func reap() {
+    while true {
+      let count = engine.reap(into: completions, capacity: Self.completionCapacity)
+      // For the histograms: the batch's time is that of its start.
+      if count > 0 { now = engine.now }
+      for index in 0..<count {
+        let slot = Int(completions[index].tag)
+        guard slot < slab.count else { continue }
+        slab.records[slot].isWithEngine = false
+        if slab.records[slot].life == life { finishStep(slot, completions[index].result) } else { dropOrphan(slot) }
+      }
+      // A full harvest may not be all; a step that goes on must be submitted.
+      submit()
+      if count < Self.completionCapacity { return }
+    }
+  }
+}

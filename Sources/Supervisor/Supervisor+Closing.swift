@@ -1,0 +1,76 @@
+import Backends
+import EventLoop
+import Xen
+
+/// The end of devices, and what is written to Xenstore of them.
+extension Supervisor {
+  /// Ends a device: out of its slot, requests drained, image closed; then the state is written.
+  func close(_ record: DeviceRecord, of session: GuestSession, wantsClosedState: Bool) {
+    record.wantsClosedState = record.wantsClosedState || wantsClosedState
+    guard record.phase != .closing else { return }
+    record.phase = .closing
+    tell(.deviceClosing, session, record)
+    if record.key.kind != .spare { closeSparesIfAlone(session) }
+    publish(session)
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    guard record.isAttached, let slot = record.slot else { return released(key, identity) }
+    let cell = session.cell
+    session.thread.loop.enqueue { [self] in
+      cell.server?.detach(slot)
+      onLoop { $0.released(key, identity) }
+    }
+  }
+
+  /// Nothing of the device reaches guest memory any more.
+  private func released(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+    guard let (session, record) = current(key, identity) else { return }
+    record.isReleased = true
+    if record.backend != nil {
+      stopBackend(record, of: session)
+    } else if record.threads.isEmpty, !record.isStoppingBackend {
+      stopped(key, identity)
+    }
+    closeIfUnused(session)
+  }
+
+  func stopBackend(_ record: DeviceRecord, of session: GuestSession) {
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    guard let backend = record.backend else { return }
+    record.backend = nil
+    record.transport = nil
+    backend.stop { [self] in onLoop { $0.stopped(key, identity) } }
+  }
+
+  func stopped(_ key: DeviceKey, _ identity: ObjectIdentifier) {
+    guard let (session, record) = current(key, identity) else { return }
+    record.joinThreads()
+    guard record.phase == .closing else { return }
+    record.isStopped = true
+    finishStopped(session)
+  }
+
+  // MARK: Writing to Xenstore
+
+  func writeClosedState(_ record: DeviceRecord) {
+    if record.wantsClosedState { writeClosedState(record.key) }
+  }
+
+  /// Tells the toolstack that everything of the device is given back.
+  func writeClosedState(_ key: DeviceKey) {
+    // libxl may have removed the entry meanwhile: a write would bring it back.
+    guard let state = store?.read("\(key.path)/state"), state != XenbusState.closed.rawValue else { return }
+    write(key, "state", XenbusState.closed.rawValue)
+  }
+
+  func write(_ key: DeviceKey, _ name: String, _ value: String) {
+    do throws(XenError) {
+      try store?.transaction { transaction throws(XenError) in
+        // An entry that was removed meanwhile must not come back by a write of ours.
+        guard let store, store.list(key.path, in: transaction) != nil else { return }
+        try store.write("\(key.path)/\(name)", value, in: transaction)
+      }
+    } catch {
+      log.warning("cannot write \(key.path)/\(name): \(error)")
+    }
+  }
+}
