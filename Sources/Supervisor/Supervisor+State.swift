@@ -90,6 +90,7 @@ extension Supervisor {
     _ record: DeviceRecord, _ slot: DeviceSlot
   ) -> @Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState {
     let known = record.state
+    let log = log
     let path = settings.stateFolder?.devicePath(record.key)
     var interrupt: UInt32 = 0
     if case .spi(let number) = slot.interrupt { interrupt = number }
@@ -103,9 +104,17 @@ extension Supervisor {
         }
         return known
       }
+      if let path {
+        do throws(Errno) {
+          return try DeviceState(path: path, shape: shape, place: place)
+        } catch {
+          // A disk that does not survive a restart of vxd is better than none.
+          log.error(
+            "\(path) cannot be made (\(error)): this device will have to be reset by its guest when vxd is restarted")
+        }
+      }
       do throws(Errno) {
-        guard let path else { return try DeviceState(shape: shape, place: place) }
-        return try DeviceState(path: path, shape: shape, place: place)
+        return try DeviceState(shape: shape, place: place)
       } catch {
         throw .host(error)
       }

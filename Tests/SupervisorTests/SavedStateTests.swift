@@ -104,6 +104,22 @@ import Xen
     #expect(eventually { TemporaryFolder.names(folder.path).isEmpty })
   }
 
+  @Test func deviceWhoseStateCannotBeKeptIsServedAllTheSame() throws {
+    let world = try World()
+    defer { world.end() }
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    try world.start { $0.stateFolder = folder }
+    #expect(rmdir(folder.path) == 0)
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(world.call("device.restart", ["guest": "web1", "device": "xvde"])["accepted"] == true)
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+  }
+
   @Test func attachedSpareIsThereAgain() throws {
     let world = try World()
     defer { world.end() }

@@ -88,7 +88,12 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     unlink(temporary)
     let descriptor = OwnedDescriptor(
       adopting: try retrying { open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600) })
-    guard ftruncate(descriptor.raw, off_t(length)) == 0 else { throw Errno.last }
+    // All of it now: a file system in memory that is full later would answer a store with SIGBUS.
+    let result = posix_fallocate(descriptor.raw, 0, off_t(length))
+    guard result == 0 else {
+      unlink(temporary)
+      throw Errno(result)
+    }
     memory = try Self.map(descriptor.raw, length)
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
