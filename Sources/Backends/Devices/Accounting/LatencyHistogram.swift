@@ -104,7 +104,7 @@ package final class QueueLatencies: @unchecked Sendable {
   package enum Stage: Int, CaseIterable, Sendable {
     /// Waits for its share of a limited rate.
     case throttle
-    /// Waits in the device, for memory or for another try.
+    /// Waits in the device, for memory or for another try: requests that did not wait are not counted.
     case queue
     /// The store has it.
     case engine

@@ -60,34 +60,41 @@ extension BlockPump {
 
   /// Answers a request: status byte, used element.
   mutating func complete(_ slot: Int, _ status: BlockStatus) {
-    let record = slab.records[slot]
+    // By a pointer: the record is large.
+    let record = slab.records + slot
     if status == .ioError { tally.failed &+= 1 }
     if status == .unsupported { tally.unsupported &+= 1 }
     var byte = status.rawValue
-    var written = status == .ok ? record.written : 1
+    var written = status == .ok ? record.pointee.written : 1
     do throws(GuestMemoryFault) {
-      try memory.copyOut(from: &byte, to: record.statusAddress, count: 1)
+      try memory.copyOut(from: &byte, to: record.pointee.statusAddress, count: 1)
     } catch {
       written = 0  // nowhere to say it; the used element alone tells the driver that the request is over
     }
-    queue.pushUsed(record.ticket, length: written)
+    queue.pushUsed(record.pointee.ticket, length: written)
     releaseMeans(slot)
-    if record.submittedAt != 0 { recordLatency(slot, record) }
+    if record.pointee.submittedAt != 0 { recordLatency(slot) }
   }
 
-  private func recordLatency(_ slot: Int, _ record: BlockOperationRecord) {
+  private func recordLatency(_ slot: Int) {
+    let record = slab.records + slot
     let operation: QueueLatencies.Operation =
-      switch record.kind {
+      switch record.pointee.kind {
       case .read: .read
       case .write: .write
       case .flush: .flush
       case .discard, .writeZeroes, .secureErase: .other
       }
     let taken = slab.since(slot)
-    let admitted = record.admittedAt == 0 ? taken : record.admittedAt
-    if record.admittedAt != 0 { latencies.record(operation, .throttle, admitted &- taken) }
-    latencies.record(operation, .queue, record.submittedAt &- admitted)
-    latencies.record(operation, .engine, now &- record.submittedAt)
+    let submitted = record.pointee.submittedAt
+    var admitted = taken
+    if record.pointee.admittedAt != 0 {
+      admitted = record.pointee.admittedAt
+      latencies.record(operation, .throttle, admitted &- taken)
+    }
+    // Most requests go to the engine at once: only those that had to wait are counted here.
+    if submitted != admitted { latencies.record(operation, .queue, submitted &- admitted) }
+    latencies.record(operation, .engine, now &- submitted)
     latencies.record(operation, .total, now &- taken)
   }
 
