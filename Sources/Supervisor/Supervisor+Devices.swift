@@ -8,9 +8,16 @@ import Xen
 extension Supervisor {
   // MARK: Opening
 
-  func open(_ key: DeviceKey, _ keys: [String: String], of session: GuestSession, failedStarts: Int = 0) {
+  /// - Parameter failed: how often it could not be started before, and why the last time. It stays `failed` for everybody who asks
+  ///   until its store is open: a device in trouble must not look well for the moment of another try.
+  func open(
+    _ key: DeviceKey, _ keys: [String: String], of session: GuestSession, failed: (starts: Int, reason: String)? = nil
+  ) {
     let record = DeviceRecord(key: key, keys: keys, rate: RateNode(parent: session.rate))
-    record.failedStarts = failedStarts
+    if let failed {
+      record.failedStarts = failed.starts
+      record.phase = .failed(reason: failed.reason)
+    }
     session.devices[key] = record
     do throws(EntryFault) {
       var entry = key.kind == .spare ? spareEntry(key) : try DeviceEntry.parse(key, keys)
@@ -87,6 +94,7 @@ extension Supervisor {
       if record.phase == .closing { return stopBackend(record, of: session) }
       if handledByAfterStop(record, of: session) { return }
       guard judgeAttached(record, of: session, backend, nil) else { return publish(session) }
+      if case .failed = record.phase { record.phase = .opening }
       attachIfReady(record, of: session)
     case .failure(let fault):
       record.joinThreads()

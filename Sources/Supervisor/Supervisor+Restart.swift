@@ -186,10 +186,10 @@ extension Supervisor {
     loop.schedule(afterMilliseconds: pause) { [self] in
       assumeIsolated { supervisor in
         guard let (session, record) = supervisor.current(key, identity), record.restartTicket == ticket,
-          case .failed = record.phase
+          case .failed(let reason) = record.phase
         else { return }
         session.devices[key] = nil
-        supervisor.open(key, record.keys, of: session, failedStarts: record.failedStarts)
+        supervisor.open(key, record.keys, of: session, failed: (record.failedStarts, reason))
       }
     }
   }

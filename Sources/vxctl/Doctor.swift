@@ -17,12 +17,13 @@ struct Doctor: ParsableCommand {
 
   func run() throws {
     var findings = hostFindings()
-    if let client = try? ControlClient(path: connection.socket) {
+    do throws(ControlClient.Failure) {
+      let client = try ControlClient(path: connection.socket)
+      let devices = try client.call("device.list")
       findings.append(Finding(isGood: true, subject: "vxd", words: "answers on \(connection.socket)"))
-      if let devices = try? client.call("device.list") { findings += guestFindings(devices) }
-    } else {
-      findings.append(
-        Finding(isGood: false, subject: "vxd", words: "does not answer on \(connection.socket): systemctl start vxd"))
+      findings += guestFindings(devices)
+    } catch {
+      findings.append(Finding(isGood: false, subject: "vxd", words: error.message))
     }
     if connection.json {
       printJSON(
