@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Virtio over Xenbus, the guest's side. PROTOCOL.md beside this file describes
+ * nodes, states and the setup page.
+ */
+#ifndef VIRTIO_XENBUS_H
+#define VIRTIO_XENBUS_H
+
+#include <linux/completion.h>
+#include <linux/dma-map-ops.h>
+#include <linux/genalloc.h>
+#include <linux/mutex.h>
+#include <linux/spinlock.h>
+#include <linux/types.h>
+#include <linux/version.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <linux/workqueue.h>
+#include <xen/grant_table.h>
+#include <xen/xenbus.h>
+
+#define VX_VERSION		1
+#define VX_MAX_QUEUES		64
+#define VX_MAX_CONFIG		512
+#define VX_MAX_DIRECTORIES	32
+#define VX_MAX_PAGES		(VX_MAX_DIRECTORIES * VX_REFS_PER_PAGE)
+#define VX_REFS_PER_PAGE	(PAGE_SIZE / sizeof(__le32))
+#define VX_MAX_MAPPING		(256 * 1024)
+
+#define VX_SETUP_MAGIC		0x31535856	/* "VXS1" */
+
+struct vx_setup_queue {
+	__le16 index;
+	__le16 size;
+	__le32 port;
+	__le32 flags;
+	__le32 reserved;
+	__le64 desc;
+	__le64 avail;
+	__le64 used;
+	__le32 inflight;
+	__le32 inflight_bytes;
+};
+
+struct vx_setup {
+	__le32 magic;
+	__le16 version;
+	__le16 queues;
+	__le64 features;
+	__le32 epoch;
+	__le32 flags;
+	__le32 pages;
+	__le32 directories;
+	__le32 directory[VX_MAX_DIRECTORIES];
+	u8 reserved[0x100 - 0xa0];
+	struct vx_setup_queue queue[VX_MAX_QUEUES];
+};
+
+/* What the backend offers, see PROTOCOL.md. */
+struct vx_offer {
+	u32 device;
+	u32 vendor;
+	u64 features;
+	u32 queues;
+	u32 pages;
+	u32 config_bytes;
+	u32 epoch;
+	u16 size[VX_MAX_QUEUES];
+};
+
+/* Memory that the backend may reach: granted as a whole, addressed by offset. */
+struct vx_arena {
+	u32 pages;
+	u32 directories;
+	struct page **page;
+	void *base;
+	grant_ref_t *ref;
+	/* Where the data of a cell came from: small cells, then pages. */
+	phys_addr_t *origin;
+	struct gen_pool *small;
+	struct gen_pool *large;
+	size_t small_end;
+	struct page *directory[VX_MAX_DIRECTORIES];
+	grant_ref_t directory_ref[VX_MAX_DIRECTORIES];
+	struct page *setup;
+	grant_ref_t setup_ref;
+	grant_ref_t ref_head;
+	bool granted;
+};
+
+struct vx_queue {
+	struct virtqueue *vq;
+	evtchn_port_t port;
+	int irq;
+	char name[32];
+	u16 size;
+	/* Per head of the split ring, written by the backend: is it in flight? */
+	__le32 *inflight;
+	dma_addr_t inflight_address;
+};
+
+struct vx_device;
+
+/* Lives until the last reference to the virtio device is gone. */
+struct vx_virtio {
+	struct virtio_device vdev;
+	struct vx_device *vx;
+};
+
+struct vx_device {
+	struct xenbus_device *xdev;
+	struct vx_virtio *virtio;
+	struct vx_offer offer;
+	struct vx_arena arena;
+	struct vx_queue queue[VX_MAX_QUEUES];
+	u32 sequence;
+	u32 config_writes;
+	u8 status;
+	/* The backend has the arena mapped, as far as we know. */
+	bool connected;
+	/* The backend did not give the arena back: its pages are lost. */
+	bool leaked;
+	/* The device is on its way out: nothing waits for the backend any more. */
+	bool going;
+	/* Serialises registration, removal, suspend and resume. */
+	struct mutex lock;
+	struct work_struct work;
+	struct work_struct config_work;
+	struct xenbus_watch config_watch;
+	/* Guards config, config_bytes, generation and backend_status. */
+	spinlock_t config_lock;
+	u8 config[VX_MAX_CONFIG];
+	u32 config_bytes;
+	u32 generation;
+	u8 backend_status;
+};
+
+static inline struct vx_device *vx_of(struct virtio_device *vdev)
+{
+	return container_of(vdev, struct vx_virtio, vdev)->vx;
+}
+
+/* vx_arena.c */
+extern const struct dma_map_ops vx_dma_ops;
+int vx_arena_create(struct vx_device *vx, u32 pages);
+void vx_arena_grant(struct vx_device *vx);
+void vx_arena_revoke(struct vx_device *vx);
+void vx_arena_destroy(struct vx_device *vx);
+
+/* vx_queue.c */
+void vx_queue_entries(struct vx_device *vx, struct vx_setup *setup);
+void vx_queue_fail_all(struct vx_device *vx);
+void vx_del_vqs(struct virtio_device *vdev);
+bool vx_notify(struct virtqueue *vq);
+void vx_synchronize_cbs(struct virtio_device *vdev);
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
+int vx_find_vqs(struct virtio_device *vdev, unsigned int count,
+		struct virtqueue *vqs[], struct virtqueue_info info[],
+		struct irq_affinity *affinity);
+#else
+int vx_find_vqs(struct virtio_device *vdev, unsigned int count,
+		struct virtqueue *vqs[], vq_callback_t *callbacks[],
+		const char * const names[], const bool *ctx,
+		struct irq_affinity *affinity);
+#endif
+
+/* vx_config.c */
+int vx_read_offer(struct vx_device *vx, struct vx_offer *offer);
+int vx_read_config(struct vx_device *vx);
+void vx_config_get(struct virtio_device *vdev, unsigned int offset, void *to,
+		   unsigned int length);
+void vx_config_set(struct virtio_device *vdev, unsigned int offset,
+		   const void *from, unsigned int length);
+u32 vx_config_generation(struct virtio_device *vdev);
+
+/* vx_main.c */
+enum xenbus_state vx_backend_state(struct vx_device *vx);
+
+#endif
