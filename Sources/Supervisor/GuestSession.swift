@@ -18,8 +18,12 @@ final class GuestSession {
   let domain: DomainID
   var name: String
   let uuid: String?
-  let pool: ForeignMappingPool
-  let handle: any GuestHandle
+  /// What virtio-mmio needs of the guest; nil while no device of it is reached that way.
+  var mmio: MMIOSide?
+  /// What Xenbus devices need; nil while there is none.
+  var grants: (any GrantHandle)?
+  /// Directories of frontends that are watched.
+  var watchedFrontends: Set<String> = []
   let thread: LoopThread
   /// Holds the ioreq server for the guest's thread, which alone touches it.
   let cell = ServerCell()
@@ -38,17 +42,18 @@ final class GuestSession {
   let rate: RateNode
 
   init(
-    domain: DomainID, name: String, uuid: String?, handle: any GuestHandle, pool: ForeignMappingPool,
-    thread: LoopThread,
-    rate: RateNode
+    domain: DomainID, name: String, uuid: String?, thread: LoopThread, rate: RateNode
   ) {
     self.rate = rate
     self.domain = domain
     self.name = name
     self.uuid = uuid
-    self.handle = handle
-    self.pool = pool
     self.thread = thread
+  }
+
+  struct MMIOSide {
+    let handle: any GuestHandle
+    let pool: ForeignMappingPool
   }
 
   var takenSlots: Set<Int> { Set(devices.values.compactMap { $0.slot?.index }) }
@@ -121,7 +126,9 @@ final class DeviceRecord {
   /// The device's data threads, to be joined when it has ended.
   var threads: [LoopThread] = []
   var backend: BlockBackend?
-  var transport: MMIOTransport?
+  var transport: (any DeviceTransport)?
+  /// Its side of Xenbus, when the guest reaches it that way.
+  var link: XenbusLink?
   /// What survives its backends; made with the first.
   var state: DeviceState?
   let account = DeviceAccount()

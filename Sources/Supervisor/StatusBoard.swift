@@ -15,7 +15,7 @@ package final class StatusBoard: Sendable {
     var path: String?
     var readOnly = false
     var backend: BlockBackend?
-    var transport: MMIOTransport?
+    var transport: (any DeviceTransport)?
     var stuck: StuckRequest?
     var account = DeviceAccount()
     var limits = RateLimits()
@@ -25,6 +25,10 @@ package final class StatusBoard: Sendable {
     var isEmptySpare = false
     /// The target that the toolstack named.
     var entryPath: String?
+    /// How the guest reaches it: "mmio" or "xenbus".
+    var bus = "mmio"
+    /// Granted pages of a Xenbus device.
+    var grants: GrantPool?
   }
 
   struct Guest: Sendable {

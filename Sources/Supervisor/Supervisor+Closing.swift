@@ -13,6 +13,9 @@ extension Supervisor {
     if record.key.kind != .spare { closeSparesIfAlone(session) }
     publish(session)
     let (key, identity) = (record.key, ObjectIdentifier(record))
+    if let link = record.link {
+      return release(link, of: session) { [self] in onLoop { $0.released(key, identity) } }
+    }
     guard record.isAttached, let slot = record.slot else { return released(key, identity) }
     let cell = session.cell
     session.thread.loop.enqueue { [self] in

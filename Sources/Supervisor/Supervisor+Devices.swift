@@ -2,6 +2,7 @@ import Backends
 import Devices
 import EventLoop
 import Transport
+import Virtqueue
 import Xen
 
 /// The devices' side of the supervisor: from checked entries to running backends.
@@ -28,7 +29,10 @@ extension Supervisor {
       entry.settings.stopsWhenStoreIsGone = record.policy.mode != .never
       record.limits = entry.settings.limits
       record.rate.set(record.limits)
-      if let restored = session.restored.removeValue(forKey: key) {
+      if session.mmio == nil {
+        try makeLink(record, of: session, frontend: entry.frontend)
+        if let state = record.state { keepForm(state, &entry) }
+      } else if let restored = session.restored.removeValue(forKey: key) {
         take(restored, record, &entry)
       } else {
         record.slot =
@@ -51,11 +55,15 @@ extension Supervisor {
 
   /// A device that an earlier daemon served keeps the form in which its driver knows it.
   private func take(_ restored: RestoredDevice, _ record: DeviceRecord, _ entry: inout DeviceEntry) {
-    let profile = restored.state.shape.profile
     record.state = restored.state
     record.transport = restored.transport
     record.slot = restored.slot
     record.isAttached = true
+    keepForm(restored.state, &entry)
+  }
+
+  private func keepForm(_ state: DeviceState, _ entry: inout DeviceEntry) {
+    let profile = state.shape.profile
     entry.settings.queues = profile.queueSizes.count
     entry.settings.threads = min(entry.settings.threads, entry.settings.queues)
     entry.settings.queueSize = profile.queueSizes.first ?? entry.settings.queueSize
@@ -63,13 +71,13 @@ extension Supervisor {
   }
 
   func startBackend(_ record: DeviceRecord, _ entry: DeviceEntry, of session: GuestSession) {
-    guard let slot = record.slot else { return }
+    guard let source: any GuestMemorySource = record.link?.pool ?? session.mmio?.pool else { return }
     let key = record.key
     let identity = ObjectIdentifier(record)
     let ticket = record.restartTicket
     record.threads = BlockBackend.start(
-      entry.settings, name: "\(session.name)/\(entry.name)", source: session.pool, rate: record.rate,
-      account: record.account, makeState: stateMaker(record, slot), decorate: settings.decorate,
+      entry.settings, name: "\(session.name)/\(entry.name)", source: source, rate: record.rate,
+      account: record.account, makeState: stateMaker(record), decorate: settings.decorate,
       report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } },
       completion: { [self] result in
         // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.
@@ -129,7 +137,7 @@ extension Supervisor {
 
   /// Puts a device into its slot when the image is open and the guest's server is there.
   func attachIfReady(_ record: DeviceRecord, of session: GuestSession) {
-    guard session.phase == .running, let backend = record.backend, let slot = record.slot else { return }
+    guard session.phase == .running, let backend = record.backend else { return }
     let (key, identity, ticket) = (record.key, ObjectIdentifier(record), record.restartTicket)
     if record.isAttached {
       guard let transport = record.transport else { return }
@@ -140,9 +148,11 @@ extension Supervisor {
       return
     }
     guard record.phase == .opening else { return }
+    if let link = record.link { return offerDevice(record, of: session, link, backend) }
+    guard let slot = record.slot, let mmio = session.mmio else { return }
     let mustBeReset = record.mustBeReset != nil
     let transport = MMIOTransport(
-      device: backend, line: slot.line(of: session.handle), state: backend.state, needsReset: mustBeReset,
+      device: backend, line: slot.line(of: mmio.handle), state: backend.state, needsReset: mustBeReset,
       onStatus: statusReporter(key, StatusRelay()))
     record.transport = transport
     record.isAttached = true
@@ -160,6 +170,16 @@ extension Supervisor {
         }
       }
     }
+  }
+
+  /// A Xenbus device is offered, or goes on where an earlier daemon was stopped.
+  func xenbusAttached(_ record: DeviceRecord, of session: GuestSession) {
+    record.failedStarts = 0
+    record.phase = .ready
+    if store?.read("\(record.key.path)/error") != nil { try? store?.remove("\(record.key.path)/error") }
+    let words = "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")"
+    tell(record.link?.adoptsEpoch == nil ? .deviceReady : .deviceAdopted, session, record, reason: words)
+    publish(session)
   }
 
   private func attached(_ key: DeviceKey, _ identity: ObjectIdentifier, _ ticket: UInt64) {
@@ -207,7 +227,7 @@ extension Supervisor {
       record.phase = .connected
       // The guest runs, so creation is over and nobody waits for state 2 any more.
       let state = store?.read("\(key.path)/state")
-      if state == XenbusState.initWait.rawValue || state == XenbusState.initialising.rawValue {
+      if record.link == nil, state == XenbusState.initWait.rawValue || state == XenbusState.initialising.rawValue {
         write(key, "state", XenbusState.connected.rawValue)
       }
       tell(.deviceConnected, session, record)

@@ -23,9 +23,10 @@ extension Supervisor {
     let state = keys["state"].flatMap(XenbusState.init(rawValue:))
     if state == .closing || keys["online"] == "0" && state != .closed {
       if let (session, record) = known(key) {
-        close(record, of: session, wantsClosedState: true)
+        if !waitsForDriver(record) { close(record, of: session, wantsClosedState: true) }
       } else {
         writeClosedState(key)
+        removeEntryLater(key)
       }
       return
     }
@@ -91,7 +92,7 @@ extension Supervisor {
   {
     // `parse` names a key that is missing or wrong.
     guard let frontend = keys["frontend"], frontend.hasPrefix("/") else { return false }
-    guard let backend = try store.readIfThere("\(frontend)/backend") else { return true }
+    guard let backend = try store.readIfVisible("\(frontend)/backend") else { return true }
     return !backend.hasSuffix("/" + key.path)
   }
 

@@ -13,26 +13,39 @@ extension Supervisor {
     if let known = sessions[domain] { return known.phase == .closing ? nil : known }
     let name = store?.read("/local/domain/\(domain)/name") ?? "domain-\(domain)"
     let uuid = store?.read("/local/domain/\(domain)/vm").map { $0.split(separator: "/").last.map(String.init) ?? $0 }
-    let handle = try hypervisor.open(domain)
-    let pool = ForeignMappingPool(guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget)
+    let isXenbus = usesXenbus(domain)
+    let mmio = isXenbus ? nil : try mmioSide(domain)
     let thread: LoopThread
     do throws(Errno) {
-      thread = try LoopThread(name: "vxd-ioreq-\(domain)")
+      thread = try LoopThread(name: isXenbus ? "vxd-xenbus-\(domain)" : "vxd-ioreq-\(domain)")
     } catch {
       throw XenError("start of the ioreq thread", error)
     }
     let session = GuestSession(
-      domain: domain, name: name, uuid: uuid, handle: handle, pool: pool, thread: thread, rate: RateNode(parent: rate))
+      domain: domain, name: name, uuid: uuid, thread: thread, rate: RateNode(parent: rate))
+    session.mmio = mmio
     sessions[domain] = session
     session.limits = profiles.options(guest: name, uuid: uuid).limits
     session.rate.set(session.limits)
-    startServer(session, adopting: restore(session))
-    openSpares(session)
+    if let mmio {
+      startServer(session, mmio, adopting: restore(session, mmio))
+      openSpares(session)
+    } else {
+      session.phase = .running
+    }
     try? store?.watch("/local/domain/\(domain)/name", token: "\(Self.nameToken)\(domain)")
     countWatches()
     startWatchdog()
     tell(.guestAppeared, session)
     return session
+  }
+
+  private func mmioSide(_ domain: DomainID) throws(XenError) -> GuestSession.MMIOSide {
+    let handle = try hypervisor.open(domain)
+    return GuestSession.MMIOSide(
+      handle: handle,
+      pool: ForeignMappingPool(
+        guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget))
   }
 
   /// The guest was renamed, or its name is looked at for the first time.
@@ -45,18 +58,18 @@ extension Supervisor {
     publish(session)
   }
 
-  private func countWatches() {
+  func countWatches() {
     let watches = store?.watchCount ?? 0
     board.update { $0.watches = watches }
   }
 
   /// - Parameter adopting: the server of an earlier daemon, whose guest may be waiting for answers from it.
-  private func startServer(_ session: GuestSession, adopting earlier: UInt16?) {
+  private func startServer(_ session: GuestSession, _ mmio: GuestSession.MMIOSide, adopting earlier: UInt16?) {
     let domain = session.domain
     let restored = session.restored.values.map { ($0.transport, $0.slot) }
     let folder = settings.stateFolder
     let uuid = session.uuid
-    let (cell, handle, pool, loop) = (session.cell, session.handle, session.pool, session.thread.loop)
+    let (cell, handle, pool, loop) = (session.cell, mmio.handle, mmio.pool, session.thread.loop)
     let ignoresInvalidations = settings.ignoresInvalidations
     #if arch(x86_64)
       let window: (UInt64, UInt64)? = (
@@ -134,11 +147,11 @@ extension Supervisor {
     session.phase = .closing
     publish(session)
     let domain = session.domain
-    let (cell, pool) = (session.cell, session.pool)
+    let (cell, pool) = (session.cell, session.mmio?.pool)
     session.thread.loop.enqueue { [self] in
       cell.server?.close()
       cell.server = nil
-      pool.close()
+      pool?.close()
       onLoop { $0.serverClosed(domain) }
     }
   }
@@ -158,6 +171,7 @@ extension Supervisor {
       session.devices[record.key] = nil
       if !isHandingOver { settings.stateFolder?.forget(record.key) }
       writeClosedState(record)
+      removeEntryLater(record.key)
       tell(.deviceGone, session, record)
     }
     guard session.devices.isEmpty else { return publish(session) }
@@ -167,6 +181,7 @@ extension Supervisor {
     }
     sessions[session.domain] = nil
     store?.unwatch("/local/domain/\(session.domain)/name", token: "\(Self.nameToken)\(session.domain)")
+    for folder in session.watchedFrontends { store?.unwatch("/" + folder, token: Self.token(frontends: folder)) }
     countWatches()
     forget(session)
     tell(.guestGone, session)
@@ -220,7 +235,7 @@ extension GuestSession {
       }
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: vcpus,
-      server: isServerClosed ? nil : report, pool: pool, limits: limits,
+      server: isServerClosed ? nil : report, pool: mmio?.pool, limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { record in
         StatusBoard.Device(
           key: record.key, name: record.entry?.name ?? record.keys["dev"] ?? "\(record.key.device)", guestName: name,
@@ -229,7 +244,7 @@ extension GuestSession {
           stuck: record.stuck, account: record.account, limits: record.limits, restarts: record.restarts.count,
           faults: record.faults.count, policy: record.policy,
           isEmptySpare: record.key.kind == .spare && record.entry?.settings.path.isEmpty != false,
-          entryPath: record.keys["params"])
+          entryPath: record.keys["params"], bus: record.link == nil ? "mmio" : "xenbus", grants: record.link?.pool)
       })
   }
 }

@@ -14,21 +14,23 @@ extension Supervisor {
   /// vCPU waits for an image to be opened.
   ///
   /// - Returns: the ioreq server that is ours.
-  func restore(_ session: GuestSession) -> UInt16? {
+  func restore(_ session: GuestSession, _ mmio: GuestSession.MMIOSide) -> UInt16? {
     guard let folder = settings.stateFolder, let saved = folder.guest(session.domain) else { return nil }
     guard saved.uuid == session.uuid else {
       // Domain numbers come again.
       folder.forgetAll(session.domain)
       return nil
     }
-    for key in folder.contents.devices where key.domain == session.domain { restore(key, session, folder) }
+    for key in folder.contents.devices where key.domain == session.domain { restore(key, session, mmio, folder) }
     log.notice(
       "guest \(session.name): going on where an earlier vxd was stopped, with \(session.restored.count) devices",
       metadata: ["GUEST": "\(session.name)"])
     return saved.server
   }
 
-  private func restore(_ key: DeviceKey, _ session: GuestSession, _ folder: StateFolder) {
+  private func restore(
+    _ key: DeviceKey, _ session: GuestSession, _ mmio: GuestSession.MMIOSide, _ folder: StateFolder
+  ) {
     let state: DeviceState
     do throws(StateFault) {
       state = try DeviceState(path: folder.devicePath(key))
@@ -40,6 +42,7 @@ extension Supervisor {
       return
     }
     let place = state.place
+    guard !place.isXenbus else { return folder.forget(key) }
     let slot =
       place.sharedInterrupt == 0
       ? SlotTable.slot(min(max(place.index, 0), SlotTable.maximumCount - 1))
@@ -48,7 +51,7 @@ extension Supervisor {
     let relay = StatusRelay()
     let transport = MMIOTransport(
       restoring: state.shape.profile, saved.registers, saved.status, configuration: saved.configuration,
-      line: slot.line(of: session.handle), state: state, onStatus: statusReporter(key, relay))
+      line: slot.line(of: mmio.handle), state: state, onStatus: statusReporter(key, relay))
     session.restored[key] = RestoredDevice(state: state, transport: transport, slot: slot, relay: relay)
   }
 
@@ -87,14 +90,18 @@ extension Supervisor {
 
   /// Gives a device its saved state with its first backend, on the data thread: that of the earlier daemon, or a new one.
   func stateMaker(
-    _ record: DeviceRecord, _ slot: DeviceSlot
+    _ record: DeviceRecord
   ) -> @Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState {
     let known = record.state
     let log = log
     let path = settings.stateFolder?.devicePath(record.key)
-    var interrupt: UInt32 = 0
-    if case .spi(let number) = slot.interrupt { interrupt = number }
-    let place = DeviceState.Place(base: slot.base, index: slot.index, sharedInterrupt: interrupt)
+    var place = DeviceState.Place.xenbus
+    if let slot = record.slot {
+      var interrupt: UInt32 = 0
+      if case .spi(let number) = slot.interrupt { interrupt = number }
+      place = DeviceState.Place(base: slot.base, index: slot.index, sharedInterrupt: interrupt)
+    }
+    let made = place
     return { shape throws(StartFault) in
       if let known {
         guard known.shape.slotCount == shape.slotCount, known.shape.chainLimit == shape.chainLimit,
@@ -106,7 +113,7 @@ extension Supervisor {
       }
       if let path {
         do throws(Errno) {
-          return try DeviceState(path: path, shape: shape, place: place)
+          return try DeviceState(path: path, shape: shape, place: made)
         } catch {
           // A disk that does not survive a restart of vxd is better than none.
           log.error(
@@ -114,7 +121,7 @@ extension Supervisor {
         }
       }
       do throws(Errno) {
-        return try DeviceState(shape: shape, place: place)
+        return try DeviceState(shape: shape, place: made)
       } catch {
         throw .host(error)
       }
@@ -128,7 +135,8 @@ extension Supervisor {
     session.phase = .closing
     let domain = session.domain
     let cell = session.cell
-    let transports = session.devices.values.compactMap(\.transport) + session.restored.values.map(\.transport)
+    let transports: [any DeviceTransport] =
+      session.devices.values.compactMap(\.transport) + session.restored.values.map(\.transport)
     session.thread.loop.enqueue { [self] in
       // No vCPU is answered from here on: what a device does last is in its journals.
       cell.server?.leave()
@@ -150,8 +158,11 @@ extension Supervisor {
 
   private func leftDevices(_ domain: DomainID) {
     guard let session = sessions[domain] else { return }
-    for record in session.devices.values { record.joinThreads() }
-    session.pool.close()
+    for record in session.devices.values {
+      record.joinThreads()
+      record.link?.pool.detach()
+    }
+    session.mmio?.pool.close()
     session.thread.stopAndJoin()
     sessions[domain] = nil
     forget(session)

@@ -24,6 +24,10 @@ package actor Supervisor {
   /// Kinds of devices whose entries have been looked at since the start.
   private var seenKinds: Set<DeviceKey.Kind> = []
   private var hasSwept = false
+  /// Pages mapped by grants, of all guests together.
+  let grantBudget: GrantBudget
+  /// Whether this is not dom0: guests are reached over Xenbus only, and their entries are removed here.
+  private(set) var isDriverDomain = false
   /// The daemon's node of the budget tree.
   let rate = RateNode()
   /// Guests go on after the end of this daemon, with the next one.
@@ -45,6 +49,7 @@ package actor Supervisor {
     self.loop = loop
     self.hypervisor = hypervisor
     self.settings = settings
+    grantBudget = GrantBudget(limit: settings.grantBudget)
     profiles = settings.profiles
     rate.set(settings.profiles.daemonLimits)
     board.update { $0.limits = settings.profiles.daemonLimits }
@@ -72,6 +77,7 @@ package actor Supervisor {
   private func connect() throws(XenError) {
     let store = try XenStore(socketPath: settings.xenstoreSocket)
     self.store = store
+    isDriverDomain = (store.read("domid") ?? "0") != "0"
     for kind in DeviceKey.Kind.watched { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
     do throws(XenError) {
       try store.watch(Self.releaseWatch, token: Self.releaseWatch)
@@ -84,8 +90,10 @@ package actor Supervisor {
     } catch {
       throw XenError("epoll of xenstore's descriptor", error)
     }
-    for domain in sessions.keys {
-      try store.watch("/local/domain/\(domain)/name", token: "\(Self.nameToken)\(domain)")
+    for (domain, session) in sessions {
+      // Of a guest that a driver domain may not see, nothing comes.
+      try? store.watch("/local/domain/\(domain)/name", token: "\(Self.nameToken)\(domain)")
+      for folder in session.watchedFrontends { try store.watch("/" + folder, token: Self.token(frontends: folder)) }
     }
     board.update {
       $0.watches = store.watchCount
@@ -176,11 +184,14 @@ package actor Supervisor {
     var keys: Set<DeviceKey> = []
     var wholeKinds: Set<DeviceKey.Kind> = []
     var checksDomains = false
+    var frontends: Set<DeviceKey> = []
     while let event = store.nextEvent() {
       if event.token == Self.releaseWatch {
         checksDomains = true
       } else if event.token.hasPrefix(Self.nameToken) {
         if let domain = DomainID(event.token.dropFirst(Self.nameToken.count)) { readName(domain) }
+      } else if event.token.hasPrefix(Self.frontendToken) {
+        frontends.formUnion(frontendKeys(event.path))
       } else if let kind = DeviceKey.Kind(rawValue: event.token) {
         if let key = Self.key(kind, path: event.path) { keys.insert(key) } else { wholeKinds.insert(kind) }
       }
@@ -190,6 +201,7 @@ package actor Supervisor {
     if checksDomains { keys.formUnion(keysOfDeadDomains()) }
     // Lower numbers first: disks get their slots in their order.
     for key in keys.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) { reconcile(key) }
+    for key in frontends { frontendChanged(key) }
     guard !hasSwept, seenKinds.count == DeviceKey.Kind.watched.count else { return }
     hasSwept = true
     sweepSavedState()

@@ -144,7 +144,7 @@ extension SupervisorControl {
       ("translationMisses", { $0.translationMisses.value }),
     ]
     var members = values.map { JSONValue.Member(name: $0.0, value: .count(sum(counters, $0.1))) }
-    let interrupts = device.transport?.interrupts.raised.load(ordering: .relaxed) ?? 0
+    let interrupts = device.transport?.interruptCount ?? 0
     members.append(.init(name: "interrupts", value: .count(interrupts)))
     return .object(members)
   }

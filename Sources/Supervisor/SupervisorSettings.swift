@@ -12,6 +12,8 @@ package struct SupervisorSettings: Sendable {
   package var mappingBudget: UInt64 = 1 << 30
   /// Bytes of a mapping bucket as a power of two, 12 to 30.
   package var bucketShift = 21
+  /// Granted pages that are kept mapped at most, of all guests together.
+  package var grantBudget = 1 << 17
   /// Milliseconds between two checks that xenstored is there.
   package var storeCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.

@@ -171,8 +171,9 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
   ) {
     negotiated = features
     self.signals.withLock { $0 = signals }
-    for (queue, layout) in zip(queues, layouts) {
-      if let layout { queue.activate(layout, features: features, signals: signals, adopts: adopts) }
+    for (index, (queue, layout)) in zip(queues, layouts).enumerated() {
+      guard let layout else { continue }
+      queue.activate(layout, features: features, signals: signals.signals(of: index), adopts: adopts)
     }
   }
 
@@ -184,7 +185,7 @@ package final class BlockBackend: VirtioDevice, @unchecked Sendable {
 
   package func enableQueue(_ queue: Int, layout: QueueLayout) {
     guard queues.indices.contains(queue), let signals = signals.withLock({ $0 }) else { return }
-    queues[queue].activate(layout, features: negotiated, signals: signals)
+    queues[queue].activate(layout, features: negotiated, signals: signals.signals(of: queue))
   }
 
   package func notify(queue: Int) {

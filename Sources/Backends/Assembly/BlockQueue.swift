@@ -33,6 +33,8 @@ final class BlockQueue: @unchecked Sendable {
   private var pump: BlockPump?
   private var signals: (any TransportSignals)?
   private var tokens: [EventLoop.Token] = []
+  /// Listens to the queue's own channel while the queue is live.
+  private var doorbellToken: EventLoop.Token?
   private var retryTimer: UInt64 = 0
   private var retryTime: UInt64 = 0
   private let journal: QueueJournal
@@ -82,6 +84,7 @@ final class BlockQueue: @unchecked Sendable {
   func activate(_ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals, adopts: Bool = false) {
     thread.loop.enqueue { [self] in
       self.signals = signals
+      listen(to: signals.doorbell)
       do throws(DeviceFault) {
         try pump?.activate(
           layout: layout, maximumSize: maximumSize, features: features, source: source, adopts: adopts)
@@ -112,8 +115,24 @@ final class BlockQueue: @unchecked Sendable {
 
   // MARK: Data thread
 
+  private func listen(to doorbell: (any QueueDoorbell)?) {
+    if let doorbellToken { thread.loop.remove(doorbellToken) }
+    doorbellToken = nil
+    guard let doorbell else { return }
+    do throws(Errno) {
+      doorbellToken = try thread.loop.onReadable(doorbell.descriptor) { [unowned self] in
+        doorbell.acknowledge()
+        counters.notifications.add(1)
+        run()
+      }
+    } catch {
+      fail(.memory)
+    }
+  }
+
   /// Takes the queue from the guest; on the data thread.
   func deactivate() {
+    listen(to: nil)
     pump?.deactivate()
     journal.end()
     signals = nil
@@ -131,6 +150,7 @@ final class BlockQueue: @unchecked Sendable {
     }
     if let gone = pump?.goneResult, gone != 0 {
       // What was under way stays in the journal for the next backend.
+      listen(to: nil)
       pump?.deactivate()
       pump?.goneResult = 0
       signals = nil
@@ -141,6 +161,8 @@ final class BlockQueue: @unchecked Sendable {
   }
 
   private func fail(_ fault: DeviceFault) {
+    // A channel of its own stays masked: events of a broken queue cost nothing more.
+    listen(to: nil)
     pump?.deactivate()
     journal.markBroken()
     signals?.needReset()
@@ -181,6 +203,7 @@ final class BlockQueue: @unchecked Sendable {
 
   /// Ends the queue; on the data thread, which waits for what the store still works on.
   func close() {
+    listen(to: nil)
     signals = nil
     pump?.deactivate()
     engine.abandon()

@@ -28,13 +28,15 @@ package enum StateFault: Error {
 ///     0     magic, version, length, device number, queues, slots and chain limit of each journal
 ///     64    offered features, base of the slot, index of the slot, its shared interrupt (Arm), queue sizes (64 x u16)
 ///     256   which of the two copies of the registers is valid
-///     320   two copies: status, selectors, features, configuration space (128 bytes at most), queues (64 x 32 bytes)
+///     320   two copies: status, selectors, features, epoch, configuration space (128 bytes at most), queues (64 x 32 bytes)
 ///     8192  the journals, each page aligned (`QueueJournal`)
 package final class DeviceState: TransportState, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: the mapping never changes; the registers' part is written by the ioreq thread alone, each
   // journal by its data thread (or by the ioreq thread while that thread does not exist).
 
   package static let version: UInt32 = 1
+  /// Of files whose registers are those of a Xenbus device: an older vxd must not take them for virtio-mmio's.
+  private static let xenbusVersion: UInt32 = 2
   private static let magic: UInt64 = 0x4554_4154_5344_5856  // "VXDSTATE"
   private static let registersOffset = 320
   private static let copyBytes = 64 + 128 + 64 * 32
@@ -61,6 +63,14 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     package var index: Int
     /// Number of the shared peripheral interrupt; 0 on x86.
     package var sharedInterrupt: UInt32
+    /// No place at all: the device is reached over Xenbus.
+    package var isXenbus = false
+
+    package static let xenbus: Place = {
+      var place = Place(base: 0, index: 0, sharedInterrupt: 0)
+      place.isXenbus = true
+      return place
+    }()
 
     package init(base: UInt64, index: Int, sharedInterrupt: UInt32) {
       self.base = base
@@ -97,7 +107,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     memory = try Self.map(descriptor.raw, length)
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
-      Self.version, UInt32(clamping: length >> 12), shape.profile.deviceID, UInt32(queues), UInt32(shape.slotCount),
+      place.isXenbus ? Self.xenbusVersion : Self.version, UInt32(clamping: length >> 12), shape.profile.deviceID, UInt32(queues), UInt32(shape.slotCount),
       UInt32(shape.chainLimit),
     ].enumerated() {
       memory.storeBytes(of: value, toByteOffset: 8 + 4 * index, as: UInt32.self)
@@ -162,7 +172,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
   private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (Shape, Place) {
     func word(_ offset: Int) -> UInt32 { memory.load(fromByteOffset: offset, as: UInt32.self) }
     guard memory.load(as: UInt64.self) == magic else { throw .damaged("it does not begin as such a file does") }
-    guard word(8) == version else { throw .version(word(8)) }
+    guard word(8) == version || word(8) == xenbusVersion else { throw .version(word(8)) }
     let (queues, slots, chains) = (Int(word(20)), Int(word(24)), Int(word(28)))
     guard (1...queueLimit).contains(queues), (1...32768).contains(slots), (1...32768).contains(chains) else {
       throw .damaged("\(queues) queues of \(slots) slots")
@@ -175,6 +185,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     guard length == journalsOffset + queues * journalBytes(shape), word(256) <= 1 else {
       throw .damaged("it has \(length) bytes")
     }
+    guard word(8) == version else { return (shape, .xenbus) }
     return (
       shape,
       Place(base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
@@ -207,7 +218,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     for (index, value) in [
       status.rawValue, registers.deviceFeaturesSelect, registers.driverFeaturesSelect, registers.queueSelect,
       UInt32(truncatingIfNeeded: registers.driverFeatures), UInt32(truncatingIfNeeded: registers.driverFeatures >> 32),
-      UInt32(min(configuration.count, 128)),
+      UInt32(min(configuration.count, 128)), registers.epoch,
     ].enumerated() {
       copy.storeBytes(of: value, toByteOffset: 4 * index, as: UInt32.self)
     }
@@ -233,6 +244,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     registers.deviceFeaturesSelect = word(1)
     registers.driverFeaturesSelect = word(2)
     registers.queueSelect = word(3)
+    registers.epoch = word(7)
     registers.driverFeatures = UInt64(word(5)) << 32 | UInt64(word(4))
     let configuration = (0..<Int(min(word(6), 128))).map { copy.load(fromByteOffset: 64 + $0, as: UInt8.self) }
     for index in shape.profile.queueSizes.indices {

@@ -5,7 +5,7 @@ package import Virtqueue
 ///
 /// `read`, `write` and `remove` are called by one thread, the guest's ioreq thread. The device signals from its own.
 /// Whatever the guest writes, in whatever order and width, is answered; what makes no sense is ignored.
-package final class MMIOTransport: TransportSignals {
+package final class MMIOTransport: DeviceTransport {
   /// Bytes of a window that are decoded.
   package static let windowSize: UInt64 = 0x200
 
@@ -15,6 +15,8 @@ package final class MMIOTransport: TransportSignals {
     package var driverFeaturesSelect: UInt32 = 0
     package var driverFeatures: UInt64 = 0
     package var queueSelect: UInt32 = 0
+    /// Which life of the device this is, where the transport has numbers for them; 0 elsewhere.
+    package var epoch: UInt32 = 0
     package var queues: [QueueLayout] = []
     package var ready: [Bool] = []
 
@@ -69,6 +71,8 @@ package final class MMIOTransport: TransportSignals {
     line.set(false)
     self.status.store(status.rawValue, ordering: .releasing)
   }
+
+  package var interruptCount: UInt64 { interrupts.raised.load(ordering: .relaxed) }
 
   package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
 

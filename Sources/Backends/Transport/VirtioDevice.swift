@@ -41,4 +41,8 @@ package protocol TransportSignals: AnyObject, Sendable {
   func interruptForConfiguration()
   /// The device cannot go on until the driver resets it: sets DEVICE_NEEDS_RESET and interrupts (virtio 1.2, 2.1.2).
   func needReset()
+  /// What one queue signals by; by default the transport itself, for all of them.
+  func signals(of queue: Int) -> any TransportSignals
+  /// The queue's own channel; nil where notifications come by `VirtioDevice.notify`.
+  var doorbell: (any QueueDoorbell)? { get }
 }

@@ -56,10 +56,20 @@ package protocol GuestMemorySource: AnyObject, Sendable {
   func mapRange(address: UInt64, length: Int) throws(GuestMemoryFault) -> RangeMapping
   /// Gives a range back.
   func unmapRange(_ range: RangeMapping)
+  /// Moves bytes between the guest and `local` where `bucket` fails with `mappingFailed`: slowly, without a mapping.
+  func copy(_ address: UInt64, _ local: UnsafeMutableRawPointer, count: Int, toGuest: Bool) throws(GuestMemoryFault)
   /// Makes a viewer known, so that no mapping it uses is taken away under it.
   func add(viewer: MemoryViewer)
   /// Forgets a viewer; its thread holds no pointer any more.
   func remove(viewer: MemoryViewer)
+}
+
+extension GuestMemorySource {
+  package func copy(
+    _ address: UInt64, _ local: UnsafeMutableRawPointer, count: Int, toGuest: Bool
+  ) throws(GuestMemoryFault) {
+    throw .mappingFailed
+  }
 }
 
 /// The counters that tell users of mappings that some went away.

@@ -132,10 +132,16 @@ package struct GuestMemoryView: ~Copyable {
   ) throws(GuestMemoryFault) {
     guard !address.addingReportingOverflow(UInt64(truncatingIfNeeded: count)).overflow else { throw .addressOverflow }
     var done = 0
-    while done < count {
-      let (pointer, length) = try translate(address &+ UInt64(truncatingIfNeeded: done), count &- done)
-      (destination + done).copyMemory(from: pointer, byteCount: length)
-      done &+= length
+    do throws(GuestMemoryFault) {
+      while done < count {
+        let (pointer, length) = try translate(address &+ UInt64(truncatingIfNeeded: done), count &- done)
+        (destination + done).copyMemory(from: pointer, byteCount: length)
+        done &+= length
+      }
+    } catch {
+      guard error == .mappingFailed else { throw error }
+      try source.copy(
+        address &+ UInt64(truncatingIfNeeded: done), destination + done, count: count &- done, toGuest: false)
     }
   }
 
@@ -145,10 +151,17 @@ package struct GuestMemoryView: ~Copyable {
   ) throws(GuestMemoryFault) {
     guard !address.addingReportingOverflow(UInt64(truncatingIfNeeded: count)).overflow else { throw .addressOverflow }
     var done = 0
-    while done < count {
-      let (pointer, length) = try translate(address &+ UInt64(truncatingIfNeeded: done), count &- done)
-      pointer.copyMemory(from: origin + done, byteCount: length)
-      done &+= length
+    do throws(GuestMemoryFault) {
+      while done < count {
+        let (pointer, length) = try translate(address &+ UInt64(truncatingIfNeeded: done), count &- done)
+        pointer.copyMemory(from: origin + done, byteCount: length)
+        done &+= length
+      }
+    } catch {
+      guard error == .mappingFailed else { throw error }
+      // It is only read from there.
+      let local = UnsafeMutableRawPointer(mutating: origin + done)
+      try source.copy(address &+ UInt64(truncatingIfNeeded: done), local, count: count &- done, toGuest: true)
     }
   }
 }

@@ -8,6 +8,9 @@ package struct QueueLayout: Equatable, Sendable {
   package var driverArea: UInt64 = 0
   /// Guest-physical address of the device area: used ring or event suppression, 4-byte aligned.
   package var deviceArea: UInt64 = 0
+  /// Guest address of a word for each head of a split ring, in which the device says what it has (`size` words of 32 bits); nil
+  /// without one. See `Virtqueue.markTaken`.
+  package var inFlightArea: UInt64?
   /// Where the device goes on taking available entries: an index of a split ring, a slot of a packed one. 0 except when a live
   /// queue is adopted.
   package var nextAvailable: UInt16 = 0
@@ -24,6 +27,7 @@ package struct QueueLayout: Equatable, Sendable {
 
   /// Bytes of each part with the event fields (virtio 1.2, 2.7: 16n, 6 + 2n, 6 + 8n; 2.8.10: 4 each).
   package var descriptorBytes: Int { 16 * Int(size) }
+  package var inFlightBytes: Int { 4 * Int(size) }
   package func driverBytes(packed: Bool) -> Int { packed ? 4 : 6 + 2 * Int(size) }
   package func deviceBytes(packed: Bool) -> Int { packed ? 4 : 6 + 8 * Int(size) }
 
@@ -35,6 +39,10 @@ package struct QueueLayout: Equatable, Sendable {
     }
     guard descriptorArea & 15 == 0, driverArea & (packed ? 3 : 1) == 0, deviceArea & 3 == 0 else { throw .badLayout }
     guard !packed || nextAvailable < size && nextUsed < size else { throw .badLayout }
+    if let inFlightArea {
+      guard !packed, inFlightArea & 3 == 0, !inFlightArea.addingReportingOverflow(UInt64(inFlightBytes)).overflow
+      else { throw .badLayout }
+    }
     for (address, bytes) in [
       (descriptorArea, descriptorBytes), (driverArea, driverBytes(packed: packed)),
       (deviceArea, deviceBytes(packed: packed)),

@@ -16,6 +16,7 @@ extension Virtqueue {
     guard head < layout.size else { throw .headOutOfRange(head) }
     guard claim(head) else { throw .headInUse(head) }
     layout.nextAvailable &+= 1
+    markTaken(head)
     chain.ticket = ChainTicket(head: head, slots: 1)
     if let last = try walkSplit(table, count: Int(layout.size), from: Int(head), &chain) {
       try readIndirect(last, &memory, &chain)
@@ -40,6 +41,7 @@ extension Virtqueue {
 
   mutating func putBackSplit(_ ticket: ChainTicket) {
     disclaim(ticket.head)
+    mark(ticket.head, 0)
     layout.nextAvailable &-= 1
   }
 
@@ -57,7 +59,26 @@ extension Virtqueue {
   mutating func advanceSplit(_ ticket: ChainTicket) throws(VirtqueueFault) {
     guard ticket.head < layout.size else { throw .headOutOfRange(ticket.head) }
     guard claim(ticket.head) else { throw .headInUse(ticket.head) }
+    markTaken(ticket.head)
     layout.nextAvailable &+= 1
+  }
+
+  // MARK: In-flight area
+
+  /// Says in the in-flight area that the device has a chain: what the driver needs to end its requests when the device is gone for
+  /// good. The word of a head is 1 from then on, 0x10000 plus the position of its answer before that is published, 0 afterwards.
+  /// The device never reads it.
+  func markTaken(_ head: UInt16) { mark(head, 1) }
+
+  private func mark(_ head: UInt16, _ value: UInt32) {
+    guard let inFlightArea else { return }
+    inFlightArea.start.storeBytes(of: value.littleEndian, toByteOffset: 4 &* Int(head), as: UInt32.self)
+  }
+
+  /// Behind `publish`: the answers are the driver's.
+  func markPublished() {
+    guard inFlightArea != nil else { return }
+    for index in 0..<unpublished { mark(usedHeads[index], 0) }
   }
 
   /// Follows a chain through a table of `count` entries, from the entry `start`, which is below `count`.
@@ -106,6 +127,11 @@ extension Virtqueue {
 
   mutating func pushUsedSplit(_ ticket: ChainTicket, _ length: UInt32) {
     disclaim(ticket.head)
+    if inFlightArea != nil {
+      // As many as the ring has heads at most, since each is claimed until here.
+      usedHeads[unpublished & Int(layout.size &- 1)] = ticket.head
+      mark(ticket.head, 0x10000 | UInt32(layout.nextUsed))
+    }
     guard let deviceArea else { return }
     let entry = deviceArea.start + (4 &+ 8 &* Int(layout.nextUsed & mask))
     entry.storeBytes(of: UInt32(ticket.head).littleEndian, as: UInt32.self)

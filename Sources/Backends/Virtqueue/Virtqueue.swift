@@ -24,12 +24,15 @@ package struct Virtqueue: ~Copyable {
   /// Slots of the journal whose chains were used since the last `publish`, in that order.
   private let usedSlots: UnsafeMutablePointer<UInt32>
   private var usedSlotCount = 0
+  /// Heads that were used since the last `publish`, for the in-flight area.
+  let usedHeads: UnsafeMutablePointer<UInt16>
   /// The journal's chains must be taken over before anything else.
   private var adopts = false
 
   var descriptors: RangeMapping?
   var driverArea: RangeMapping?
   var deviceArea: RangeMapping?
+  var inFlightArea: RangeMapping?
   private var seenInvalidations: UInt64 = .max
 
   /// - Parameters:
@@ -44,6 +47,7 @@ package struct Virtqueue: ~Copyable {
     self.journal = journal
     self.adopts = adopts && journal != nil
     usedSlots = .allocate(capacity: max(1, journal?.slotCount ?? 1))
+    usedHeads = .allocate(capacity: layout.inFlightArea == nil ? 1 : Int(layout.size))
     try layout.validate(maximum: maximumSize, packed: isPacked)
     self.layout = layout
     self.chainLimit = chainLimit
@@ -59,12 +63,13 @@ package struct Virtqueue: ~Copyable {
   }
 
   deinit {
-    for range in [descriptors, driverArea, deviceArea] {
+    for range in [descriptors, driverArea, deviceArea, inFlightArea] {
       if let range { source.unmapRange(range) }
     }
     indirectTable.deallocate()
     inUse.deallocate()
     usedSlots.deallocate()
+    usedHeads.deallocate()
   }
 
   /// Makes the rings usable for a batch: maps them at first use and after an invalidation.
@@ -76,6 +81,9 @@ package struct Virtqueue: ~Copyable {
       descriptors = try source.mapRange(address: layout.descriptorArea, length: layout.descriptorBytes)
       driverArea = try source.mapRange(address: layout.driverArea, length: layout.driverBytes(packed: packed))
       deviceArea = try source.mapRange(address: layout.deviceArea, length: layout.deviceBytes(packed: packed))
+      if let area = layout.inFlightArea {
+        inFlightArea = try source.mapRange(address: area, length: layout.inFlightBytes)
+      }
     } catch {
       throw .ringUnmapped
     }
@@ -84,8 +92,8 @@ package struct Virtqueue: ~Copyable {
 
   /// Gives the mappings of the rings back; the queue is not used any more.
   package mutating func forgetRings() {
-    let ranges = [descriptors, driverArea, deviceArea]
-    (descriptors, driverArea, deviceArea) = (nil, nil, nil)
+    let ranges = [descriptors, driverArea, deviceArea, inFlightArea]
+    (descriptors, driverArea, deviceArea, inFlightArea) = (nil, nil, nil, nil)
     for range in ranges { if let range { source.unmapRange(range) } }
     seenInvalidations = .max
   }
@@ -156,9 +164,10 @@ package struct Virtqueue: ~Copyable {
   package mutating func publish() -> Bool {
     guard unpublished > 0 else { return false }
     defer { unpublished = 0 }
-    guard let journal else { return isPacked ? publishPacked() : publishSplit() }
-    journal.intend(layout.nextUsed)
+    journal?.intend(layout.nextUsed)
     let wantsInterrupt = isPacked ? publishPacked() : publishSplit()
+    markPublished()
+    guard let journal else { return wantsInterrupt }
     journal.settle(layout.nextUsed, wrap: layout.usedWrapCounter)
     for index in 0..<usedSlotCount { journal.free(Int(usedSlots[index])) }
     return wantsInterrupt

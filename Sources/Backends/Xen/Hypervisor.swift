@@ -4,6 +4,8 @@ package protocol Hypervisor: AnyObject, Sendable {
   var summary: String { get }
   /// Handles on one guest. Fails when the privilege or a device node is missing.
   func open(_ domain: DomainID) throws(XenError) -> any GuestHandle
+  /// Grants and event channels of one guest, for which no privilege is needed.
+  func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle
 }
 
 /// One guest's ioreq server, memory, event channels and interrupt lines.

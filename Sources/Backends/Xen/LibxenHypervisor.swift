@@ -21,6 +21,8 @@ package final class LibxenHypervisor: Hypervisor {
   package func open(_ domain: DomainID) throws(XenError) -> any GuestHandle {
     try LibxenGuest(domain)
   }
+
+  package func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle { try LibxenGrants(domain) }
 }
 
 /// Handles of the libxen libraries for one guest.

@@ -52,6 +52,13 @@ package final class XenStore {
     return nil
   }
 
+  /// As `readIfThere`, for nodes of another domain: where one is gone, what is left above it may not be looked at.
+  package func readIfVisible(_ path: String, in transaction: UInt32 = 0) throws(XenError) -> String? {
+    if let value = read(path, in: transaction) { return value }
+    guard errno == ENOENT || errno == EACCES else { throw XenError("xs_read \(path)", Errno.last) }
+    return nil
+  }
+
   package func listIfThere(_ path: String, in transaction: UInt32 = 0) throws(XenError) -> [String]? {
     if let names = list(path, in: transaction) { return names }
     guard errno == ENOENT else { throw XenError("xs_directory \(path)", Errno.last) }

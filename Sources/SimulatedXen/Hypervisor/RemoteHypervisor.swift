@@ -12,6 +12,10 @@ package final class RemoteHypervisor: Hypervisor {
 
   package var summary: String { "simulated Xen of another process" }
 
+  package func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle {
+    throw XenError("grants of a simulated Xen in another process", Errno(38 /* ENOSYS */))
+  }
+
   package func open(_ domain: DomainID) throws(XenError) -> any GuestHandle {
     do throws(Errno) {
       return try RemoteGuestHandle(path, domain)

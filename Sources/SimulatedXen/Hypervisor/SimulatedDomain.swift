@@ -42,6 +42,7 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   package let identifier: DomainID
   package let memory: SimulatedMemory
+  package let grants = SimulatedGrants()
   package let vcpuCount: Int
   /// How often an interrupt line rose, and how often backends sent mapping calls.
   package let interrupts = Atomic<UInt64>(0)
@@ -95,7 +96,10 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   var isRunning: Bool { state.withLock { !$0.isDestroyed } }
 
-  func destroy() { state.withLock { $0.isDestroyed = true } }
+  func destroy() {
+    state.withLock { $0.isDestroyed = true }
+    grants.destroy()
+  }
 
   // MARK: The guest's side
 

@@ -15,6 +15,11 @@ package final class SimulatedHypervisor: Hypervisor {
     return try SimulatedGuestHandle(found)
   }
 
+  package func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle {
+    guard let found = domains.withLock({ $0[domain] }) else { throw XenError("openGrants", Errno(3 /* ESRCH */)) }
+    return SimulatedGrantHandle(found)
+  }
+
   func domain(_ identifier: DomainID) -> SimulatedDomain? { domains.withLock { $0[identifier] } }
 
   /// Makes a domain known; it runs from now on.

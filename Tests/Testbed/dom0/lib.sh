@@ -154,6 +154,67 @@ disk = [ $disks ]
 CONFIG
 }
 
+# A PV or PVH guest whose disks come over Xenbus.
+write_direct_config() { # TYPE NAME KERNEL_WORDS DISK...
+  type=$1 name=$2 words=$3
+  shift 3
+  GUEST_CPU=$((GUEST_CPU == 2 ? 3 : 2))
+  disks=
+  for entry in "$@"; do disks="$disks${disks:+, }$entry"; done
+  cat >"/root/$name.cfg" <<CONFIG
+name = "$name"
+type = "$type"
+kernel = "/guest/vmlinux"
+ramdisk = "/guest/guest.cpio.gz"
+extra = "console=hvc0 rdinit=/init loglevel=4 vx.bus=xenbus $words"
+memory = ${GUEST_MEMORY:-220}
+vcpus = ${GUEST_VCPUS:-1}
+cpus = "${GUEST_CPUS:-$GUEST_CPU}"
+on_poweroff = "destroy"
+on_reboot = "restart"
+on_crash = "destroy"
+disk = [ $disks ]
+CONFIG
+}
+
+driver_disk() { # VDEV TARGET [ACCESS] : a disk from the driver domain
+  echo "\"format=raw, vdev=$1, access=${3:-rw}, backend=driver, backendtype=standalone, specification=virtio, target=$2\""
+}
+
+# A driver domain: an ordinary guest without any right over others, with vxd in it.
+create_driver_domain() { # [TYPE]
+  # Unpacked: libxc unpacks a compressed RAM disk itself, and only the first of several archives.
+  { zcat /guest/driver.cpio.gz; zcat /guest/vxd.cpio.gz; } >/root/driver-ramdisk
+  cat >/root/driver.cfg <<CONFIG
+name = "driver"
+type = "${1:-pvh}"
+kernel = "/guest/vmlinux"
+ramdisk = "/root/driver-ramdisk"
+extra = "console=hvc0 rdinit=/init loglevel=4"
+memory = 320
+vcpus = 1
+cpus = "2"
+driver_domain = 1
+max_event_channels = 2047
+on_poweroff = "destroy"
+on_reboot = "restart"
+on_crash = "destroy"
+CONFIG
+  create driver && wait_console driver "DRIVER UP" 120
+}
+
+# Runs a command in the driver domain; its output is ours, and so is its exit code.
+in_driver() { # COMMAND...
+  driver=/local/domain/$(xl domid driver)/data
+  number=$(($(cat /run/driver-number 2>/dev/null || echo 0) + 1))
+  echo $number >/run/driver-number
+  xenstore-write "$driver/command" "$number $*"
+  wait_until "${DRIVER_LIMIT:-60}" driver_did $number || return 1
+  xenstore-read "$driver/output"
+  return "$(xenstore-read "$driver/result" | cut -d' ' -f2)"
+}
+driver_did() { xenstore-read "$driver/result" 2>/dev/null | grep -q "^$1 "; }
+
 create() { # NAME
   rm -f "$(console_of "$1")"
   rm -f "/run/domid-$1"

@@ -7,11 +7,13 @@ TESTBED_PACKAGES="xen-hypervisor-4.17-amd64 xen-utils-4.17 xenstore-utils libxen
   qemu-system-common qemu-utils busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools"
 
 fetch_packages() { # sets PACKAGES_ROOT
-  local kernel uris key folder
+  local kernel version uris key folder
   kernel=$(apt-cache depends linux-image-amd64 2>/dev/null | awk '/Depends: linux-image-6\.1/ {print $2; exit}')
   [ -n "$kernel" ] || die "apt knows no linux-image-6.1 package: run 'apt-get update' on Debian 12 (bookworm) first"
+  version=${kernel#linux-image-}
+  kernel="$kernel linux-headers-$version linux-headers-${version%-amd64}-common linux-kbuild-6.1"
   # shellcheck disable=SC2086
-  uris=$(apt-get download --print-uris $TESTBED_PACKAGES "$kernel" 2>"$CACHE/apt.err") ||
+  uris=$(apt-get download --print-uris $TESTBED_PACKAGES $kernel 2>"$CACHE/apt.err") ||
     die "apt cannot find a package of the testbed: $(tail -n 1 "$CACHE/apt.err") (run 'apt-get update')"
   key=$(printf '%s\n' "$uris" | awk '{print $2}' | sort | sha256sum | cut -c1-16)
   folder=$CACHE/packages-$key
@@ -21,13 +23,15 @@ fetch_packages() { # sets PACKAGES_ROOT
   rm -rf "$folder"
   mkdir -p "$folder/debs" "$PACKAGES_ROOT"
   # shellcheck disable=SC2086
-  (cd "$folder/debs" && apt-get download $TESTBED_PACKAGES "$kernel" >"$folder/apt.log" 2>&1) ||
+  (cd "$folder/debs" && apt-get download $TESTBED_PACKAGES $kernel >"$folder/apt.log" 2>&1) ||
     die "the download failed (is there a network?): $(grep -m 1 '^E:' "$folder/apt.log")"
   local deb
   for deb in "$folder"/debs/*.deb; do
     dpkg -x "$deb" "$PACKAGES_ROOT" || die "cannot unpack $deb (is the disk full?)"
   done
   rm -rf "$folder/debs"
+  # The headers find their common part by its place in the system.
+  sed -i "s,/usr/src,$PACKAGES_ROOT/usr/src," "$PACKAGES_ROOT"/usr/src/linux-headers-*-amd64/Makefile
   touch "$folder/complete"
 }
 

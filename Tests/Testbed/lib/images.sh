@@ -38,6 +38,21 @@ pack() { # FOLDER ARCHIVE
   mv "$2.part" "$2"
 }
 
+# The guest module, built against the headers of the kernel that the guests boot. Sets MODULE.
+build_guest_module() {
+  local folder
+  need_command gcc gcc
+  need_command make make
+  folder=$(mktemp -d)
+  cp "$REPO"/deploy/guest-module/* "$folder/"
+  make -C "$PACKAGES_ROOT"/usr/src/linux-headers-6.1*-amd64 M="$folder" W=1 modules >"$IMAGES/module.log" 2>&1 ||
+    die "the guest module does not build: $(grep -m 3 -i error "$IMAGES/module.log")"
+  ! grep -i -A 3 'warning:' "$IMAGES/module.log" || die "the guest module builds with warnings"
+  MODULE=$IMAGES/virtio_xenbus.ko
+  strip --strip-debug -o "$MODULE" "$folder/virtio_xenbus.ko"
+  rm -rf "$folder"
+}
+
 build_guest_image() { # ARCHIVE
   local image
   image=$(mktemp -d)
@@ -45,6 +60,7 @@ build_guest_image() { # ARCHIVE
   copy_with_libraries "$image" "$PACKAGES_ROOT/sbin/mke2fs" /sbin/mkfs.ext4
   install -m 755 "$FIO" "$image/bin/fio"
   copy_modules "$image" virtio_ring virtio virtio_mmio virtio_blk crc16 mbcache jbd2 crc32c_generic libcrc32c ext4
+  cp "$MODULE" "$image/modules/"
   cp "$TESTBED"/guest/* "$image/"
   mv "$image/mke2fs.conf" "$image/etc/"
   chmod 755 "$image/init"
@@ -76,6 +92,35 @@ build_boot_image() { # IMAGE GUEST_ARCHIVE
   ) >"$folder/log" 2>&1 || die "cannot make the guest's boot disk: $(tail -n 3 "$folder/log")"
   LC_ALL=C grep -abo '########' "$1" | head -n 1 | cut -d: -f1 >"$1.offset"
   rm -rf "$folder"
+}
+
+# A driver domain: vxd comes with each run (machine.sh), the rest is here.
+build_driver_image() { # ARCHIVE
+  local image tool
+  image=$(mktemp -d)
+  base_image "$image"
+  for tool in xenstore-read xenstore-write xenstore-ls; do
+    copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"
+  done
+  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop
+  cp "$TESTBED"/driver/* "$image/"
+  chmod 755 "$image/init"
+  pack "$image" "$1"
+  rm -rf "$image"
+}
+
+# What PV and PVH guests boot from, for scenarios that say "# needs: xenbus": the kernel unpacked, which xl would need seconds for.
+build_xenbus_image() { # ARCHIVE GUEST_ARCHIVE
+  local image offset
+  image=$(mktemp -d)
+  mkdir "$image/guest"
+  offset=$(LC_ALL=C grep -abo -P '\xFD7zXZ\x00' "$IMAGES/vmlinuz" | head -n 1 | cut -d: -f1)
+  tail -c "+$((offset + 1))" "$IMAGES/vmlinuz" | xz -dc >"$image/guest/vmlinux" 2>/dev/null
+  [ "$(head -c 4 "$image/guest/vmlinux" | tail -c 3)" = ELF ] || die "the kernel cannot be unpacked"
+  cp "$2" "$image/guest/guest.cpio.gz"
+  build_driver_image "$image/guest/driver.cpio.gz"
+  pack "$image" "$1"
+  rm -rf "$image"
 }
 
 build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
@@ -113,7 +158,7 @@ prepare_images() { # sets IMAGES
   fetch_packages
   fetch_fio
   local key
-  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/guest/*) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$key
   [ -e "$IMAGES/complete" ] && return
   say "building the dom0 and guest images in $IMAGES"
@@ -121,7 +166,9 @@ prepare_images() { # sets IMAGES
   mkdir -p "$IMAGES"
   zcat "$PACKAGES_ROOT"/boot/xen-4.17-amd64.gz >"$IMAGES/xen" || die "cannot write to $IMAGES (is the disk full?)"
   cp "$PACKAGES_ROOT"/boot/vmlinuz-6.1* "$IMAGES/vmlinuz"
+  build_guest_module
   build_guest_image "$IMAGES/guest.cpio.gz"
+  build_xenbus_image "$IMAGES/xenbus.cpio.gz" "$IMAGES/guest.cpio.gz"
   build_dom0_image "$IMAGES/dom0.cpio.gz" "$IMAGES/guest.cpio.gz"
   touch "$IMAGES/complete"
 }

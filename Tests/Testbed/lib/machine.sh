@@ -13,7 +13,15 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   cp "$REPO/deploy/acpi/slots.aml" "$folder/etc/vxd/"
   cp "$TESTBED/dom0/lib.sh" "$folder/testbed-lib.sh"
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
+  needs_xenbus "$2" || return 0
+  mkdir -p "$folder/guest" "$folder/driver"
+  copy_with_libraries "$folder/driver" "$BINARIES/vxd" /bin/vxd
+  copy_with_libraries "$folder/driver" "$BINARIES/vxctl" /bin/vxctl
+  pack "$folder/driver" "$folder/guest/vxd.cpio.gz"
+  rm -rf "$folder/driver"
 }
+
+needs_xenbus() { [ -n "$1" ] && grep -q '^# needs: xenbus' "$1"; }
 
 # Four processors on any machine, or as many as the scenario says ("# processors: N"): dom0 keeps two, and each guest gets one of its own (write_config), since guests that take turns
 # on a processor are lost more often.
@@ -32,6 +40,7 @@ prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
   rm -rf "$folder"
   INITRD=$2/initrd
   cat "$IMAGES/dom0.cpio.gz" "$2/overlay.cpio.gz" >"$INITRD"
+  ! needs_xenbus "$1" || cat "$IMAGES/xenbus.cpio.gz" >>"$INITRD"
 }
 
 # QEMU's emulation of SVM loses a guest now and then: it dies of a triple fault while its kernel boots, long before a disk of

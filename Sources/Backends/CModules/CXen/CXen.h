@@ -6,6 +6,7 @@
 #include <xendevicemodel.h>
 #include <xenevtchn.h>
 #include <xenforeignmemory.h>
+#include <xengnttab.h>
 #include <xenstore.h>
 #include <xen/memory.h>
 #include <xen/hvm/dm_op.h>

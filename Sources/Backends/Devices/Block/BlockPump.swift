@@ -33,7 +33,7 @@ package struct BlockPump: ~Copyable {
   var isLimited = false
   var geometry: BlockGeometry
   /// Data moves straight between guest memory and the store.
-  let direct: Bool
+  var direct: Bool
   let alignmentMask: UInt64
 
   var memory: GuestMemoryView
@@ -145,6 +145,8 @@ package struct BlockPump: ~Copyable {
       throw .virtqueue(error)
     }
     // virtio 1.2, 5.2.6.2: a driver that cannot flush gets write-through.
+    // The source of a guest that connects may be another kind than the last time.
+    direct = !settings.copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
     isWriteThrough =
       settings.cache == .writethrough || settings.cache == .writeback && !features.contains(.blockFlush)
     followsDriver = features.contains(.blockConfigureWriteback)

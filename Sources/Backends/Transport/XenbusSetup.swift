@@ -1,0 +1,138 @@
+package import Virtqueue
+
+/// Why a guest's setup of a Xenbus device cannot be used: the words of the device's `vx-ack` node.
+package struct SetupFault: Error, Equatable {
+  package var message: String
+
+  package init(_ message: String) { self.message = message }
+}
+
+/// What a device offers over Xenbus: the backend's `vx-offer` node (deploy/guest-module/PROTOCOL.md).
+package struct XenbusOffer: Equatable, Sendable {
+  package static let version = 1
+  /// Pages of an arena at most: 32 directories of 1024 references.
+  package static let maximumPages: UInt32 = 32768
+
+  package var profile: DeviceProfile
+  package var maximumPages: UInt32
+  package var configurationBytes: Int
+  /// Different in each life of the device.
+  package var epoch: UInt32
+
+  package init(profile: DeviceProfile, maximumPages: UInt32, configurationBytes: Int, epoch: UInt32) {
+    self.profile = profile
+    self.maximumPages = maximumPages
+    self.configurationBytes = configurationBytes
+    self.epoch = epoch
+  }
+
+  /// Features that make no sense here: rings are reset together, and the in-flight area needs split rings used in any order.
+  private static let withheld: FeatureBits = [.ringReset, .ringPacked, .inOrder]
+
+  /// What a backend's features become: addresses are offsets into the arena, which the driver must take from the DMA API.
+  package static func features(_ device: FeatureBits) -> FeatureBits {
+    device.subtracting(withheld).union([.accessPlatform, .version1])
+  }
+
+  package var text: String {
+    let sizes = profile.queueSizes.map { "\($0)" }.joined(separator: ",")
+    let features = String(Self.features(profile.offeredFeatures).rawValue, radix: 16)
+    return "version=\(Self.version) device=\(profile.deviceID) vendor=0x1af4 features=0x\(features) "
+      + "queues=\(profile.queueSizes.count) sizes=\(sizes) arena=\(maximumPages) config=\(configurationBytes) epoch=\(epoch)"
+  }
+}
+
+/// The setup page, checked: what the driver accepted, where its rings are, and by which ports it is reached.
+///
+/// Made of a copy: the guest may change the page at any time.
+package struct XenbusSetup: Equatable, Sendable {
+  package static let bytes = 4096
+  private static let magic: UInt32 = 0x3153_5856
+  private static let directoryCapacity = 1024
+  private static let queuesOffset = 0x100
+  private static let queueBytes = 48
+
+  package struct Queue: Equatable, Sendable {
+    package var layout: QueueLayout
+    /// The guest's port.
+    package var port: UInt32
+  }
+
+  /// What was accepted, less what concerns the transport alone.
+  package var features: FeatureBits
+  package var pages: UInt32
+  /// Grant references of the directory pages.
+  package var directories: [UInt32]
+  /// By number; nil where the driver uses none.
+  package var queues: [Queue?]
+
+  package init(_ copy: UnsafeRawBufferPointer, _ offer: XenbusOffer) throws(SetupFault) {
+    guard copy.count >= Self.bytes else { throw SetupFault("the setup page is cut") }
+    func half(_ offset: Int) -> UInt16 { UInt16(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt16.self)) }
+    func word(_ offset: Int) -> UInt32 { UInt32(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt32.self)) }
+    func long(_ offset: Int) -> UInt64 { UInt64(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt64.self)) }
+    guard word(0) == Self.magic else { throw SetupFault("the setup page has no magic number") }
+    guard half(4) == XenbusOffer.version else { throw SetupFault("version \(half(4)) of the setup page is not known") }
+    guard word(0x10) == offer.epoch else { throw SetupFault("the setup page answers another offer") }
+    let accepted = FeatureBits(rawValue: long(8))
+    let offered = XenbusOffer.features(offer.profile.offeredFeatures)
+    guard accepted.isSubset(of: offered) else { throw SetupFault("features are accepted that are not offered") }
+    guard accepted.isSuperset(of: [.version1, .accessPlatform]) else {
+      throw SetupFault("VIRTIO_F_VERSION_1 and VIRTIO_F_ACCESS_PLATFORM must be accepted")
+    }
+    features = accepted.subtracting(.accessPlatform)
+    pages = word(0x18)
+    guard (2...min(offer.maximumPages, XenbusOffer.maximumPages)).contains(pages) else {
+      throw SetupFault("an arena of \(pages) pages is not offered")
+    }
+    let directoryCount = (Int(pages) + Self.directoryCapacity - 1) / Self.directoryCapacity
+    guard Int(word(0x1c)) == directoryCount else {
+      throw SetupFault("\(pages) pages need \(directoryCount) directories, not \(word(0x1c))")
+    }
+    directories = (0..<directoryCount).map { word(0x20 + 4 * $0) }
+    queues = Array(repeating: nil, count: offer.profile.queueSizes.count)
+    let count = Int(half(6))
+    guard (1...queues.count).contains(count) else { throw SetupFault("\(count) queues are set up") }
+    for position in 0..<count {
+      let entry = Self.queuesOffset + position * Self.queueBytes
+      let index = Int(half(entry))
+      guard index < queues.count, queues[index] == nil else { throw SetupFault("queue \(index) is set up twice, or not offered") }
+      queues[index] = try Self.queue(
+        half(entry + 2), word(entry + 4), long(entry + 16), long(entry + 24), long(entry + 32), word(entry + 40),
+        word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, "queue \(index)")
+    }
+    let ports = queues.compactMap { $0?.port }
+    guard Set(ports).count == ports.count else { throw SetupFault("two queues share a port") }
+  }
+
+  private static func queue(
+    _ size: UInt16, _ port: UInt32, _ descriptors: UInt64, _ driver: UInt64, _ device: UInt64, _ inFlight: UInt32,
+    _ inFlightBytes: UInt32, maximum: UInt16, pages: UInt32, _ name: String
+  ) throws(SetupFault) -> Queue {
+    guard port != 0 else { throw SetupFault("\(name) has no port") }
+    var layout = QueueLayout()
+    layout.size = size
+    layout.descriptorArea = descriptors
+    layout.driverArea = driver
+    layout.deviceArea = device
+    if inFlightBytes != 0 {
+      guard Int(inFlightBytes) == layout.inFlightBytes else { throw SetupFault("\(name): the in-flight area has a wrong size") }
+      layout.inFlightArea = UInt64(inFlight)
+    }
+    do throws(VirtqueueFault) {
+      try layout.validate(maximum: maximum)
+    } catch {
+      throw SetupFault("\(name): \(error.message)")
+    }
+    let end = UInt64(pages) << 12
+    let areas = [
+      (descriptors, layout.descriptorBytes), (driver, layout.driverBytes(packed: false)),
+      (device, layout.deviceBytes(packed: false)), (layout.inFlightArea ?? 4096, layout.inFlightArea == nil ? 0 : layout.inFlightBytes),
+    ]
+    for (start, length) in areas {
+      // No overflow: `validate` has looked at the sums.
+      guard start >= 4096, start + UInt64(length) <= end else { throw SetupFault("\(name) is not inside the arena") }
+    }
+    return Queue(layout: layout, port: port)
+  }
+}

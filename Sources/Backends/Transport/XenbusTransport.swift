@@ -1,0 +1,162 @@
+import Synchronization
+import Virtqueue
+
+/// The Xenbus transport of one device (deploy/guest-module/PROTOCOL.md): between what the supervisor reads from Xenstore and a
+/// `VirtioDevice`. Nothing here traps, waits for the guest, or is called per request.
+///
+/// `connect`, `disconnect`, `plug`, `unplug` and `write` are called by one thread, the guest's. The device signals from its own.
+package final class XenbusTransport: DeviceTransport {
+  package let profile: DeviceProfile
+  private let onStatus: @Sendable (DeviceStatus) -> Void
+  /// Told that the configuration space or the status is to be published anew, from any thread.
+  private let onConfiguration: @Sendable () -> Void
+  private let status = Atomic<UInt32>(0)
+  private let interrupts = Atomic<UInt64>(0)
+  private let state: (any TransportState)?
+  /// Confined to the guest's thread, see the type's comment.
+  nonisolated(unsafe) private var registers = MMIOTransport.Registers()
+  nonisolated(unsafe) private var layouts: [QueueLayout?] = []
+  nonisolated(unsafe) private var channels: [QueueSignals?] = []
+  nonisolated(unsafe) private var device: (any VirtioDevice)?
+  private let space: Mutex<ConfigurationSpace>
+
+  /// - Parameters:
+  ///   - state: keeps what a later process must know.
+  ///   - onStatus: told about the driver's start and reset, from the guest's thread.
+  package init(
+    device: any VirtioDevice, state: (any TransportState)?, onStatus: @escaping @Sendable (DeviceStatus) -> Void,
+    onConfiguration: @escaping @Sendable () -> Void
+  ) {
+    self.device = device
+    self.state = state
+    self.onStatus = onStatus
+    self.onConfiguration = onConfiguration
+    profile = DeviceProfile(device)
+    space = Mutex(device.configuration)
+  }
+
+  package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+  package var interruptCount: UInt64 { interrupts.load(ordering: .relaxed) }
+  private var configuration: ConfigurationSpace { space.withLock { $0 } }
+
+  /// The `vx-config` node: generation, status and configuration space of one moment.
+  package var configurationText: String {
+    let space = configuration
+    // The generation first: a change that comes in between makes another text behind this one.
+    let generation = space.generation
+    let digits = Array("0123456789abcdef")
+    var hex = ""
+    for byte in space.bytes {
+      hex.append(digits[Int(byte >> 4)])
+      hex.append(digits[Int(byte & 15)])
+    }
+    return "\(generation) \(String(currentStatus.rawValue, radix: 16)) \(hex)"
+  }
+
+  // MARK: The driver
+
+  /// The driver is ready: its queues are live from now on.
+  ///
+  /// - Parameters:
+  ///   - doorbells: the channel of each queue that is set up.
+  ///   - adopts: this life of the device began with an earlier backend or process, and goes on.
+  package func connect(_ setup: XenbusSetup, epoch: UInt32, doorbells: [(any QueueDoorbell)?], adopts: Bool) {
+    registers.driverFeatures = setup.features.rawValue
+    registers.epoch = epoch
+    registers.queues = setup.queues.map { $0?.layout ?? QueueLayout() }
+    registers.ready = setup.queues.map { $0 != nil }
+    layouts = setup.queues.map { $0?.layout }
+    channels = doorbells.map { bell in bell.map { QueueSignals($0, self) } }
+    if !adopts { for queue in layouts.indices { state?.endQueue(queue) } }
+    let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK]
+    status.store(live.rawValue, ordering: .releasing)
+    save()
+    device?.activate(features: setup.features, layouts: layouts, signals: self, adopts: adopts)
+    onStatus(live)
+  }
+
+  /// The driver resets the device, or is gone: when this returns, nothing touches its memory.
+  package func disconnect() {
+    device?.reset()
+    for queue in layouts.indices { state?.endQueue(queue) }
+    layouts = []
+    channels = []
+    registers = MMIOTransport.Registers()
+    let old = DeviceStatus(rawValue: status.exchange(0, ordering: .acquiringAndReleasing))
+    save()
+    if !old.isEmpty { onStatus([]) }
+  }
+
+  /// The driver writes to the configuration space.
+  package func write(offset: Int, bytes: [UInt8]) {
+    device?.configurationWritten(offset: offset, bytes: bytes)
+    save()
+    onConfiguration()
+  }
+
+  private func save() { state?.save(registers, currentStatus, configuration: configuration.bytes) }
+
+  // MARK: Backends
+
+  @discardableResult
+  package func plug(_ device: any VirtioDevice) -> Bool {
+    let earlier = configuration
+    let old = earlier.bytes
+    if device.configuration !== earlier { device.configuration.follow(earlier) }
+    space.withLock { $0 = device.configuration }
+    self.device = device
+    defer { onConfiguration() }
+    guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
+    let features = FeatureBits(rawValue: registers.driverFeatures)
+    guard device.deviceID == profile.deviceID, features.isSubset(of: device.offeredFeatures.union(.version1)),
+      device.accepts(features), layouts.count == device.queueSizes.count,
+      zip(layouts, device.queueSizes).allSatisfy({ ($0?.size ?? 0) <= $1 })
+    else {
+      needReset()
+      return false
+    }
+    device.activate(features: features, layouts: layouts, signals: self, adopts: true)
+    device.configurationWritten(offset: 0, bytes: old)
+    return true
+  }
+
+  package func unplug() { device = nil }
+
+  // MARK: TransportSignals
+
+  package func signals(of queue: Int) -> any TransportSignals {
+    guard channels.indices.contains(queue), let channel = channels[queue] else { return self }
+    return channel
+  }
+
+  /// Queues interrupt by channels of their own.
+  package func interruptForUsedBuffers() {}
+
+  package func interruptForConfiguration() { onConfiguration() }
+
+  package func needReset() {
+    status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing)
+    onConfiguration()
+  }
+
+  /// One queue's signals: a notification of its channel for used buffers, the transport for the rest.
+  private final class QueueSignals: TransportSignals {
+    private let bell: any QueueDoorbell
+    private let transport: XenbusTransport
+
+    init(_ bell: any QueueDoorbell, _ transport: XenbusTransport) {
+      self.bell = bell
+      self.transport = transport
+    }
+
+    var doorbell: (any QueueDoorbell)? { bell }
+
+    func interruptForUsedBuffers() {
+      transport.interrupts.wrappingAdd(1, ordering: .relaxed)
+      bell.ring()
+    }
+
+    func interruptForConfiguration() { transport.interruptForConfiguration() }
+    func needReset() { transport.needReset() }
+  }
+}

@@ -1,0 +1,229 @@
+import Synchronization
+package import Virtqueue
+
+/// A guest's arena as its device reaches it: granted pages that stay mapped for as long as the driver is connected. A guest
+/// address is an offset into the arena.
+///
+/// There is a ladder, for a host whose maptrack table or budget is short: the whole arena is mapped (data moves straight to and
+/// from it); or the rings alone are, and everything else goes by grant copy; or, when not even those fit, the driver waits. Want of
+/// room is never an I/O error.
+package final class GrantPool: GuestMemorySource, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: `state` is under a lock; `valid` and `stamp` are words for sharing that never move, and are
+  // written while no queue is live, or by any thread without harm.
+
+  /// Why an arena cannot be had.
+  package enum AttachFault: Error, Equatable {
+    /// The guest's grants are not what it says.
+    case badGrants
+    /// There is no room now.
+    case noRoom
+  }
+
+  /// How the guest's memory is reached.
+  package enum Mode: String, Sendable {
+    case unattached
+    /// All of it is mapped.
+    case mapped
+    /// The rings are; the rest is copied by Xen.
+    case copied
+  }
+
+  private struct State: ~Copyable {
+    var mode = Mode.unattached
+    var handle: (any GrantHandle)?
+    var references: [UInt32] = []
+    var base: UnsafeMutableRawPointer?
+    var ranges: [UInt64: (start: UnsafeMutableRawPointer, pages: Int)] = [:]
+    var nextRange: UInt64 = 1
+    var statistics = PoolStatistics()
+  }
+
+  /// Bytes of the largest arena: one bucket holds any of them.
+  package let bucketShift = 27
+  package let generation = MappingGeneration()
+  private let budget: GrantBudget
+  private let state = Mutex(State())
+  private let copiedBytes = Atomic<UInt64>(0)
+  /// A bit for each page of the arena; the rest of the bucket is no memory. Belongs to the pool for its whole life, so that a view
+  /// that looks at it late reads zeros.
+  private let valid: UnsafeMutablePointer<UInt64>
+  private let stamp: UnsafeMutablePointer<UInt64>
+  private static let words = (1 << 15) / 64
+
+  package init(budget: GrantBudget) {
+    self.budget = budget
+    valid = .allocate(capacity: Self.words)
+    valid.initialize(repeating: 0, count: Self.words)
+    stamp = .allocate(capacity: 1)
+    stamp.initialize(to: 0)
+  }
+
+  deinit {
+    detach()
+    valid.deallocate()
+    stamp.deallocate()
+  }
+
+  package var mode: Mode { state.withLock { $0.mode } }
+  /// Mappings stay until `detach`, which is called when no queue is live.
+  package var isStable: Bool { mode == .mapped }
+  /// Bytes that went by grant copy, for want of room.
+  package var copied: UInt64 { copiedBytes.load(ordering: .relaxed) }
+
+  package var statistics: PoolStatistics {
+    state.withLock { state in
+      var statistics = state.statistics
+      statistics.budgetPages = budget.limit
+      statistics.rangePages = state.ranges.values.reduce(0) { $0 + $1.pages }
+      return statistics
+    }
+  }
+
+  // MARK: Connection
+
+  /// Reaches the arena as well as there is room.
+  ///
+  /// - Parameters:
+  ///   - references: of each page, in order; 2 to 32768.
+  ///   - rings: ranges that must be mapped, inside the arena.
+  package func attach(
+    _ handle: any GrantHandle, _ references: [UInt32], rings: [(address: UInt64, length: Int)]
+  ) throws(AttachFault) {
+    detach()
+    let result: Result<Void, AttachFault> = state.withLock { state in
+      state.handle = handle
+      state.references = references
+      if let base = map(references[...], &state) {
+        state.base = base
+        state.mode = .mapped
+        for index in references.indices { valid[index >> 6] |= 1 << UInt64(index & 63) }
+        return .success(())
+      }
+      // The error says too little: what can be copied from is a good reference.
+      var word: UInt64 = 0
+      for (address, length) in rings {
+        for page in Int(address >> 12)...Int((address &+ UInt64(max(length, 1) - 1)) >> 12) {
+          guard references.indices.contains(page) else { return .failure(.badGrants) }
+          guard let isGood = try? handle.copy(references[page], offset: 0, count: 8, local: &word, toGuest: false)
+          else { return .failure(.noRoom) }
+          guard isGood else { return .failure(.badGrants) }
+        }
+      }
+      // Whether the rings fit is seen now, not when the first request comes.
+      var trial: [(UnsafeMutableRawPointer, Int)] = []
+      defer { for (start, count) in trial { unmap(start, count, &state) } }
+      for (address, length) in rings {
+        let pages = Int(address >> 12)...Int((address &+ UInt64(max(length, 1) - 1)) >> 12)
+        guard let start = map(references[pages], &state) else { return .failure(.noRoom) }
+        trial.append((start, pages.count))
+      }
+      state.mode = .copied
+      return .success(())
+    }
+    do throws(AttachFault) {
+      try result.get()
+    } catch {
+      detach()
+      throw error
+    }
+  }
+
+  /// Gives everything back: the driver disconnects, and no queue is live.
+  package func detach() {
+    state.withLock { state in
+      guard state.handle != nil else { return }
+      generation.current.wrappingAdd(1, ordering: .sequentiallyConsistent)
+      generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
+      for index in 0..<Self.words { valid[index] = 0 }
+      if let base = state.base { unmap(base, state.references.count, &state) }
+      for range in state.ranges.values { unmap(range.start, range.pages, &state) }
+      state.base = nil
+      state.ranges = [:]
+      state.references = []
+      state.handle = nil
+      state.mode = .unattached
+    }
+  }
+
+  private func map(_ references: ArraySlice<UInt32>, _ state: inout State) -> UnsafeMutableRawPointer? {
+    guard let handle = state.handle, budget.take(references.count) else { return nil }
+    state.statistics.mapCalls &+= 1
+    guard let start = try? handle.map(Array(references), writable: true) else {
+      budget.give(references.count)
+      return nil
+    }
+    state.statistics.mappedPages += references.count
+    return start
+  }
+
+  private func unmap(_ start: UnsafeMutableRawPointer, _ count: Int, _ state: inout State) {
+    state.statistics.unmapCalls &+= 1
+    state.statistics.mappedPages -= count
+    state.handle?.unmap(start, count: count)
+    budget.give(count)
+  }
+
+  // MARK: GuestMemorySource
+
+  package func add(viewer: MemoryViewer) {}
+  package func remove(viewer: MemoryViewer) {}
+
+  package func bucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping {
+    let result: Result<BucketMapping, GuestMemoryFault> = state.withLock { state in
+      state.statistics.misses &+= 1
+      guard number == 0, state.mode != .unattached else { return .failure(.unmapped(address: number << 27)) }
+      guard let base = state.base else { return .failure(.mappingFailed) }
+      return .success(BucketMapping(base: base, validPages: UnsafePointer(valid), stamp: stamp))
+    }
+    return try result.get()
+  }
+
+  package func refreshedBucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping { try bucket(number) }
+
+  package func mapRange(address: UInt64, length: Int) throws(GuestMemoryFault) -> RangeMapping {
+    let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
+      let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1)))
+      guard !overflow, end <= UInt64(state.references.count) << 12 else { return .failure(.unmapped(address: address)) }
+      if let base = state.base { return .success(RangeMapping(start: base + Int(address), identifier: 0)) }
+      let pages = Int(address >> 12)...Int((end - 1) >> 12)
+      guard let start = map(state.references[pages], &state) else { return .failure(.mappingFailed) }
+      let identifier = state.nextRange
+      state.nextRange &+= 1
+      state.ranges[identifier] = (start, pages.count)
+      return .success(RangeMapping(start: start + Int(address & 4095), identifier: identifier))
+    }
+    return try result.get()
+  }
+
+  package func unmapRange(_ range: RangeMapping) {
+    state.withLock { state in
+      if let known = state.ranges.removeValue(forKey: range.identifier) { unmap(known.start, known.pages, &state) }
+    }
+  }
+
+  package func copy(
+    _ address: UInt64, _ local: UnsafeMutableRawPointer, count: Int, toGuest: Bool
+  ) throws(GuestMemoryFault) {
+    let result: Result<Void, GuestMemoryFault> = state.withLock { state in
+      guard let handle = state.handle else { return .failure(.unmapped(address: address)) }
+      var done = 0
+      while done < count {
+        let at = address &+ UInt64(done)
+        let offset = Int(at & 4095)
+        guard let page = Int(exactly: at >> 12), page < state.references.count else {
+          return .failure(.unmapped(address: at))
+        }
+        let step = min(count - done, 4096 - offset)
+        guard
+          let isGood = try? handle.copy(
+            state.references[page], offset: offset, count: step, local: local + done, toGuest: toGuest)
+        else { return .failure(.mappingFailed) }
+        guard isGood else { return .failure(.unmapped(address: at)) }
+        done += step
+      }
+      return .success(())
+    }
+    try result.get()
+    copiedBytes.wrappingAdd(UInt64(truncatingIfNeeded: count), ordering: .relaxed)
+  }
+}

@@ -1,0 +1,35 @@
+# What dom0 can tell the driver domain to do; sourced by its init.
+
+vxd_pid() { cat /run/vxd.pid 2>/dev/null; }
+vxd_answers() { vxctl status --json >/dev/null 2>&1; }
+
+wait_until() { # TENTHS COMMAND...
+  left=$1
+  shift
+  until "$@"; do
+    left=$((left - 1))
+    [ $left -gt 0 ] || { echo "not within the limit: $*"; return 1; }
+    usleep 100000
+  done
+}
+
+start_vxd() {
+  vxd "$@" 2>>/dev/console &
+  echo $! >/run/vxd.pid
+  wait_until 200 vxd_answers
+}
+
+kill_vxd() {
+  kill -9 "$(vxd_pid)"
+  wait "$(vxd_pid)" 2>/dev/null
+  true
+}
+
+# What must be what it was before there were guests.
+resources() {
+  echo "threads $(ls "/proc/$(vxd_pid)/task" | wc -l) descriptors $(ls "/proc/$(vxd_pid)/fd" | wc -l)" \
+    "mappings $(grep -c -E 'privcmd|gntdev' "/proc/$(vxd_pid)/maps")"
+}
+
+# One field of a device: field NAME GUEST/DEVICE
+field() { vxctl show "$2" --json | tr ',{}' '\n\n\n' | sed -n "s/.*\"$1\": *\"\{0,1\}\([^\"]*\)\"\{0,1\} *$/\1/p" | head -n 1; }
