@@ -98,7 +98,11 @@ package enum Metrics {
       "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
     gauge(
       "vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
-    gauge("vxd_grants", "Grants mapped; virtio-mmio uses none.", "0")
+    let granted = guests.flatMap(\.devices).compactMap { $0.grants?.statistics }
+    gauge(
+      "vxd_grants", "Granted pages that are mapped; virtio-mmio uses none.",
+      "\(granted.reduce(0) { $0 + $1.mappedPages })")
+    gauge("vxd_grants_limit", "Granted pages that may be mapped.", "\(granted.first?.budgetPages ?? 0)")
     gauge("vxd_cpu_seconds", "CPU time of the whole daemon.", seconds(HostUsage.cpuTime))
     writeGuests(&writer, guests)
     writeDevices(&writer, guests.flatMap(\.devices))

@@ -34,7 +34,9 @@ extension Supervisor {
       if let (session, record) = known(key) { close(record, of: session, wantsClosedState: true) }
       return
     }
-    guard state != .closed else {
+    // Over Xenbus a driver that resets its device is answered with this state, and begins again.
+    let isBetweenLives = state == .closed && keys["online"] == "1" && usesXenbus(key.domain)
+    guard state != .closed || isBetweenLives else {
       if let (session, record) = known(key) { close(record, of: session, wantsClosedState: false) }
       return
     }

@@ -160,7 +160,10 @@ extension Supervisor {
     guard let session = sessions[domain] else { return }
     for record in session.devices.values {
       record.joinThreads()
-      record.link?.pool.detach()
+      guard let link = record.link else { continue }
+      let transport = link.transport
+      session.thread.perform { transport?.leave() }
+      link.pool.detach()
     }
     session.mmio?.pool.close()
     session.thread.stopAndJoin()

@@ -18,6 +18,8 @@ extension SupervisorControl {
         guests.reduce(0) { $0 + $1.devices.filter { $0.phase.reason != nil }.count }),
       "ioreqServers": .count(guests.filter { $0.server != nil }.count),
       "mappedPages": .count(pools.reduce(0) { $0 + $1.mappedPages }),
+      "grantedPages": .count(
+        guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?.statistics.mappedPages ?? 0) }),
       "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
     ]
   }
@@ -54,6 +56,18 @@ extension SupervisorControl {
       .init(name: "image", value: device.path.map(JSONValue.string) ?? .null),
       .init(name: "readOnly", value: .bool(device.readOnly)),
     ]
+    members.append(.init(name: "transport", value: .string(device.bus)))
+    if counters, let pool = device.grants {
+      let statistics = pool.statistics
+      members.append(
+        .init(
+          name: "grants",
+          value: [
+            "access": .string(pool.mode.rawValue), "mappedPages": .count(statistics.mappedPages),
+            "budgetPages": .count(statistics.budgetPages), "mapCalls": .count(statistics.mapCalls),
+            "unmapCalls": .count(statistics.unmapCalls), "copiedBytes": .count(pool.copied),
+          ]))
+    }
     if let slot = device.slot {
       members.append(.init(name: "slot", value: .count(slot.index)))
       members.append(.init(name: "base", value: .string("0x" + String(slot.base, radix: 16))))

@@ -70,7 +70,11 @@ extension String {
 /// `vxctl attach GUEST disk --image PATH`: a disk for a guest that runs.
 struct Attach: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Gives a running guest a disk, in one of the spare slots that its profile declares.")
+    abstract: "Gives a running guest a disk.",
+    discussion: """
+      Without --backend, this vxd serves it in one of the spare slots that the guest's profile declares (HVM guests). With --backend, in \
+      dom0, the disk is written to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it (PV and PVH guests).
+      """)
 
   enum Kind: String, ExpressibleByArgument, CaseIterable {
     case disk
@@ -83,12 +87,19 @@ struct Attach: ParsableCommand {
   var guest: String
   @Argument(help: "What to attach: disk.")
   var kind: Kind
-  @Option(help: "Absolute path of a raw image or block device, or an NBD address.")
+  @Option(help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.")
   var image: String
-  @Option(help: "Which spare slot (spare0, spare1, ...); the first empty one otherwise.")
+  @Option(help: "Which spare slot (spare0, spare1, ...), or with --backend which name (xvda to xvdp); the first free one otherwise.")
   var device: String?
+  @Option(help: "Name or number of the domain whose vxd serves the disk, over Xenbus.")
+  var backend: String?
+  @Flag(help: "With --backend: the guest may only read.")
+  var readOnly = false
+  @Option(help: "With --backend: seconds to wait for the guest's driver.")
+  var wait = 30
 
   func run() throws {
+    if let backend { return try attach(over: backend) }
     var parameters: [JSONValue.Member] = [
       .init(name: "guest", value: .string(guest)), .init(name: "image", value: .string(image)),
     ]
@@ -103,7 +114,8 @@ struct Attach: ParsableCommand {
 /// `vxctl detach GUEST/DEVICE`: takes an attached disk away again.
 struct Detach: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Takes a disk away that was attached at run time: waits for its requests up to a deadline, then by force."
+    abstract: "Takes a disk away that was attached at run time: waits for its requests up to a deadline, then by force.",
+    discussion: "With --xenbus, in dom0: a disk over Xenbus, of any backend domain, whether it was there from the guest's start or not."
   )
 
   @OptionGroup var connection: ConnectionOptions
@@ -112,8 +124,11 @@ struct Detach: ParsableCommand {
   var device: DeviceName
   @Option(help: "Seconds to wait for requests under way.")
   var deadline: Int64 = 10
+  @Flag(help: "The disk is one over Xenbus (xvda to xvdp).")
+  var xenbus = false
 
   func run() throws {
+    if xenbus { return try detachXenbus() }
     try Outcome.change(
       connection, "device.detach", device.parameters + [.init(name: "seconds", value: .integer(deadline))], options,
       device: device.device, until: Outcome(good: ["device.detached"], seconds: Int32(clamping: deadline + 30)))

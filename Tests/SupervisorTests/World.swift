@@ -118,10 +118,20 @@ final class World: @unchecked Sendable {
   var eventKinds: [SupervisorEvent.Kind] { events.list.withLock { $0.map(\.kind) } }
 
   /// Makes a domain; its disks are attached by the test.
-  func domain(_ identifier: DomainID, name: String, vcpus: Int = 1) throws -> SimulatedDomain {
+  func domain(_ identifier: DomainID, name: String, vcpus: Int = 1, type: String = "hvm") throws -> SimulatedDomain {
     let domain = try SimulatedDomain(identifier: identifier, memoryBytes: 16 << 20, vcpuCount: vcpus)
-    try toolstack.create(domain, name: name)
+    try toolstack.create(domain, name: name, type: type)
     return domain
+  }
+
+  /// A PVH guest's driver on a disk over Xenbus.
+  func bootXenbus(_ domain: SimulatedDomain, disk: String = "xvde", queueSize: UInt16 = 64, queueCount: Int = 1) throws
+    -> (guest: SimulatedBlockGuest, registers: XenbusRegisters)
+  {
+    let registers = try XenbusRegisters(server: server, domain: domain, disk: disk)
+    let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
+    try driver.start(wanted: [.indirectDescriptors, .eventIndex, .blockFlush, .blockConfigureWriteback], queueSize: queueSize, queueCount: queueCount)
+    return (SimulatedBlockGuest(domain: domain, driver: driver), registers)
   }
 
   /// The guest's driver on the disk in a slot.

@@ -127,6 +127,10 @@ struct vx_device {
 	struct work_struct work;
 	struct work_struct config_work;
 	struct xenbus_watch config_watch;
+	/* The frontend's own node that names the backend. */
+	struct xenbus_watch backend_watch;
+	/* Between freeze and restore: the otherend may be another already. */
+	bool frozen;
 	/* Guards config, config_bytes, generation and backend_status. */
 	spinlock_t config_lock;
 	u8 config[VX_MAX_CONFIG];

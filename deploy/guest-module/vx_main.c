@@ -20,6 +20,8 @@
 #define VX_CONNECT_SECONDS	30
 #define VX_RELEASE_SECONDS	60
 
+static struct workqueue_struct *vx_workqueue;
+
 static unsigned int arena_pages = 2048;
 module_param(arena_pages, uint, 0444);
 MODULE_PARM_DESC(arena_pages, "Pages granted for each virtqueue (2048)");
@@ -211,9 +213,12 @@ static int vx_freeze(struct device *dev)
 	int err;
 
 	mutex_lock(&vx->lock);
+	WRITE_ONCE(vx->frozen, true);
 	err = virtio_device_freeze(vdev);
 	if (!err)
 		vx_arena_revoke(vx);
+	else
+		WRITE_ONCE(vx->frozen, false);
 	mutex_unlock(&vx->lock);
 	return err;
 }
@@ -243,6 +248,7 @@ static int vx_restore(struct device *dev)
 	vx_arena_grant(vx);
 	err = virtio_device_restore(vdev);
 out:
+	WRITE_ONCE(vx->frozen, false);
 	mutex_unlock(&vx->lock);
 	if (err)
 		dev_err(dev, "the device does not come back: %d\n", err);
@@ -403,7 +409,7 @@ static void vx_config_watched(struct xenbus_watch *watch, const char *path,
 {
 	struct vx_device *vx = container_of(watch, struct vx_device, config_watch);
 
-	queue_work(system_long_wq, &vx->config_work);
+	queue_work(vx_workqueue, &vx->config_work);
 }
 
 static void vx_watch_config(struct vx_device *vx)
@@ -415,13 +421,63 @@ static void vx_watch_config(struct vx_device *vx)
 		dev_warn(&vx->xdev->dev, "no watch on the configuration: %d\n", err);
 }
 
-static void vx_unwatch_config(struct vx_device *vx)
+static void vx_unwatch(struct xenbus_watch *watch)
 {
-	if (!vx->config_watch.node)
+	if (!watch->node)
 		return;
-	unregister_xenbus_watch(&vx->config_watch);
-	kfree(vx->config_watch.node);
-	vx->config_watch.node = NULL;
+	unregister_xenbus_watch(watch);
+	kfree(watch->node);
+	watch->node = NULL;
+}
+
+/*
+ * A driver domain that was started again has another number: dom0 then writes
+ * the frontend's backend node anew. Xenbus itself looks at it when a driver is
+ * bound, so bind it again; not from here, which unbinding would wait for.
+ */
+struct vx_reprobe {
+	struct work_struct work;
+	struct xenbus_device *xdev;
+};
+
+static bool vx_has_moved(struct xenbus_device *xdev)
+{
+	char *backend = xenbus_read(XBT_NIL, xdev->nodename, "backend", NULL);
+	bool moved;
+
+	if (IS_ERR(backend))
+		return false;
+	moved = !xdev->otherend || strcmp(backend, xdev->otherend);
+	kfree(backend);
+	return moved;
+}
+
+static void vx_reprobe_work(struct work_struct *work)
+{
+	struct vx_reprobe *reprobe = container_of(work, struct vx_reprobe, work);
+	struct xenbus_device *xdev = reprobe->xdev;
+
+	if (vx_has_moved(xdev) && device_reprobe(&xdev->dev))
+		dev_err(&xdev->dev, "the new backend cannot be bound\n");
+	put_device(&xdev->dev);
+	kfree(reprobe);
+}
+
+static void vx_backend_watched(struct xenbus_watch *watch, const char *path,
+			       const char *token)
+{
+	struct vx_device *vx = container_of(watch, struct vx_device, backend_watch);
+	struct vx_reprobe *reprobe;
+
+	if (READ_ONCE(vx->frozen) || READ_ONCE(vx->going) || !vx_has_moved(vx->xdev))
+		return;
+	reprobe = kzalloc(sizeof(*reprobe), GFP_KERNEL);
+	if (!reprobe)
+		return;
+	INIT_WORK(&reprobe->work, vx_reprobe_work);
+	reprobe->xdev = vx->xdev;
+	get_device(&vx->xdev->dev);
+	queue_work(vx_workqueue, &reprobe->work);
 }
 
 /* xenbus_driver */
@@ -446,8 +502,11 @@ static int vx_probe(struct xenbus_device *xdev, const struct xenbus_device_id *i
 		return err;
 	}
 	vx_watch_config(vx);
+	if (xenbus_watch_pathfmt(xdev, &vx->backend_watch, NULL, vx_backend_watched,
+				 "%s/backend", xdev->nodename))
+		dev_warn(&xdev->dev, "no watch on the backend's name\n");
 	/* Registering here would do I/O on the thread that delivers watches. */
-	queue_work(system_long_wq, &vx->work);
+	queue_work(vx_workqueue, &vx->work);
 	return 0;
 }
 
@@ -455,11 +514,13 @@ static void vx_remove(struct xenbus_device *xdev)
 {
 	struct vx_device *vx = dev_get_drvdata(&xdev->dev);
 	bool exists = xenbus_exists(XBT_NIL, xdev->nodename, "state") > 0;
+	bool serves = exists && vx_backend_state(vx) != XenbusStateUnknown;
 
 	WRITE_ONCE(vx->going, true);
-	vx_unwatch_config(vx);
+	vx_unwatch(&vx->backend_watch);
+	vx_unwatch(&vx->config_watch);
 	/* A registration under way may wait for a backend that is gone. */
-	if (!exists && vx->virtio && vx->connected) {
+	if (!serves && vx->virtio && vx->connected) {
 		virtio_break_device(&vx->virtio->vdev);
 		vx_wait(vx, 5, vx_is_released);
 		vx_queue_fail_all(vx);
@@ -467,7 +528,7 @@ static void vx_remove(struct xenbus_device *xdev)
 	cancel_work_sync(&vx->work);
 	cancel_work_sync(&vx->config_work);
 	mutex_lock(&vx->lock);
-	vx_unregister(vx, exists);
+	vx_unregister(vx, serves);
 	mutex_unlock(&vx->lock);
 	set_dma_ops(&xdev->dev, NULL);
 	if (exists)
@@ -481,7 +542,7 @@ static void vx_otherend_changed(struct xenbus_device *xdev, enum xenbus_state st
 	struct vx_device *vx = dev_get_drvdata(&xdev->dev);
 
 	if (vx)
-		queue_work(system_long_wq, &vx->work);
+		queue_work(vx_workqueue, &vx->work);
 }
 
 /* The parent resumes first; the virtio device does the rest. */
@@ -489,7 +550,7 @@ static int vx_resume(struct xenbus_device *xdev)
 {
 	struct vx_device *vx = dev_get_drvdata(&xdev->dev);
 
-	vx_unwatch_config(vx);
+	vx_unwatch(&vx->config_watch);
 	vx_watch_config(vx);
 	return 0;
 }
@@ -513,20 +574,31 @@ static struct xenbus_driver vx_driver = {
 
 static int __init vx_init(void)
 {
+	int err;
+
 	if (!xen_domain())
 		return -ENODEV;
-	return xenbus_register_frontend(&vx_driver);
+	vx_workqueue = alloc_workqueue("virtio_xenbus", WQ_UNBOUND, 0);
+	if (!vx_workqueue)
+		return -ENOMEM;
+	err = xenbus_register_frontend(&vx_driver);
+	if (err)
+		destroy_workqueue(vx_workqueue);
+	return err;
 }
 module_init(vx_init);
 
 static void __exit vx_exit(void)
 {
 	xenbus_unregister_driver(&vx_driver);
+	destroy_workqueue(vx_workqueue);
 }
 module_exit(vx_exit);
 
 MODULE_DESCRIPTION("Virtio devices over Xenbus");
 MODULE_LICENSE("GPL");
 MODULE_VERSION("1.0");
+/* Xenbus waits half a minute for devices whose drivers are not there yet. */
+MODULE_SOFTDEP("pre: virtio_blk virtio_net virtio_console");
 MODULE_ALIAS("xen:virtio_disk");
 MODULE_ALIAS("xen:virtio");

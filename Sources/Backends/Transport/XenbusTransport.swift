@@ -50,7 +50,9 @@ package final class XenbusTransport: DeviceTransport {
       hex.append(digits[Int(byte >> 4)])
       hex.append(digits[Int(byte & 15)])
     }
-    return "\(generation) \(String(currentStatus.rawValue, radix: 16)) \(hex)"
+    // Of the status, what the driver cannot know.
+    let status = currentStatus.intersection(.needsReset)
+    return "\(generation) \(String(status.rawValue, radix: 16)) \(hex)"
   }
 
   // MARK: The driver
@@ -121,6 +123,9 @@ package final class XenbusTransport: DeviceTransport {
   }
 
   package func unplug() { device = nil }
+
+  /// Lets go of the channels without telling the driver: a later process binds them again. No backend is plugged in any more.
+  package func leave() { channels = [] }
 
   // MARK: TransportSignals
 

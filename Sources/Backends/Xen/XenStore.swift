@@ -8,7 +8,7 @@ import Synchronization
 /// Paths may be relative: they start at the own domain's directory (/local/domain/0 for dom0), whose number therefore need
 /// not be known.
 package final class XenStore {
-  private let handle: OpaquePointer
+  let handle: OpaquePointer
   /// Watches that are set.
   package private(set) var watchCount = 0
 

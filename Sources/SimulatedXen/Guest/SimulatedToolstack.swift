@@ -25,7 +25,11 @@ package final class SimulatedToolstack {
   }
 
   /// Makes a domain without devices.
-  package func create(_ domain: SimulatedDomain, name: String, uuid: String? = nil) throws(XenError) {
+  ///
+  /// - Parameter type: as xl's: hvm, pvh, pv.
+  package func create(
+    _ domain: SimulatedDomain, name: String, uuid: String? = nil, type: String = "hvm"
+  ) throws(XenError) {
     hypervisor.add(domain)
     let path = "/local/domain/\(domain.identifier)"
     try store.transaction { transaction throws(XenError) in
@@ -33,6 +37,7 @@ package final class SimulatedToolstack {
       let vm = uuid ?? "00000000-0000-4000-8000-00000000\(1000 + domain.identifier)"
       try store.write("\(path)/vm", "/vm/\(vm)", in: transaction)
       try store.write("\(path)/device", "", in: transaction)
+      try store.write("/libxl/\(domain.identifier)/type", type, in: transaction)
     }
     server.fire(special: "@introduceDomain")
   }
@@ -104,6 +109,7 @@ package final class SimulatedToolstack {
     }
     try store.remove("/local/domain/0/backend/virtio_disk/\(domain)")
     try store.remove("/local/domain/\(domain)")
+    try store.remove("/libxl/\(domain)")
     hypervisor.remove(domain)
     server.fire(special: "@releaseDomain")
     return allClosed

@@ -42,7 +42,7 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   package let identifier: DomainID
   package let memory: SimulatedMemory
-  package let grants = SimulatedGrants()
+  package let grants: SimulatedGrants
   package let vcpuCount: Int
   /// How often an interrupt line rose, and how often backends sent mapping calls.
   package let interrupts = Atomic<UInt64>(0)
@@ -60,6 +60,7 @@ package final class SimulatedDomain: @unchecked Sendable {
     self.identifier = identifier
     self.vcpuCount = vcpuCount
     memory = try SimulatedMemory(bytes: memoryBytes)
+    grants = SimulatedGrants(gate: interruptGate)
     answers = (0..<vcpuCount).map { _ in Latch() }
   }
 

@@ -7,8 +7,8 @@ VXD_LOG=/var/log/vxd.log
 GUEST_CPU=3
 VXD_AS=
 
-step() { echo "STEP $*"; }
-passed() { PASSED=$((PASSED + 1)); echo "ok - $*"; }
+step() { echo "STEP $* [$(cut -d. -f1 /proc/uptime) s]"; }
+passed() { PASSED=$((PASSED + 1)); echo "ok - $* [$(cut -d. -f1 /proc/uptime) s]"; }
 failed() { FAILED=$((FAILED + 1)); echo "not ok - $*"; }
 
 check() { # WHAT COMMAND... : one claim, and the command that is true when it holds
@@ -158,7 +158,7 @@ CONFIG
 write_direct_config() { # TYPE NAME KERNEL_WORDS DISK...
   type=$1 name=$2 words=$3
   shift 3
-  GUEST_CPU=$((GUEST_CPU == 2 ? 3 : 2))
+  GUEST_CPU=$((GUEST_CPU == 3 ? 4 : 3))
   disks=
   for entry in "$@"; do disks="$disks${disks:+, }$entry"; done
   cat >"/root/$name.cfg" <<CONFIG
@@ -210,7 +210,7 @@ in_driver() { # COMMAND...
   echo $number >/run/driver-number
   xenstore-write "$driver/command" "$number $*"
   wait_until "${DRIVER_LIMIT:-60}" driver_did $number || return 1
-  xenstore-read "$driver/output"
+  xenstore-read "$driver/output" | tr '~' '\n'
   return "$(xenstore-read "$driver/result" | cut -d' ' -f2)"
 }
 driver_did() { xenstore-read "$driver/result" 2>/dev/null | grep -q "^$1 "; }

@@ -33,3 +33,11 @@ resources() {
 
 # One field of a device: field NAME GUEST/DEVICE
 field() { vxctl show "$2" --json | tr ',{}' '\n\n\n' | sed -n "s/.*\"$1\": *\"\{0,1\}\([^\"]*\)\"\{0,1\} *$/\1/p" | head -n 1; }
+
+# What requests of a device cost so far: requests notifications interrupts mapping-calls
+costs() {
+  set -- "$(vxctl show "$1" --json | tr ',{}' '\n\n\n' | tr -d ' "')"
+  value() { printf '%s\n' "$1" | sed -n "s/^$2://p" | head -n 1; }
+  echo "$(($(value "$1" reads) + $(value "$1" writes) + $(value "$1" flushes))) $(value "$1" notifications) $(value "$1" interrupts)" \
+    "$(value "$1" mapCalls)"
+}

@@ -222,3 +222,46 @@ test_store() {
   dd if=/dev/vdc bs=64k count=384 2>/dev/null | cmp - /tmp/data && say "WRITTEN vdc equal"
   say "DONE"
 }
+
+# Over Xenbus: the driver unbound, bound, unloaded and loaded under I/O, then verified rounds on whatever disks there are, until
+# somebody ends the guest. What a disk says when it is taken away is an error; what it must never be is other data.
+test_xenbus() {
+  wait_for_disks 1
+  describe_disks
+  for turn in unbind rmmod; do
+    fio --name=busy --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=8 --size=2m --time_based --runtime=60 \
+      --output=/tmp/busy.out >/dev/null 2>&1 &
+    while [ "$(awk '{print $5}' /sys/block/vda/stat)" -lt 50 ]; do usleep 50000; done
+    say "BUSY"
+    # In use it stays, as every Xenbus driver does.
+    ! rmmod virtio_xenbus 2>/dev/null || say "FAIL rmmod under I/O"
+    echo virtio_disk-51712 >/sys/bus/xen/drivers/virtio_xenbus/unbind
+    wait
+    [ ! -e /sys/block/vda ] || say "FAIL the disk is still there"
+    if [ $turn = unbind ]; then
+      echo virtio_disk-51712 >/sys/bus/xen/drivers/virtio_xenbus/bind
+    else
+      rmmod virtio_xenbus || say "FAIL rmmod"
+      load virtio_xenbus
+    fi
+    wait_for_disks 1
+    say "BACK $turn"
+  done
+  round=0
+  while true; do
+    disks=$(ls /sys/block | grep '^vd' | tr '\n' ' ')
+    for name in $disks; do
+      (
+        fio --name="$name" --filename="/dev/$name" --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k --size=2m \
+          --iodepth=8 --fsync=16 --verify=crc32c --verify_fatal=1 --output="/tmp/fio-$name.out" >"/tmp/fio-$name.err" 2>&1 &&
+          ! grep -q 'err= *[1-9]' "/tmp/fio-$name.out" && exit
+        if grep -qi 'verify\|crc' "/tmp/fio-$name.err"; then say "CORRUPT $name: $(head -n 3 "/tmp/fio-$name.err" | tr '\n' ' ')"; fi
+        say "ERRORS $name"
+      ) &
+    done
+    wait
+    round=$((round + 1))
+    say "ROUND $round $disks"
+    [ -n "$disks" ] || usleep 300000
+  done
+}

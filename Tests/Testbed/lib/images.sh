@@ -99,7 +99,7 @@ build_driver_image() { # ARCHIVE
   local image tool
   image=$(mktemp -d)
   base_image "$image"
-  for tool in xenstore-read xenstore-write xenstore-ls; do
+  for tool in xenstore-read xenstore-write xenstore-watch xenstore-ls; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"
   done
   copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop

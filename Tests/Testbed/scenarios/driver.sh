@@ -1,17 +1,85 @@
-# limit: 900 s
+# limit: 1200 s
 # needs: xenbus
-# An unprivileged driver domain serves PV and PVH guests over Xenbus.
-step "a driver domain, an ordinary PVH guest"
-check "it comes up with vxd" create_driver_domain
-in_driver vxctl status | sed 's/^/| /'
+# processors: 5
+# dom0 with the toolstack alone, an unprivileged driver domain with vxd, a PVH and a PV guest with disks from it over Xenbus.
+no_errors() { ! grep -E "GUEST (ERRORS|CORRUPT|FAIL)|Oops|BUG:|hung task" "$(console_of "$1")"; }
+rounds_more() { # NAME COUNT : so many rounds from now
+  wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + $2)) || { tail -n 20 "$(console_of "$1")"; return 1; }
+}
+last_round_has() { grep 'GUEST ROUND' "$(console_of "$1")" | tail -n 1 | grep -q "$2"; }
+
+step "a driver domain: an ordinary PVH guest with driver_domain=1"
+check "it comes up with vxd" create_driver_domain pvh
+check "its privcmd is locked: it has no rights over guests" console_says driver "privcmd N\|privcmd none"
 BEFORE=$(in_driver resources)
-step "a PVH guest with a disk from it"
-write_direct_config pvh one "vx.test=fs vx.disks=1" "$(driver_disk xvda /disks/a.img)"
-check "xl create" create one
-in_driver vxctl status | sed 's/^/| /'
-check "the guest's virtio_blk finds the disk" wait_console one "GUEST DISK vda" 120
-check "equal checksums" wait_console one "GUEST CHECKSUMS vda 5 equal" 120
-in_driver vxctl show domain-2/xvda | sed 's/^/| /'
-check "the guest is content" guest_says_nothing_bad one
-check "the guest powers off and is gone" wait_gone one 60
-check "nothing is left in the driver domain" equal "$(in_driver resources)" "$BEFORE"
+echo "| $BEFORE"
+step "a PVH and a PV guest, by the stock xl: backend=driver, specification=virtio"
+write_direct_config pvh one "vx.test=xenbus" "$(driver_disk xvda /disks/a.img)"
+write_direct_config pv two "vx.test=xenbus" "$(driver_disk xvda /dev/loop0)"
+check "xl creates the PVH guest" create one
+check "xl creates the PV guest" create two
+for guest in one two; do
+  check "$guest: the stock virtio_blk finds the disk, indirect descriptors and event index on" \
+    wait_console $guest "GUEST DISK vda .*features=............................11" 200
+done
+in_driver vxctl list | sed 's/^/| /'
+for guest in one two; do
+  check "$guest: the driver can be unbound and bound under I/O" wait_console $guest "GUEST BACK unbind" 200
+  check "$guest: and unloaded and loaded" wait_console $guest "GUEST BACK rmmod" 200
+  check "$guest: verified rounds" rounds_more $guest 1
+done
+
+step "what a request costs"
+ONE=$(xl domid one)
+first=$(in_driver costs "domain-$ONE/xvda")
+rounds_more one 2
+second=$(in_driver costs "domain-$ONE/xvda")
+echo "| requests, notifications, interrupts, mapping calls: before $first; after $second"
+check "less than one notification each way a request, and no mapping call" \
+  sh -c "set -- $first $second; [ \$5 -gt \$1 ] && [ \$((\$6 - \$2)) -lt \$((\$5 - \$1)) ] && [ \$((\$7 - \$3)) -lt \$((\$5 - \$1)) ] && [ \$8 = \$4 ]"
+
+step "hot-plug"
+check "vxctl attach: the guest takes the disk" vxctl attach one disk --backend driver --image /disks/c.img --device xvdb
+check "/dev/vdb is there and at work" wait_until 100 last_round_has one vdb
+check "vxctl detach under I/O" sh -c "vxctl detach one/xvdb --xenbus --deadline 60 | grep -q 'detached$'"
+rounds_more one 1
+check "/dev/vdb is gone" not last_round_has one vdb
+check "its entries are gone" not xenstore-exists "/libxl/$ONE/device/virtio_disk/51728"
+check "a bad image is refused and leaves nothing" \
+  sh -c "vxctl attach one disk --backend driver --image /disks/none.img --device xvdc 2>&1 | grep -q 'No such file' && ! xenstore-exists /libxl/$ONE/device/virtio_disk/51744"
+
+step "kill -9 of vxd under verified I/O"
+in_driver "kill_vxd; start_vxd"
+check "PVH guest: verified rounds go on" rounds_more one 2
+check "PV guest: verified rounds go on" rounds_more two 2
+check "neither guest saw an error" sh -c "! grep -E 'GUEST (ERRORS vda|CORRUPT|FAIL)' $(console_of one) $(console_of two)"
+
+step "save and restore under I/O"
+check "xl save" xl save two /root/two.save
+check "xl restore" xl restore /root/two.save
+rm -f /root/two.save
+check "verified rounds go on" rounds_more two 2
+check "no error" no_errors two
+
+step "a guest is destroyed under I/O, and created again at once"
+check "xl destroy" xl destroy one
+check "no zombie" wait_gone one 30
+check "xl creates it again" create one
+check "verified rounds" wait_console one "GUEST ROUND 1" 300
+
+step "the driver domain is lost, and comes again under another number"
+check "xl destroy" xl destroy driver
+check "a new one comes up" create_driver_domain pvh
+check "vxctl reattach" sh -c "vxctl reattach --backend driver | tee /dev/stderr | grep -c connected | grep -q 2"
+for guest in one two; do
+  check "$guest: verified rounds on the same disk name, without a reboot" rounds_more $guest 3
+  check "$guest: the last round had no error" sh -c "grep -E 'GUEST (ROUND|ERRORS)' $(console_of $guest) | tail -n 1 | grep -q 'ROUND.*vda'"
+  check "$guest: no data was wrong" sh -c "! grep -E 'GUEST (CORRUPT|FAIL)|Oops|BUG:' $(console_of $guest)"
+done
+
+step "the end"
+xl destroy one
+xl destroy two
+check "no domain but dom0 and the driver domain, and no zombie" wait_until 30 sh -c "[ \$(xl list | wc -l) = 3 ]"
+check "nothing is left in the driver domain" wait_until 60 sh -c ". /testbed-lib.sh; [ \"\$(in_driver resources)\" = '$BEFORE' ]"
+check "no entry is left" not xenstore-exists "/local/domain/$(xl domid driver)/backend/virtio_disk/$ONE"

@@ -1,0 +1,211 @@
+import EventLoop
+import Glibc
+
+/// A virtio disk in Xenstore as the toolstack sees it, from dom0: made, taken away and given to another backend while the guest runs,
+/// for which libxl has no command. What is written is what libxl writes (xen: libxl_disk.c), so `xl destroy` cleans it up.
+package struct ToolstackDisk {
+  /// What keeps an operation from being done; nothing has been changed then.
+  package struct Fault: Error {
+    package var message: String
+    package var remedy: String?
+
+    package init(_ message: String, remedy: String? = nil) {
+      self.message = message
+      self.remedy = remedy
+    }
+  }
+
+  package let store: XenStore
+  package let guest: DomainID
+  /// libxl's number of the virtual disk.
+  package let device: UInt32
+
+  private static let kind = "virtio_disk"
+
+  package init(_ store: XenStore, guest: DomainID, device: UInt32) {
+    self.store = store
+    self.guest = guest
+    self.device = device
+  }
+
+  // MARK: Names
+
+  /// A domain by its number or name.
+  package static func domain(_ word: String, _ store: XenStore) throws(Fault) -> DomainID {
+    let domains = (store.list("/local/domain") ?? []).compactMap { DomainID($0) }
+    if let number = DomainID(word) {
+      guard domains.contains(number) else { throw Fault("there is no domain \(number)", remedy: "'xl list' names them") }
+      return number
+    }
+    let named = domains.filter { store.read("/local/domain/\($0)/name") == word }
+    guard let first = named.first else { throw Fault("there is no domain '\(word)'", remedy: "'xl list' names them") }
+    guard named.count == 1 else {
+      throw Fault("\(named.count) domains are called '\(word)'", remedy: "use the number of one of them")
+    }
+    return first
+  }
+
+  /// The number of a virtual disk: xvda to xvdp. Linux's Xenbus has no room for the longer numbers behind those.
+  package static func number(_ name: String) throws(Fault) -> UInt32 {
+    let letters = Array(name.utf8)
+    guard letters.count == 4, name.hasPrefix("xvd"), (UInt8(ascii: "a")...UInt8(ascii: "p")).contains(letters[3]) else {
+      throw Fault("vdev: '\(name)' is none of xvda to xvdp")
+    }
+    return 202 << 8 | UInt32(letters[3] - UInt8(ascii: "a")) << 4
+  }
+
+  package static func name(_ number: UInt32) -> String {
+    let index = UInt8(truncatingIfNeeded: number >> 4 & 15)
+    return "xvd" + String(UnicodeScalar(UInt8(ascii: "a") + index))
+  }
+
+  /// The first name that the guest has no disk of.
+  package static func free(_ store: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
+    let taken = Set(
+      ["virtio_disk", "vbd"].flatMap { store.list("/libxl/\(guest)/device/\($0)") ?? [] }.compactMap { UInt32($0) })
+    guard let free = (0..<16).map({ 202 << 8 | UInt32($0) << 4 }).first(where: { !taken.contains($0) }) else {
+      throw Fault("the guest has all of xvda to xvdp")
+    }
+    return free
+  }
+
+  /// Every virtio disk of every guest.
+  package static func all(_ store: XenStore) -> [ToolstackDisk] {
+    (store.list("/libxl") ?? []).compactMap { DomainID($0) }.flatMap { guest in
+      (store.list("/libxl/\(guest)/device/\(kind)") ?? []).compactMap { UInt32($0) }.map {
+        ToolstackDisk(store, guest: guest, device: $0)
+      }
+    }
+  }
+
+  // MARK: Paths
+
+  package var library: String { "/libxl/\(guest)/device/\(Self.kind)/\(device)" }
+  package var frontend: String { "/local/domain/\(guest)/device/\(Self.kind)/\(device)" }
+  /// The backend's directory, as libxl has it written down.
+  package var backend: String? { store.read("\(library)/backend") }
+  package var exists: Bool { store.read("\(library)/frontend") != nil }
+
+  private func backend(of domain: DomainID) -> String { "/local/domain/\(domain)/backend/\(Self.kind)/\(guest)/\(device)" }
+
+  // MARK: Changes
+
+  /// Makes the disk's entries, all at once.
+  ///
+  /// - Parameter target: what the backend's domain calls the image.
+  package func create(backend domain: DomainID, target: String, readOnly: Bool) throws(Fault) {
+    guard !exists else {
+      throw Fault("domain \(guest) has a disk \(Self.name(device)) already", remedy: "name another one by --vdev")
+    }
+    let plain = store.list("/libxl/\(guest)/device/vbd") ?? []
+    guard plain.isEmpty else {
+      throw Fault(
+        "domain \(guest) has plain Xen disks; libxl loses all disks of a guest with both kinds when it reboots",
+        remedy: "give the guest virtio disks only")
+    }
+    let keys = [
+      ("frontend", frontend), ("frontend-id", "\(guest)"), ("online", "1"), ("state", "1"), ("params", target),
+      ("type", "standalone"), ("specification", "virtio"), ("transport", "mmio"), ("dev", Self.name(device)),
+      ("device-type", "disk"), ("mode", readOnly ? "r" : "w"), ("removable", "0"), ("bootable", "1"),
+      ("discard-enable", "1"), ("base", "0"), ("irq", "0"),
+    ]
+    try change { transaction throws(XenError) in
+      try writeBackend(domain, keys, transaction)
+      try writeFrontend(domain, transaction)
+      try store.makeDirectory(library, owner: 0, reader: 0, in: transaction)
+      try store.write("\(library)/frontend", frontend, in: transaction)
+      try store.write("\(library)/backend", backend(of: domain), in: transaction)
+      for (key, value) in keys where key != "frontend" { try store.write("\(library)/\(key)", value, in: transaction) }
+    }
+  }
+
+  /// Gives the disk to another backend domain: the driver in the guest finds it anew.
+  package func move(to domain: DomainID) throws(Fault) {
+    guard let old = backend else { throw Fault("domain \(guest) has no virtio disk \(Self.name(device))") }
+    var keys: [(String, String)] = [("frontend", frontend)]
+    for name in store.list(library) ?? [] where name != "frontend" && name != "backend" {
+      keys.append((name, store.read("\(library)/\(name)") ?? ""))
+    }
+    try change { transaction throws(XenError) in
+      if old != backend(of: domain) { try store.remove(old, in: transaction) }
+      try writeBackend(domain, keys, transaction)
+      try writeFrontend(domain, transaction)
+      try store.write("\(library)/backend", backend(of: domain), in: transaction)
+    }
+  }
+
+  private func writeBackend(_ domain: DomainID, _ keys: [(String, String)], _ transaction: UInt32) throws(XenError) {
+    let path = backend(of: domain)
+    try store.makeDirectory(path, owner: domain, reader: guest, in: transaction)
+    for (key, value) in keys { try store.write("\(path)/\(key)", value, in: transaction) }
+    try store.write("\(path)/online", "1", in: transaction)
+    try store.write("\(path)/state", "1", in: transaction)
+  }
+
+  private func writeFrontend(_ domain: DomainID, _ transaction: UInt32) throws(XenError) {
+    try store.makeDirectory(frontend, owner: guest, reader: domain, in: transaction)
+    let keys = [
+      ("backend-id", "\(domain)"), ("state", "1"), ("virtual-device", "\(device)"), ("device-type", "disk"),
+      ("trusted", "1"), ("backend", backend(of: domain)),
+    ]
+    for (key, value) in keys { try store.write("\(frontend)/\(key)", value, in: transaction) }
+  }
+
+  /// Asks the driver and the backend to end the disk.
+  package func requestEnd() throws(Fault) {
+    guard let path = backend else { throw Fault("domain \(guest) has no virtio disk \(Self.name(device))") }
+    try change { transaction throws(XenError) in
+      guard store.read("\(path)/state", in: transaction) != nil else { return }
+      try store.write("\(path)/online", "0", in: transaction)
+      try store.write("\(path)/state", "5", in: transaction)
+    }
+  }
+
+  /// Takes the frontend away: the backend lets go, whatever the driver does.
+  package func forceEnd() throws(Fault) { try change { transaction throws(XenError) in try store.remove(frontend, in: transaction) } }
+
+  /// Whether the backend has given everything back, or is gone.
+  package var hasEnded: Bool {
+    guard let path = backend, let state = store.read("\(path)/state") else { return true }
+    return state == "6"
+  }
+
+  /// Removes what is left of the entries.
+  package func remove() throws(Fault) {
+    let path = backend
+    try change { transaction throws(XenError) in
+      try store.remove(frontend, in: transaction)
+      if let path { try store.remove(path, in: transaction) }
+      try store.remove(library, in: transaction)
+    }
+  }
+
+  private func change(_ body: (UInt32) throws(XenError) -> Void) throws(Fault) {
+    do throws(XenError) {
+      try store.transaction(body)
+    } catch {
+      throw Fault("Xenstore cannot be changed: \(error)", remedy: "run this in dom0, as root")
+    }
+  }
+
+  // MARK: Waiting
+
+  /// Waits until `condition` holds, woken by each change below the disk's nodes.
+  ///
+  /// - Returns: false when the time is over.
+  package func wait(seconds: Int, until condition: () -> Bool) -> Bool {
+    let end = EventLoop.now() &+ UInt64(seconds) &* 1_000_000_000
+    let paths = [backend, frontend].compactMap { $0 }
+    for path in paths { try? store.watch(path, token: "wait") }
+    defer { for path in paths { store.unwatch(path, token: "wait") } }
+    while true {
+      while store.nextEvent() != nil {}
+      if condition() { return true }
+      let now = EventLoop.now()
+      guard now < end else { return false }
+      var poller = pollfd(fd: store.eventDescriptor, events: Int16(POLLIN), revents: 0)
+      // Not for ever: a directory that is removed as a whole may end without an event.
+      _ = poll(&poller, 1, Int32(clamping: min((end - now) / 1_000_000 + 1, 1000)))
+    }
+  }
+}

@@ -1,0 +1,133 @@
+import ArgumentParser
+import ControlAPI
+import Glibc
+import Xen
+
+/// What the verbs below share: they write to Xenstore, in dom0, and need no vxd there.
+enum Toolstack {
+  static func run(_ json: Bool, _ body: (XenStore) throws(ToolstackDisk.Fault) -> JSONValue) throws {
+    do throws(ToolstackDisk.Fault) {
+      let store: XenStore
+      do throws(XenError) {
+        store = try XenStore(socketPath: getenv("XENSTORED_PATH").map { String(cString: $0) })
+      } catch {
+        throw ToolstackDisk.Fault("Xenstore cannot be reached: \(error)", remedy: "run this in dom0, as root")
+      }
+      let answer = try body(store)
+      if json { printJSON(answer) } else { print(answer["text"]?.stringValue ?? "") }
+    } catch {
+      var text = "vxctl: \(error.message)\n" + (error.remedy.map { "       \($0)\n" } ?? "")
+      text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
+      throw ExitCode(1)
+    }
+  }
+
+  /// What the backend writes when it cannot serve a disk.
+  static func error(_ disk: ToolstackDisk) -> String? {
+    disk.backend.flatMap { disk.store.read("\($0)/error") }
+  }
+
+  static func state(_ disk: ToolstackDisk) -> String? { disk.backend.flatMap { disk.store.read("\($0)/state") } }
+}
+
+extension Attach {
+  func attach(over backend: String) throws {
+    try Toolstack.run(connection.json) { store throws(ToolstackDisk.Fault) in
+      guard limits.members.isEmpty else {
+        throw ToolstackDisk.Fault("limits: a disk with --backend gets its limits there", remedy: "vxctl limit, in that domain")
+      }
+      let domain = try ToolstackDisk.domain(guest, store)
+      let server = try ToolstackDisk.domain(backend, store)
+      guard server != domain else { throw ToolstackDisk.Fault("--backend: a guest cannot be its own backend") }
+      let number =
+        if let device { try ToolstackDisk.number(device) } else { try ToolstackDisk.free(store, guest: domain) }
+      let disk = ToolstackDisk(store, guest: domain, device: number)
+      let name = "\(guest)/\(ToolstackDisk.name(number))"
+      if options.dryRun {
+        return ["text": .string("would do: \(name), '\(image)' of domain \(server)"), "device": .string(name)]
+      }
+      try disk.create(backend: server, target: image, readOnly: readOnly)
+      _ = disk.wait(seconds: wait) { Toolstack.error(disk) != nil || Toolstack.state(disk) == "4" }
+      let state = Toolstack.state(disk)
+      if state == "4" { return ["text": .string("\(name): connected"), "device": .string(name), "connected": true] }
+      if let error = Toolstack.error(disk) {
+        try? disk.remove()
+        throw ToolstackDisk.Fault("\(name): \(error)")
+      }
+      guard state == "2" else {
+        try? disk.remove()
+        throw ToolstackDisk.Fault("\(name): no vxd of domain \(server) took it up", remedy: "is vxd running there?")
+      }
+      return [
+        "text": .string("\(name): offered; the guest has not taken it yet (is its module virtio_xenbus loaded?)"),
+        "device": .string(name), "connected": false,
+      ]
+    }
+  }
+}
+
+extension Detach {
+  func detachXenbus() throws {
+    try Toolstack.run(connection.json) { store throws(ToolstackDisk.Fault) in
+      let domain = try ToolstackDisk.domain(device.guest, store)
+      let disk = ToolstackDisk(store, guest: domain, device: try ToolstackDisk.number(device.device))
+      guard disk.exists else {
+        throw ToolstackDisk.Fault("there is no virtio disk \(device.device) of domain \(domain)", remedy: "'vxctl list' names them")
+      }
+      let name = "\(device.guest)/\(device.device)"
+      if options.dryRun { return ["text": .string("would do: take \(name) away"), "device": .string(name)] }
+      try disk.requestEnd()
+      let inTime = disk.wait(seconds: Int(clamping: deadline)) { disk.hasEnded }
+      var words = "detached"
+      if !inTime {
+        try disk.forceEnd()
+        words = "detached by force: its requests fail"
+        if !disk.wait(seconds: 30, until: { disk.hasEnded }) {
+          words = "detached by force; its backend has not let go of the guest's memory yet"
+        }
+      }
+      try disk.remove()
+      return ["text": .string("\(name): \(words)"), "device": .string(name), "forced": .bool(!inTime)]
+    }
+  }
+}
+
+/// `vxctl reattach --backend DOMAIN`: after a driver domain's reboot.
+struct Reattach: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Gives disks whose backend's domain is gone to a new one: after a reboot of the driver domain, in dom0.",
+    discussion: """
+      A domain that reboots gets another number, and its guests' entries name the old one. Their drivers end what was under way with an \
+      error, and find the disks again under the same names.
+      """)
+
+  @Flag(help: "Print the answer as JSON.")
+  var json = false
+  @Option(help: "Name or number of the domain that serves the disks from now on.")
+  var backend: String
+  @Option(help: "Seconds to wait for the guests' drivers.")
+  var wait = 60
+  @Argument(help: "Only this guest's disks: its name or number.")
+  var guest: String?
+
+  func run() throws {
+    try Toolstack.run(json) { store throws(ToolstackDisk.Fault) in
+      let server = try ToolstackDisk.domain(backend, store)
+      let only = if let guest { Optional(try ToolstackDisk.domain(guest, store)) } else { DomainID?.none }
+      let lost = ToolstackDisk.all(store).filter { disk in
+        guard only == nil || disk.guest == only, let path = disk.backend else { return false }
+        return store.read("\(path)/state") == nil
+      }
+      for disk in lost { try disk.move(to: server) }
+      var lines: [String] = []
+      for disk in lost {
+        _ = disk.wait(seconds: wait) { Toolstack.error(disk) != nil || Toolstack.state(disk) == "4" }
+        let words =
+          Toolstack.error(disk) ?? (Toolstack.state(disk) == "4" ? "connected" : "the guest has not taken it yet")
+        lines.append("domain \(disk.guest)/\(ToolstackDisk.name(disk.device)): \(words)")
+      }
+      if lost.isEmpty { lines.append("no disk has lost its backend") }
+      return ["text": .string(lines.joined(separator: "\n")), "disks": .array(lines.map(JSONValue.string))]
+    }
+  }
+}
