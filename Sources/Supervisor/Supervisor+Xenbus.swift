@@ -64,7 +64,18 @@ extension Supervisor {
   func offerDevice(_ record: DeviceRecord, of session: GuestSession, _ link: XenbusLink, _ backend: BlockBackend) {
     record.transport = makeTransport(record, link, backend)
     record.isAttached = true
+    let state = record.keys["state"].flatMap(XenbusState.init(rawValue:))
     if let epoch = link.adoptsEpoch {
+      link.epoch = epoch
+      link.phase = .offered
+      publishConfiguration(record.key)
+    } else if state == .connected, frontendState(link) == .connected {
+      // The driver is at work with a device that nobody remembers.
+      mustReset(record, link)
+      return guestFaulted(
+        record, of: session, "nothing is known of the device's life so far: the guest must reset the device")
+    } else if state == .initWait, let epoch = Self.epoch(record.keys["vx-offer"]) {
+      // An offer that was made, and perhaps answered, before this daemon was there.
       link.epoch = epoch
       link.phase = .offered
       publishConfiguration(record.key)
@@ -73,6 +84,17 @@ extension Supervisor {
     }
     xenbusAttached(record, of: session)
     frontendChanged(record.key)
+  }
+
+  private static func epoch(_ offer: String?) -> UInt32? {
+    offer?.split(separator: " ").first { $0.hasPrefix("epoch=") }.flatMap { UInt32($0.dropFirst(6)) }
+  }
+
+  /// As with a device that is connected and broken: the driver's reset leads to a new life.
+  private func mustReset(_ record: DeviceRecord, _ link: XenbusLink) {
+    link.phase = .connected
+    link.transport?.needReset()
+    publishConfiguration(record.key)
   }
 
   /// State 2, with what the driver needs to set the device up.
@@ -185,7 +207,9 @@ extension Supervisor {
 
   /// Whether a setup page says what it did when the queues' journals began.
   private static func fits(_ saved: MMIOTransport.Registers, _ setup: XenbusSetup) -> Bool {
-    guard saved.driverFeatures == setup.features.rawValue, saved.queues.count == setup.queues.count else { return false }
+    guard saved.driverFeatures == setup.features.rawValue, saved.queues.count == setup.queues.count else {
+      return false
+    }
     return zip(zip(saved.queues, saved.ready), setup.queues).allSatisfy { old, new in
       guard let layout = new?.layout else { return !old.1 }
       return old.1 && old.0.size == layout.size && old.0.descriptorArea == layout.descriptorArea
@@ -197,6 +221,7 @@ extension Supervisor {
     guard let (session, record) = current(key, identity), let link = record.link, link.phase == .connecting else {
       return
     }
+    let adopted = link.adoptsEpoch != nil
     link.adoptsEpoch = nil
     switch fault {
     case nil:
@@ -216,7 +241,7 @@ extension Supervisor {
       loop.schedule(afterMilliseconds: pause) { [self] in assumeIsolated { $0.frontendChanged(key) } }
       return
     case .setup(let words):
-      link.phase = .offered
+      if adopted { mustReset(record, link) } else { link.phase = .offered }
       refuse(record, of: session, link, sequence: sequence, words)
     }
     frontendChanged(key)

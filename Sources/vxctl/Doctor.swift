@@ -75,7 +75,9 @@ struct Doctor: ParsableCommand {
     (devices.arrayValue ?? []).compactMap { device in
       let subject = "\(device.cell("guest"))/\(device.cell("device"))"
       // xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image.
-      if ["xvda", "xvdb", "xvdc", "xvdd"].contains(device.cell("device")), device.cell("kind") == "virtio_disk" {
+      if ["xvda", "xvdb", "xvdc", "xvdd"].contains(device.cell("device")), device.cell("kind") == "virtio_disk",
+        device.cell("transport") != "xenbus"
+      {
         return Finding(
           isGood: false, subject: subject,
           words: "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "

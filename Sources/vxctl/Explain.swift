@@ -39,8 +39,11 @@ struct Explain: ParsableCommand {
         throw Wrong(
           words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
       }
-      print(
-        "note: xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead")
+      if devices.contains(where: { $0.cell("transport") != "xenbus" }) {
+        print(
+          "note: xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
+        )
+      }
       print("nothing is wrong")
     } catch {
       print("BAD  \(error.words)")

@@ -89,7 +89,10 @@ struct Attach: ParsableCommand {
   var kind: Kind
   @Option(help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.")
   var image: String
-  @Option(help: "Which spare slot (spare0, spare1, ...), or with --backend which name (xvda to xvdp); the first free one otherwise.")
+  @Option(
+    help:
+      "Which spare slot (spare0, spare1, ...), or with --backend which name (xvda to xvdp); the first free one otherwise."
+  )
   var device: String?
   @Option(help: "Name or number of the domain whose vxd serves the disk, over Xenbus.")
   var backend: String?
@@ -114,8 +117,10 @@ struct Attach: ParsableCommand {
 /// `vxctl detach GUEST/DEVICE`: takes an attached disk away again.
 struct Detach: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Takes a disk away that was attached at run time: waits for its requests up to a deadline, then by force.",
-    discussion: "With --xenbus, in dom0: a disk over Xenbus, of any backend domain, whether it was there from the guest's start or not."
+    abstract:
+      "Takes a disk away that was attached at run time: waits for its requests up to a deadline, then by force.",
+    discussion:
+      "With --xenbus, in dom0: a disk over Xenbus, of any backend domain, whether it was there from the guest's start or not."
   )
 
   @OptionGroup var connection: ConnectionOptions

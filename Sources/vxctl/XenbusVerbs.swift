@@ -34,7 +34,8 @@ extension Attach {
   func attach(over backend: String) throws {
     try Toolstack.run(connection.json) { store throws(ToolstackDisk.Fault) in
       guard limits.members.isEmpty else {
-        throw ToolstackDisk.Fault("limits: a disk with --backend gets its limits there", remedy: "vxctl limit, in that domain")
+        throw ToolstackDisk.Fault(
+          "limits: a disk with --backend gets its limits there", remedy: "vxctl limit, in that domain")
       }
       let domain = try ToolstackDisk.domain(guest, store)
       let server = try ToolstackDisk.domain(backend, store)
@@ -72,7 +73,8 @@ extension Detach {
       let domain = try ToolstackDisk.domain(device.guest, store)
       let disk = ToolstackDisk(store, guest: domain, device: try ToolstackDisk.number(device.device))
       guard disk.exists else {
-        throw ToolstackDisk.Fault("there is no virtio disk \(device.device) of domain \(domain)", remedy: "'vxctl list' names them")
+        throw ToolstackDisk.Fault(
+          "there is no virtio disk \(device.device) of domain \(domain)", remedy: "'vxctl list' names them")
       }
       let name = "\(device.guest)/\(device.device)"
       if options.dryRun { return ["text": .string("would do: take \(name) away"), "device": .string(name)] }

@@ -211,7 +211,9 @@ import Xen
       for queue in result?.queues ?? [] {
         guard let layout = queue?.layout else { continue }
         let end = UInt64(result?.pages ?? 0) << 12
-        #expect(layout.descriptorArea >= 4096 && layout.descriptorArea + UInt64(layout.descriptorBytes) <= end, "seed \(seed)")
+        #expect(
+          layout.descriptorArea >= 4096 && layout.descriptorArea + UInt64(layout.descriptorBytes) <= end, "seed \(seed)"
+        )
         #expect(layout.deviceArea + UInt64(layout.deviceBytes(packed: false)) <= end, "seed \(seed)")
       }
     }

@@ -130,7 +130,9 @@ final class World: @unchecked Sendable {
   {
     let registers = try XenbusRegisters(server: server, domain: domain, disk: disk)
     let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
-    try driver.start(wanted: [.indirectDescriptors, .eventIndex, .blockFlush, .blockConfigureWriteback], queueSize: queueSize, queueCount: queueCount)
+    try driver.start(
+      wanted: [.indirectDescriptors, .eventIndex, .blockFlush, .blockConfigureWriteback], queueSize: queueSize,
+      queueCount: queueCount)
     return (SimulatedBlockGuest(domain: domain, driver: driver), registers)
   }
 

@@ -261,8 +261,25 @@ import Xen
     try world.start { $0.stateFolder = folder }
     #expect(eventually { registers.acknowledgement.contains("not what it was") })
     #expect(eventually { world.state("web1", "xvde") == "faulted" })
+    #expect(registers.backendStatus & 0x40 != 0)
+    guest.driver.reset()
     let again = try world.bootXenbus(domain)
     #expect(again.registers.isConnected)
+    #expect(try again.guest.read(sector: 0, count: 4096).bytes == block(1))
+  }
+
+  @Test func driverOfADeviceThatNobodyRemembersIsToldToReset() throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    let (guest, registers) = try world.bootXenbus(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    // Without a folder for state: as if it had been lost.
+    world.stop()
+    try world.start()
+    #expect(eventually { registers.backendStatus & 0x40 != 0 })
+    #expect(eventually { world.state("web1", "xvde") == "faulted" })
+    guest.driver.reset()
+    let again = try world.bootXenbus(domain)
     #expect(try again.guest.read(sector: 0, count: 4096).bytes == block(1))
   }
 

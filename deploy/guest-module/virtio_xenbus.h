@@ -88,7 +88,10 @@ struct vx_arena {
 	bool granted;
 };
 
+struct vx_device;
+
 struct vx_queue {
+	struct vx_device *vx;
 	struct virtqueue *vq;
 	evtchn_port_t port;
 	int irq;
@@ -98,8 +101,6 @@ struct vx_queue {
 	__le32 *inflight;
 	dma_addr_t inflight_address;
 };
-
-struct vx_device;
 
 /* Lives until the last reference to the virtio device is gone. */
 struct vx_virtio {
@@ -120,6 +121,10 @@ struct vx_device {
 	bool connected;
 	/* The backend did not give the arena back: its pages are lost. */
 	bool leaked;
+	/* The backend is gone for good: requests are answered here, with errors. */
+	bool gone;
+	struct work_struct fail_work;
+	struct mutex fail_lock;
 	/* The device is on its way out: nothing waits for the backend any more. */
 	bool going;
 	/* Serialises registration, removal, suspend and resume. */
@@ -144,6 +149,8 @@ static inline struct vx_device *vx_of(struct virtio_device *vdev)
 	return container_of(vdev, struct vx_virtio, vdev)->vx;
 }
 
+extern struct workqueue_struct *vx_workqueue;
+
 /* vx_arena.c */
 extern const struct dma_map_ops vx_dma_ops;
 int vx_arena_create(struct vx_device *vx, u32 pages);
@@ -154,6 +161,7 @@ void vx_arena_destroy(struct vx_device *vx);
 /* vx_queue.c */
 void vx_queue_entries(struct vx_device *vx, struct vx_setup *setup);
 void vx_queue_fail_all(struct vx_device *vx);
+void vx_fail_work(struct work_struct *work);
 void vx_del_vqs(struct virtio_device *vdev);
 bool vx_notify(struct virtqueue *vq);
 void vx_synchronize_cbs(struct virtio_device *vdev);

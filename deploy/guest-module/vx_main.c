@@ -20,7 +20,7 @@
 #define VX_CONNECT_SECONDS	30
 #define VX_RELEASE_SECONDS	60
 
-static struct workqueue_struct *vx_workqueue;
+struct workqueue_struct *vx_workqueue;
 
 static unsigned int arena_pages = 2048;
 module_param(arena_pages, uint, 0444);
@@ -310,6 +310,7 @@ static void vx_register(struct vx_device *vx)
 	virtio->vdev.dev.type = &vx_device_type;
 	virtio->vdev.dev.release = vx_release;
 	vx->status = 0;
+	vx->gone = false;
 	vx->virtio = virtio;
 	err = register_virtio_device(&virtio->vdev);
 	if (err) {
@@ -331,7 +332,6 @@ static void vx_unregister(struct vx_device *vx, bool serves)
 	if (!virtio)
 		return;
 	if (!serves) {
-		virtio_break_device(&virtio->vdev);
 		vx_disconnect(vx);
 		vx_queue_fail_all(vx);
 	}
@@ -491,6 +491,8 @@ static int vx_probe(struct xenbus_device *xdev, const struct xenbus_device_id *i
 		return -ENOMEM;
 	vx->xdev = xdev;
 	mutex_init(&vx->lock);
+	mutex_init(&vx->fail_lock);
+	INIT_WORK(&vx->fail_work, vx_fail_work);
 	spin_lock_init(&vx->config_lock);
 	INIT_WORK(&vx->work, vx_work);
 	INIT_WORK(&vx->config_work, vx_config_work);
@@ -521,7 +523,6 @@ static void vx_remove(struct xenbus_device *xdev)
 	vx_unwatch(&vx->config_watch);
 	/* A registration under way may wait for a backend that is gone. */
 	if (!serves && vx->virtio && vx->connected) {
-		virtio_break_device(&vx->virtio->vdev);
 		vx_wait(vx, 5, vx_is_released);
 		vx_queue_fail_all(vx);
 	}

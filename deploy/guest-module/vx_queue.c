@@ -23,7 +23,10 @@ bool vx_notify(struct virtqueue *vq)
 {
 	struct vx_queue *queue = vq->priv;
 
-	notify_remote_via_irq(queue->irq);
+	if (unlikely(READ_ONCE(queue->vx->gone)))
+		queue_work(vx_workqueue, &queue->vx->fail_work);
+	else
+		notify_remote_via_irq(queue->irq);
 	return true;
 }
 
@@ -50,6 +53,7 @@ void vx_del_vqs(struct virtio_device *vdev)
 	struct vx_device *vx = vx_of(vdev);
 	int i;
 
+	cancel_work_sync(&vx->fail_work);
 	for (i = 0; i < VX_MAX_QUEUES; i++)
 		vx_del_vq(vx, &vx->queue[i]);
 }
@@ -65,6 +69,7 @@ static int vx_setup_vq(struct vx_device *vx, struct virtio_device *vdev, u32 ind
 	if (!queue->vq)
 		return -ENOMEM;
 	queue->vq->priv = queue;
+	queue->vx = vx;
 	queue->size = virtqueue_get_vring_size(queue->vq);
 	queue->inflight = dma_alloc_coherent(&vx->xdev->dev, vx_inflight_bytes(queue),
 					     &queue->inflight_address, GFP_KERNEL);
@@ -218,9 +223,7 @@ static void vx_fail_chain(struct vx_device *vx, const struct vring *ring, u16 he
 }
 
 /*
- * The backend is gone and will not come back to these rings: answers what it
- * had, and what it had not yet taken, with an error. The drivers know no other
- * end of a request, and would wait for ever.
+ * Answers what the backend had, and what it had not yet taken, with an error.
  *
  * A head's in-flight word is 1 while the backend has it; before its answer is
  * published it becomes 0x10000 + the answer's position, and 0 afterwards.
@@ -228,9 +231,9 @@ static void vx_fail_chain(struct vx_device *vx, const struct vring *ring, u16 he
 static void vx_fail_queue(struct vx_device *vx, struct vx_queue *queue)
 {
 	const struct vring *ring = virtqueue_get_vring(queue->vq);
-	u16 used = le16_to_cpu((__force __le16)ring->used->idx);
-	u16 avail = le16_to_cpu((__force __le16)ring->avail->idx);
-	u16 taken = used;
+	u16 taken = le16_to_cpu((__force __le16)ring->used->idx);
+	u16 used = taken;
+	u16 avail;
 	u32 head;
 
 	for (head = 0; head < ring->num; head++) {
@@ -243,14 +246,23 @@ static void vx_fail_queue(struct vx_device *vx, struct vx_queue *queue)
 			taken++;
 		}
 	}
-	for (; taken != avail; taken++) {
-		head = le16_to_cpu((__force __le16)ring->avail->ring[taken % ring->num]);
-		if (head >= ring->num || (u16)(avail - taken) > ring->num)
-			break;
-		vx_fail_chain(vx, ring, head);
-	}
 	memset(queue->inflight, 0, vx_inflight_bytes(queue));
-	/* With the handler's own context: drivers lock against interrupts. */
+	/* The driver is to notify us of what it adds from now on. */
+	ring->used->flags = 0;
+	do {
+		avail = le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx));
+		if ((u16)(avail - taken) > ring->num)
+			break;
+		for (; taken != avail; taken++) {
+			virt_rmb();
+			head = le16_to_cpu((__force __le16)ring->avail->ring[taken % ring->num]);
+			if (head < ring->num)
+				vx_fail_chain(vx, ring, head);
+		}
+		vring_avail_event(ring) = (__force __virtio16)cpu_to_le16(avail);
+		virt_mb();
+	} while (le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx)) != avail);
+	/* In the handler's own context: drivers lock against interrupts. */
 	disable_irq(queue->irq);
 	local_irq_disable();
 	vring_interrupt(queue->irq, queue->vq);
@@ -258,11 +270,26 @@ static void vx_fail_queue(struct vx_device *vx, struct vx_queue *queue)
 	enable_irq(queue->irq);
 }
 
+/*
+ * The backend is gone and will not come back to these rings. Drivers know no
+ * other end of a request than an answer, and would wait for ever; so until the
+ * device is unregistered, requests are answered here.
+ */
 void vx_queue_fail_all(struct vx_device *vx)
 {
 	int i;
 
+	WRITE_ONCE(vx->gone, true);
+	/* Who adds a request sees this, or the request is seen below. */
+	smp_mb();
+	mutex_lock(&vx->fail_lock);
 	for (i = 0; i < VX_MAX_QUEUES; i++)
 		if (vx->queue[i].vq && vx->queue[i].irq > 0)
 			vx_fail_queue(vx, &vx->queue[i]);
+	mutex_unlock(&vx->fail_lock);
+}
+
+void vx_fail_work(struct work_struct *work)
+{
+	vx_queue_fail_all(container_of(work, struct vx_device, fail_work));
 }

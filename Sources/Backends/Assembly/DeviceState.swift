@@ -107,7 +107,8 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     memory = try Self.map(descriptor.raw, length)
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
-      place.isXenbus ? Self.xenbusVersion : Self.version, UInt32(clamping: length >> 12), shape.profile.deviceID, UInt32(queues), UInt32(shape.slotCount),
+      place.isXenbus ? Self.xenbusVersion : Self.version, UInt32(clamping: length >> 12), shape.profile.deviceID,
+      UInt32(queues), UInt32(shape.slotCount),
       UInt32(shape.chainLimit),
     ].enumerated() {
       memory.storeBytes(of: value, toByteOffset: 8 + 4 * index, as: UInt32.self)

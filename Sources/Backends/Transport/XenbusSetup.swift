@@ -68,9 +68,15 @@ package struct XenbusSetup: Equatable, Sendable {
 
   package init(_ copy: UnsafeRawBufferPointer, _ offer: XenbusOffer) throws(SetupFault) {
     guard copy.count >= Self.bytes else { throw SetupFault("the setup page is cut") }
-    func half(_ offset: Int) -> UInt16 { UInt16(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt16.self)) }
-    func word(_ offset: Int) -> UInt32 { UInt32(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt32.self)) }
-    func long(_ offset: Int) -> UInt64 { UInt64(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt64.self)) }
+    func half(_ offset: Int) -> UInt16 {
+      UInt16(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt16.self))
+    }
+    func word(_ offset: Int) -> UInt32 {
+      UInt32(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt32.self))
+    }
+    func long(_ offset: Int) -> UInt64 {
+      UInt64(littleEndian: copy.loadUnaligned(fromByteOffset: offset, as: UInt64.self))
+    }
     guard word(0) == Self.magic else { throw SetupFault("the setup page has no magic number") }
     guard half(4) == XenbusOffer.version else { throw SetupFault("version \(half(4)) of the setup page is not known") }
     guard word(0x10) == offer.epoch else { throw SetupFault("the setup page answers another offer") }
@@ -96,7 +102,9 @@ package struct XenbusSetup: Equatable, Sendable {
     for position in 0..<count {
       let entry = Self.queuesOffset + position * Self.queueBytes
       let index = Int(half(entry))
-      guard index < queues.count, queues[index] == nil else { throw SetupFault("queue \(index) is set up twice, or not offered") }
+      guard index < queues.count, queues[index] == nil else {
+        throw SetupFault("queue \(index) is set up twice, or not offered")
+      }
       queues[index] = try Self.queue(
         half(entry + 2), word(entry + 4), long(entry + 16), long(entry + 24), long(entry + 32), word(entry + 40),
         word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, "queue \(index)")
@@ -116,7 +124,9 @@ package struct XenbusSetup: Equatable, Sendable {
     layout.driverArea = driver
     layout.deviceArea = device
     if inFlightBytes != 0 {
-      guard Int(inFlightBytes) == layout.inFlightBytes else { throw SetupFault("\(name): the in-flight area has a wrong size") }
+      guard Int(inFlightBytes) == layout.inFlightBytes else {
+        throw SetupFault("\(name): the in-flight area has a wrong size")
+      }
       layout.inFlightArea = UInt64(inFlight)
     }
     do throws(VirtqueueFault) {
@@ -127,7 +137,8 @@ package struct XenbusSetup: Equatable, Sendable {
     let end = UInt64(pages) << 12
     let areas = [
       (descriptors, layout.descriptorBytes), (driver, layout.driverBytes(packed: false)),
-      (device, layout.deviceBytes(packed: false)), (layout.inFlightArea ?? 4096, layout.inFlightArea == nil ? 0 : layout.inFlightBytes),
+      (device, layout.deviceBytes(packed: false)),
+      (layout.inFlightArea ?? 4096, layout.inFlightArea == nil ? 0 : layout.inFlightBytes),
     ]
     for (start, length) in areas {
       // No overflow: `validate` has looked at the sums.

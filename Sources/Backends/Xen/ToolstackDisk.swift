@@ -34,7 +34,9 @@ package struct ToolstackDisk {
   package static func domain(_ word: String, _ store: XenStore) throws(Fault) -> DomainID {
     let domains = (store.list("/local/domain") ?? []).compactMap { DomainID($0) }
     if let number = DomainID(word) {
-      guard domains.contains(number) else { throw Fault("there is no domain \(number)", remedy: "'xl list' names them") }
+      guard domains.contains(number) else {
+        throw Fault("there is no domain \(number)", remedy: "'xl list' names them")
+      }
       return number
     }
     let named = domains.filter { store.read("/local/domain/\($0)/name") == word }
@@ -86,7 +88,9 @@ package struct ToolstackDisk {
   package var backend: String? { store.read("\(library)/backend") }
   package var exists: Bool { store.read("\(library)/frontend") != nil }
 
-  private func backend(of domain: DomainID) -> String { "/local/domain/\(domain)/backend/\(Self.kind)/\(guest)/\(device)" }
+  private func backend(of domain: DomainID) -> String {
+    "/local/domain/\(domain)/backend/\(Self.kind)/\(guest)/\(device)"
+  }
 
   // MARK: Changes
 
@@ -128,6 +132,8 @@ package struct ToolstackDisk {
     }
     try change { transaction throws(XenError) in
       if old != backend(of: domain) { try store.remove(old, in: transaction) }
+      // Made anew: nodes that are there already would keep the old backend's permissions.
+      try store.remove(frontend, in: transaction)
       try writeBackend(domain, keys, transaction)
       try writeFrontend(domain, transaction)
       try store.write("\(library)/backend", backend(of: domain), in: transaction)
@@ -162,7 +168,9 @@ package struct ToolstackDisk {
   }
 
   /// Takes the frontend away: the backend lets go, whatever the driver does.
-  package func forceEnd() throws(Fault) { try change { transaction throws(XenError) in try store.remove(frontend, in: transaction) } }
+  package func forceEnd() throws(Fault) {
+    try change { transaction throws(XenError) in try store.remove(frontend, in: transaction) }
+  }
 
   /// Whether the backend has given everything back, or is gone.
   package var hasEnded: Bool {

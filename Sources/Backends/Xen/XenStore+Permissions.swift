@@ -10,7 +10,8 @@ extension XenStore {
     guard xs_mkdir(handle, transaction, path) else { throw XenError("xs_mkdir \(path)", Errno.last) }
     // The first entry names the owner and what everybody else may do; xenstored's own values are 0 none, 1 read.
     var permissions = [
-      xs_permissions(id: UInt32(owner), perms: .init(XS_PERM_NONE)), xs_permissions(id: UInt32(reader), perms: .init(XS_PERM_READ)),
+      xs_permissions(id: UInt32(owner), perms: .init(XS_PERM_NONE)),
+      xs_permissions(id: UInt32(reader), perms: .init(XS_PERM_READ)),
     ]
     guard xs_set_permissions(handle, transaction, path, &permissions, 2) else {
       throw XenError("xs_set_permissions \(path)", Errno.last)

@@ -103,7 +103,9 @@ package final class SimulatedGrants: Sendable {
     state.withLock { state in
       var frames: [UInt64] = []
       for reference in references {
-        guard !state.isDestroyed, let entry = state.entries[reference], entry.isWritable || !writable else { return nil }
+        guard !state.isDestroyed, let entry = state.entries[reference], entry.isWritable || !writable else {
+          return nil
+        }
         frames.append(entry.frame)
       }
       for reference in references { state.entries[reference]?.mappings += 1 }

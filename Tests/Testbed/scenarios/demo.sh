@@ -1,4 +1,6 @@
 # limit: 900 s
+# needs: xenbus
+# processors: 5
 # `make demo`: the main job, told step by step.
 show() { echo "STEP \$ $*"; "$@" 2>&1 | sed 's/^/| /'; }
 
@@ -22,3 +24,17 @@ check "the guest powered off" wait_gone web1 120
 no_trace_left
 show vxctl status
 stop_vxd
+
+step "second act: a driver domain, an ordinary PVH guest without any right over others, with vxd in it"
+check "the driver domain is up, its privcmd locked" create_driver_domain pvh
+write_direct_config pvh web2 "vx.test=fs" "$(driver_disk xvda /disks/a.img)"
+step "xl create web2.cfg, with: $(grep '^disk' /root/web2.cfg)"
+check "xl create succeeded" create web2
+check "the guest's stock virtio_blk found the disk, over Xenbus" wait_console web2 "GUEST DISK vda" 200
+check "the guest made an ext4 file system on /dev/vda" wait_console web2 "GUEST FILESYSTEM vda" 200
+in_driver vxctl list | sed 's/^/| /'
+check "the guest wrote files, synced, and read them back with equal checksums" \
+  wait_console web2 "GUEST CHECKSUMS vda 5 equal" 300
+check "the guest powered off" wait_gone web2 120
+check "the driver domain holds nothing of it" sh -c ". /testbed-lib.sh; in_driver resources | grep -q 'mappings 0'"
+xl destroy driver
