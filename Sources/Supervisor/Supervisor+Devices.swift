@@ -209,6 +209,7 @@ extension Supervisor {
       tell(.deviceDetached, session, record)
       return publish(session)
     }
+    defer { if record.link != nil { frontendChanged(key) } }
     switch record.phase {
     case .faulted(let reason): tell(.deviceFaulted, session, record, reason: reason)
     case .connected where !wasRestarting: tell(.deviceAdopted, session, record, reason: store)

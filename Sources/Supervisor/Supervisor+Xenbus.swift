@@ -103,6 +103,8 @@ extension Supervisor {
     link.epoch = UInt32.random(in: 1...UInt32.max)
     link.phase = .offered
     link.configurationWrites = nil
+    // A driver that is loaded anew counts from one again.
+    link.refusedSequence = nil
     link.published = transport.configurationText
     let space = link.published.split(separator: " ", omittingEmptySubsequences: false).last?.utf8.count ?? 0
     let text = link.offer(transport.profile, configurationBytes: space / 2).text
@@ -185,6 +187,8 @@ extension Supervisor {
       return refuse(record, of: session, link, sequence: 0, "vx-setup is not 'SEQUENCE GRANT'")
     }
     guard sequence != link.refusedSequence else { return }
+    // Left alone until an operator restarts it; the guest waits.
+    if case .quarantined = record.phase { return }
     link.phase = .connecting
     let adopts = link.adoptsEpoch != nil
     let saved = adopts ? record.state?.saved.registers : nil
@@ -289,7 +293,8 @@ extension Supervisor {
     session.thread.loop.enqueue { transport.write(offset: offset, bytes: bytes) }
   }
 
-  static func bytes(_ hex: Substring) -> [UInt8]? {
+  /// The bytes of pairs of lower-case hexadecimal digits; nil for anything else.
+  package static func bytes(_ hex: Substring) -> [UInt8]? {
     let digits = Array(hex.utf8)
     guard digits.count % 2 == 0 else { return nil }
     func value(_ digit: UInt8) -> UInt8? {

@@ -43,8 +43,13 @@ final class XenbusLink {
     self.frontend = frontend
   }
 
+  /// Pages that a guest may take of the budget that all share: twice what its module grants for each queue.
+  private static let pagesForEachQueue = 4096
+
   func offer(_ profile: DeviceProfile, configurationBytes: Int) -> XenbusOffer {
     XenbusOffer(
-      profile: profile, maximumPages: XenbusOffer.maximumPages, configurationBytes: configurationBytes, epoch: epoch)
+      profile: profile,
+      maximumPages: UInt32(min(Int(XenbusOffer.maximumPages), profile.queueSizes.count * Self.pagesForEachQueue)),
+      configurationBytes: configurationBytes, epoch: epoch)
   }
 }

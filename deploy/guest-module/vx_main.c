@@ -61,22 +61,22 @@ static bool vx_is_released(struct vx_device *vx)
 	       state == XenbusStateInitWait;
 }
 
-/* The backend's word on the present setup: 0 for none, 1 for a refusal. */
-static bool vx_is_refused(struct vx_device *vx)
+/* Whether the backend's word on the present setup is this one. */
+static bool vx_is_acked(struct vx_device *vx, const char *wanted)
 {
 	char *text = xenbus_read(XBT_NIL, vx->xdev->otherend, "vx-ack", NULL);
 	unsigned int sequence;
 	char word[8];
-	bool refused;
+	bool acked;
 
 	if (IS_ERR(text))
 		return false;
-	refused = sscanf(text, "%u %7s", &sequence, word) == 2 &&
-		  sequence == vx->sequence && !strcmp(word, "error");
-	if (refused)
+	acked = sscanf(text, "%u %7s", &sequence, word) == 2 &&
+		sequence == vx->sequence && !strcmp(word, wanted);
+	if (acked && !strcmp(word, "error"))
 		dev_err(&vx->xdev->dev, "the backend refuses: %s\n", text);
 	kfree(text);
-	return refused;
+	return acked;
 }
 
 static bool vx_is_answered(struct vx_device *vx)
@@ -84,7 +84,7 @@ static bool vx_is_answered(struct vx_device *vx)
 	enum xenbus_state state = vx_backend_state(vx);
 
 	return vx->going || state == XenbusStateConnected || state == XenbusStateClosing ||
-	       state == XenbusStateClosed || state == XenbusStateUnknown || vx_is_refused(vx);
+	       state == XenbusStateClosed || state == XenbusStateUnknown || vx_is_acked(vx, "error");
 }
 
 static int vx_connect(struct vx_device *vx)
@@ -114,8 +114,11 @@ static int vx_connect(struct vx_device *vx)
 		err = xenbus_switch_state(vx->xdev, XenbusStateInitialised);
 	if (err)
 		return err;
-	if (!vx_wait(vx, VX_CONNECT_SECONDS, vx_is_answered) || vx->going ||
-	    vx_backend_state(vx) != XenbusStateConnected)
+	/* A backend that has no room now says so, and goes on trying. */
+	while (!vx_wait(vx, VX_CONNECT_SECONDS, vx_is_answered))
+		if (!vx_is_acked(vx, "wait"))
+			return -ETIMEDOUT;
+	if (vx->going || vx_backend_state(vx) != XenbusStateConnected)
 		return -ENOTCONN;
 	return xenbus_switch_state(vx->xdev, XenbusStateConnected);
 }

@@ -90,12 +90,12 @@ test_queues() {
   for disk in /sys/block/vd*; do
     name=$(basename "$disk")
     say "QUEUES $name $(ls "$disk/mq" | wc -l) of $(nproc) processors"
-    verified_io "$name-writes" --filename="/dev/$name" --rw=randwrite --bsrange=4k-64k --size=4m --offset_increment=8m \
+    verified_io "$name-writes" --filename="/dev/$name" --rw=randwrite --bsrange=4k-64k --size=2m --offset_increment=8m \
       --numjobs=4 --iodepth=16 --fsync=16 --verify_backlog=64
-    verified_io "$name-mixed" --filename="/dev/$name" --rw=randrw --bs=4k --size=1m --offset_increment=8m \
+    verified_io "$name-mixed" --filename="/dev/$name" --rw=randrw --bs=4k --size=512k --offset_increment=8m \
       --numjobs=4 --iodepth=8 --fdatasync=32
     # Each block is discarded, then written; what is discarded alone reads as zeros on these stores.
-    verified_io "$name-discards" --filename="/dev/$name" --rw=randtrimwrite --bs=4k --size=1m --offset=32m --iodepth=8
+    verified_io "$name-discards" --filename="/dev/$name" --rw=randtrimwrite --bs=4k --size=512k --offset=32m --iodepth=8
     blkdiscard -o 34603008 -l 1048576 "/dev/$name" || say "FAIL blkdiscard of $name"
     dd if="/dev/$name" bs=64k skip=528 count=16 2>/dev/null | cmp -n 1048576 - /dev/zero && say "ZEROS $name"
   done

@@ -6,6 +6,7 @@ no_errors() { ! grep -E "GUEST (ERRORS|CORRUPT|FAIL)|Oops|BUG:|hung task" "$(con
 rounds_more() { # NAME COUNT : so many rounds from now
   wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + $2)) || { tail -n 20 "$(console_of "$1")"; return 1; }
 }
+no_corruption() { ! grep -E "GUEST (CORRUPT|FAIL)|Oops|BUG:" "$(console_of "$1")"; }
 last_round_has() { grep 'GUEST ROUND' "$(console_of "$1")" | tail -n 1 | grep -q "$2"; }
 
 step "a driver domain: an ordinary PVH guest with driver_domain=1"
@@ -65,19 +66,35 @@ step "a guest is destroyed under I/O, and created again at once"
 check "xl destroy" xl destroy one
 check "no zombie" wait_gone one 30
 check "xl creates it again" create one
-check "verified rounds" wait_console one "GUEST ROUND 1" 300
+check "it finds its disk" wait_console one "GUEST DISK vda" 300
 
 step "the driver domain is lost, and comes again under another number"
 check "xl destroy" xl destroy driver
-check "a new one comes up" create_driver_domain pvh
+check "a new one comes up, a PV guest this time" create_driver_domain pv
 vxctl reattach --backend driver >/tmp/reattach.out 2>&1
 sed 's/^/| /' /tmp/reattach.out
 check "vxctl reattach" equal "$(grep -c ': connected$' /tmp/reattach.out)" 2
 for guest in one two; do
   check "$guest: verified rounds on the same disk name, without a reboot" rounds_more $guest 3
   check "$guest: the last round had no error" sh -c "grep -E 'GUEST (ROUND|ERRORS)' $(console_of $guest) | tail -n 1 | grep -q 'ROUND.*vda'"
-  check "$guest: no data was wrong" sh -c "! grep -E 'GUEST (CORRUPT|FAIL)|Oops|BUG:' $(console_of $guest)"
+  check "$guest: no data was wrong" no_corruption $guest
 done
+
+step "a frontend that lies: as if the PV guest had written it"
+TWO=$(xl domid two)
+FRONT=/local/domain/$TWO/device/virtio_disk/51712
+BACK=/local/domain/$(xl domid driver)/backend/virtio_disk/$TWO/51712
+for text in "" "1" "1 -1 00" "2 99999999 00" "3 0 zz" "4 0 000000000000000000000000"; do xenstore-write "$FRONT/vx-cfgw" "$text"; done
+rounds_more two 1
+check "garbage in its configuration writes harms nobody" no_corruption two
+xenstore-write "$FRONT/state" garbage
+check "a state that is none is a reset" wait_until 20 sh -c "[ \$(xenstore-read $BACK/state) = 6 ]"
+xenstore-write "$FRONT/state" 1
+check "and a new life is offered" wait_until 20 sh -c "[ \$(xenstore-read $BACK/state) = 2 ]"
+xenstore-write "$FRONT/vx-setup" "77 4294967290"
+xenstore-write "$FRONT/state" 3
+check "a grant that is none is refused with a reason" wait_until 20 sh -c "xenstore-read $BACK/vx-ack | grep -q '77 error grant'"
+check "its neighbour goes on" rounds_more one 1
 
 step "the end"
 xl destroy one
