@@ -115,6 +115,8 @@ extension Supervisor {
         // An end that the toolstack wants is not overwritten.
         let state = store.read("\(path)/state", in: transaction)
         guard state != XenbusState.closing.rawValue else { return }
+        // What was said of an earlier setup is not about one of this offer.
+        try store.remove("\(path)/vx-ack", in: transaction)
         try store.write("\(path)/vx-offer", text, in: transaction)
         try store.write("\(path)/vx-config", published, in: transaction)
         try store.write("\(path)/state", XenbusState.initWait.rawValue, in: transaction)
@@ -171,6 +173,9 @@ extension Supervisor {
       disconnect(record, of: session, link)
     case (.closed, .initialising), (.closed, nil):
       if !link.isLeaving { offer(record, link) }
+    case (.offered, .closing), (.offered, .closed), (.offered, .initialising):
+      // A driver that was refused, and begins again.
+      if link.refusedSequence != nil { offer(record, link) }
     default: break
     }
     if link.isLeaving, link.phase == .offered || link.phase == .closed, state != .initialised, state != .connected {

@@ -21,7 +21,9 @@ private let target: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = {
   case "xenstore": return EntryTarget.run
   case "xenbus": return SetupTarget.run
   case "json-rpc": return ControlTarget.run
-  default: fatalError("VXD_FUZZ_TARGET is one of split-ring, packed-ring, mmio, blk, xenstore, xenbus, json-rpc, not '\(name)'")
+  default:
+    fatalError(
+      "VXD_FUZZ_TARGET is one of split-ring, packed-ring, mmio, blk, xenstore, xenbus, json-rpc, not '\(name)'")
   }
 }()
 

@@ -8,6 +8,7 @@
 #include <linux/jiffies.h>
 #include <linux/module.h>
 #include <linux/pm.h>
+#include <linux/random.h>
 #include <linux/slab.h>
 #include <uapi/linux/virtio_config.h>
 #include <linux/virtio_ring.h>
@@ -90,11 +91,17 @@ static bool vx_is_answered(struct vx_device *vx)
 static int vx_connect(struct vx_device *vx)
 {
 	struct vx_setup *setup = page_address(vx->arena.setup);
+	struct vx_offer offer;
 	u32 i;
 	int err;
 
 	if (!vx_wait(vx, VX_CONNECT_SECONDS, vx_is_offered) || vx->going)
 		return -ETIMEDOUT;
+	/* The device may have been offered anew since the driver looked. */
+	err = vx_read_offer(vx, &offer);
+	if (err)
+		return err;
+	vx->offer.epoch = offer.epoch;
 	memset(setup, 0, sizeof(*setup));
 	setup->magic = cpu_to_le32(VX_SETUP_MAGIC);
 	setup->version = cpu_to_le16(VX_VERSION);
@@ -493,6 +500,8 @@ static int vx_probe(struct xenbus_device *xdev, const struct xenbus_device_id *i
 	if (!vx)
 		return -ENOMEM;
 	vx->xdev = xdev;
+	/* Not what an earlier instance of the module may have ended with. */
+	vx->sequence = get_random_u32() >> 8;
 	mutex_init(&vx->lock);
 	mutex_init(&vx->fail_lock);
 	INIT_WORK(&vx->fail_work, vx_fail_work);

@@ -30,7 +30,7 @@ package final class XenbusRegisters: RegisterAccess {
   private var status: UInt32 = 0
   private var queues: [Queue] = []
   private var selected = 0
-  package private(set) var sequence: UInt32 = 0
+  package private(set) var sequence = UInt32.random(in: 0..<1 << 24)
   private var configurationWrites = 0
   /// Grants of the arena's pages, then of the directories and the setup page.
   package private(set) var references: [UInt32] = []
@@ -182,6 +182,9 @@ package final class XenbusRegisters: RegisterAccess {
 
   package func connect() {
     grantAll()
+    // It may have been offered anew since the driver looked.
+    let words = (store.read("\(backend)/vx-offer") ?? "").split(separator: " ")
+    if let epoch = words.first(where: { $0.hasPrefix("epoch=") }) { offer["epoch"] = String(epoch.dropFirst(6)) }
     let setup = page(reserved + 96)
     setup.initializeMemory(as: UInt8.self, repeating: 0, count: 4096)
     setup.storeBytes(of: 0x3153_5856, as: UInt32.self)
@@ -246,7 +249,8 @@ package final class XenbusRegisters: RegisterAccess {
     }
     isConnected = false
     features = 0
-    readOffer()
+    // A device that is on its way out is not offered again.
+    if store.read("\(backend)/online") == "1" { readOffer() } else { offer = [:] }
   }
 
   /// Ends every grant.
