@@ -96,6 +96,8 @@ install: build
 	install -D -m 644 deploy/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/vxd.conf
 	install -D -m 644 deploy/acpi/slots.aml $(DESTDIR)/usr/share/vxd/slots.aml
 	install -D -m 644 deploy/acpi/slots.asl $(DESTDIR)/usr/share/vxd/slots.asl
+	install -d $(DESTDIR)/usr/src/virtio-xenbus-1.0
+	install -m 644 deploy/guest-module/* $(DESTDIR)/usr/src/virtio-xenbus-1.0/
 	install -D -m 644 deploy/profiles.example.json $(DESTDIR)/usr/share/vxd/profiles.example.json
 
 clean:
