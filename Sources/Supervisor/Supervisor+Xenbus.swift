@@ -171,7 +171,7 @@ extension Supervisor {
       configurationWritten(record, of: session, link)
     case (.connected, _):
       disconnect(record, of: session, link)
-    case (.closed, .initialising), (.closed, nil):
+    case (.closed, .initialising):
       if !link.isLeaving { offer(record, link) }
     case (.offered, .closing), (.offered, .closed), (.offered, .initialising):
       // A driver that was refused, and begins again.
