@@ -66,8 +66,9 @@ final class GuestLoad {
     settings.copiesAlways = copies
     let latch = Latch()
     let outcome = Outcome()
-    let threads = BlockBackend.start(settings, name: "bench", source: pool, rate: rate, report: { fatalError("\($0)") })
-    {
+    let threads = BlockBackend.start(
+      settings, .init(name: "bench", source: pool, rate: rate, report: { fatalError("\($0)") })
+    ) {
       outcome.result = $0
       latch.open()
     }

@@ -28,7 +28,7 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
     settings.bounceBytes = 1 << 20
     settings.pollsWhenIdle = false
     pump = try BlockPump(
-      engine: engine, source: source, counters: BlockCounters(), settings: settings,
+      engine: engine, source: source, counters: QueueCounters(), settings: settings,
       storage: JournalStorage(slotCount: slots, chainLimit: BlockPump.chainLimit(queueSize: 256)))
   }
 

@@ -152,7 +152,7 @@ package enum Metrics {
             labels: labels(device) + [("vxd_device_state", phase)], value: device.phase.name == phase ? "1" : "0")
         }
       })
-    func sum(_ device: StatusBoard.Device, _ value: (BlockCounters) -> UInt64) -> UInt64 {
+    func sum(_ device: StatusBoard.Device, _ value: (QueueCounters) -> UInt64) -> UInt64 {
       device.account.all.reduce(0) { $0 &+ value($1.counters) }
     }
     func put(_ name: String, _ type: String, _ help: String, _ value: (StatusBoard.Device) -> String?) {
@@ -161,7 +161,7 @@ package enum Metrics {
         devices.compactMap { device in value(device).map { Sample(labels: labels(device), value: $0) } })
     }
     func split(
-      _ name: String, _ help: String, _ label: String, _ parts: [(String, (BlockCounters) -> UInt64)]
+      _ name: String, _ help: String, _ label: String, _ parts: [(String, (QueueCounters) -> UInt64)]
     ) {
       writer.put(
         name, "counter", help,

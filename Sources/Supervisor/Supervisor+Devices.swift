@@ -76,9 +76,12 @@ extension Supervisor {
     let identity = ObjectIdentifier(record)
     let ticket = record.restartTicket
     record.threads = BlockBackend.start(
-      entry.settings, name: "\(session.name)/\(entry.name)", source: source, rate: record.rate,
-      account: record.account, makeState: stateMaker(record), decorate: settings.decorate,
-      report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } },
+      entry.settings,
+      DeviceBackend.Surroundings(
+        name: "\(session.name)/\(entry.name)", source: source, rate: record.rate, account: record.account,
+        makeState: stateMaker(record),
+        report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } }),
+      decorate: settings.decorate,
       completion: { [self] result in
         // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.
         onLoop { $0.opened(key, identity, result) }
@@ -241,7 +244,7 @@ extension Supervisor {
   }
 
   private func reported(
-    _ key: DeviceKey, _ identity: ObjectIdentifier, _ ticket: UInt64, _ report: BlockReport
+    _ key: DeviceKey, _ identity: ObjectIdentifier, _ ticket: UInt64, _ report: DeviceReport
   ) {
     // A backend that is being stopped has nothing to say any more: each queue of it may report the same.
     guard let (session, record) = current(key, identity), record.phase != .closing, record.restartTicket == ticket

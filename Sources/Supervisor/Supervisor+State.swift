@@ -95,13 +95,12 @@ extension Supervisor {
     let known = record.state
     let log = log
     let path = settings.stateFolder?.devicePath(record.key)
-    var place = DeviceState.Place.xenbus
-    if let slot = record.slot {
-      var interrupt: UInt32 = 0
-      if case .spi(let number) = slot.interrupt { interrupt = number }
-      place = DeviceState.Place(base: slot.base, index: slot.index, sharedInterrupt: interrupt)
-    }
-    let made = place
+    let place =
+      record.slot.map { slot in
+        var interrupt: UInt32 = 0
+        if case .spi(let number) = slot.interrupt { interrupt = number }
+        return DeviceState.Place(base: slot.base, index: slot.index, sharedInterrupt: interrupt)
+      } ?? .xenbus
     return { shape throws(StartFault) in
       if let known {
         guard known.shape.slotCount == shape.slotCount, known.shape.chainLimit == shape.chainLimit,
@@ -113,7 +112,7 @@ extension Supervisor {
       }
       if let path {
         do throws(Errno) {
-          return try DeviceState(path: path, shape: shape, place: made)
+          return try DeviceState(path: path, shape: shape, place: place)
         } catch {
           // A disk that does not survive a restart of vxd is better than none.
           log.error(
@@ -121,7 +120,7 @@ extension Supervisor {
         }
       }
       do throws(Errno) {
-        return try DeviceState(shape: shape, place: made)
+        return try DeviceState(shape: shape, place: place)
       } catch {
         throw .host(error)
       }

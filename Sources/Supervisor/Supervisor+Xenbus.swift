@@ -39,9 +39,9 @@ extension Supervisor {
   /// What an earlier daemon served goes on, when the driver is still where that one left it.
   private func adopt(_ record: DeviceRecord, _ link: XenbusLink) {
     guard let folder = settings.stateFolder else { return }
+    let frontend = frontendState(link)
     let isConnected =
-      record.keys["state"] == XenbusState.connected.rawValue
-      && (frontendState(link) == .connected || frontendState(link) == .initialised)
+      record.keys["state"] == XenbusState.connected.rawValue && (frontend == .connected || frontend == .initialised)
     guard isConnected, let state = try? DeviceState(path: folder.devicePath(record.key)), state.place.isXenbus,
       state.saved.status.contains(.driverOK)
     else { return folder.forget(record.key) }
@@ -281,7 +281,6 @@ extension Supervisor {
       return
     }
     link.phase = .closed
-    record.mustBeReset = nil
     if !link.isLeaving { write(key, "state", XenbusState.closed.rawValue) }
     frontendChanged(key)
     publish(session)

@@ -136,17 +136,17 @@ extension SupervisorControl {
     return .object(operations)
   }
 
-  static func sum(_ counters: [BlockCounters], _ value: (BlockCounters) -> UInt64) -> UInt64 {
+  static func sum(_ counters: [QueueCounters], _ value: (QueueCounters) -> UInt64) -> UInt64 {
     counters.reduce(0) { $0 &+ value($1) }
   }
 
-  static func requests(_ counters: BlockCounters) -> UInt64 {
+  static func requests(_ counters: QueueCounters) -> UInt64 {
     counters.reads.value &+ counters.writes.value &+ counters.flushes.value &+ counters.discards.value
       &+ counters.writeZeroes.value &+ counters.others.value
   }
 
-  static func describe(_ counters: [BlockCounters], _ device: StatusBoard.Device) -> JSONValue {
-    let values: [(String, (BlockCounters) -> UInt64)] = [
+  static func describe(_ counters: [QueueCounters], _ device: StatusBoard.Device) -> JSONValue {
+    let values: [(String, (QueueCounters) -> UInt64)] = [
       ("reads", { $0.reads.value }), ("writes", { $0.writes.value }), ("flushes", { $0.flushes.value }),
       ("discards", { $0.discards.value }), ("writeZeroes", { $0.writeZeroes.value }), ("others", { $0.others.value }),
       ("readBytes", { $0.readBytes.value }), ("writtenBytes", { $0.writtenBytes.value }),

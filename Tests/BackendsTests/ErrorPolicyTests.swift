@@ -20,7 +20,7 @@ import Virtqueue
 
   private final class Reports: Sendable {
     let all = Mutex<[String]>([])
-    func add(_ report: BlockReport) {
+    func add(_ report: DeviceReport) {
       let text =
         switch report {
         case .fault(let fault): "fault \(fault.message)"

@@ -21,7 +21,7 @@ enum BlockTarget {
     settings.errors.onError = [.report, .retry(milliseconds: 0), .hold][Int(input.byte()) % 3]
     do {
       var pump = try BlockPump(
-        engine: engine, source: fixture.pool, counters: BlockCounters(), settings: settings,
+        engine: engine, source: fixture.pool, counters: QueueCounters(), settings: settings,
         storage: JournalStorage(slotCount: 8, chainLimit: 32))
       try pump.activate(
         layout: fixture.layout, maximumSize: 16, features: [.indirectDescriptors, .blockFlush], source: fixture.pool)

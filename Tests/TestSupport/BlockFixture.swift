@@ -22,7 +22,7 @@ package final class BlockFixture {
     wanted: FeatureBits = [.indirectDescriptors, .eventIndex], mappingBudget: UInt64 = 1 << 30, bucketShift: Int = 16,
     onlyWanted: Bool = false, queueCount: Int = 1, vcpuCount: Int = 1, rate: RateNode = RateNode(),
     decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
-    report: @escaping @Sendable (BlockReport) -> Void = { _ in }
+    report: @escaping @Sendable (DeviceReport) -> Void = { _ in }
   ) throws {
     domain = try SimulatedDomain(identifier: 9, memoryBytes: memoryBytes, vcpuCount: vcpuCount)
     let hypervisor = SimulatedHypervisor()
@@ -31,8 +31,9 @@ package final class BlockFixture {
     pool = ForeignMappingPool(guest: handle, bucketShift: bucketShift, budgetBytes: mappingBudget)
     let latch = Latch()
     let outcome = Outcome()
-    threads = BlockBackend.start(settings, name: "test", source: pool, rate: rate, decorate: decorate, report: report) {
-      result in
+    threads = BlockBackend.start(
+      settings, .init(name: "test", source: pool, rate: rate, report: report), decorate: decorate
+    ) { result in
       outcome.result = result
       latch.open()
     }

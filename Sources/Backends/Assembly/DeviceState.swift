@@ -64,15 +64,12 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     /// Number of the shared peripheral interrupt; 0 on x86.
     package var sharedInterrupt: UInt32
     /// No place at all: the device is reached over Xenbus.
-    package var isXenbus = false
+    package var isXenbus: Bool
 
-    package static let xenbus: Place = {
-      var place = Place(base: 0, index: 0, sharedInterrupt: 0)
-      place.isXenbus = true
-      return place
-    }()
+    package static let xenbus = Place(base: 0, index: 0, sharedInterrupt: 0, isXenbus: true)
 
-    package init(base: UInt64, index: Int, sharedInterrupt: UInt32) {
+    package init(base: UInt64, index: Int, sharedInterrupt: UInt32, isXenbus: Bool = false) {
+      self.isXenbus = isXenbus
       self.base = base
       self.index = index
       self.sharedInterrupt = sharedInterrupt

@@ -17,6 +17,13 @@ package struct DeviceProfile: Equatable, Sendable {
   package init(_ device: any VirtioDevice) {
     self.init(deviceID: device.deviceID, offeredFeatures: device.offeredFeatures, queueSizes: device.queueSizes)
   }
+
+  /// Whether another backend can serve what the driver negotiated with an earlier one.
+  func goesOn(with device: any VirtioDevice, features: FeatureBits, layouts: [QueueLayout?]) -> Bool {
+    device.deviceID == deviceID && features.isSubset(of: device.offeredFeatures) && device.accepts(features)
+      && layouts.count == device.queueSizes.count
+      && zip(layouts, device.queueSizes).allSatisfy { ($0?.size ?? 0) <= $1 }
+  }
 }
 
 /// Where a transport keeps what must outlive the process: called by the ioreq thread, before a device is started and after it has

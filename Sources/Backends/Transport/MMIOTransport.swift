@@ -20,6 +20,9 @@ package final class MMIOTransport: DeviceTransport {
     package var queues: [QueueLayout] = []
     package var ready: [Bool] = []
 
+    /// The queues as a device wants them: nil where one is not ready.
+    var layouts: [QueueLayout?] { zip(queues, ready).map { $1 ? $0 : nil } }
+
     package init() {}
   }
 
@@ -89,11 +92,8 @@ package final class MMIOTransport: DeviceTransport {
     configuration = device.configuration
     self.device = device
     guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
-    let layouts = zip(registers.queues, registers.ready).map { $1 ? $0 : nil }
-    guard device.deviceID == profile.deviceID, negotiated.isSubset(of: device.offeredFeatures),
-      device.accepts(negotiated), layouts.count == device.queueSizes.count,
-      zip(layouts, device.queueSizes).allSatisfy({ ($0?.size ?? 0) <= $1 })
-    else {
+    let layouts = registers.layouts
+    guard profile.goesOn(with: device, features: negotiated, layouts: layouts) else {
       needReset()
       return false
     }
@@ -265,8 +265,7 @@ package final class MMIOTransport: DeviceTransport {
   }
 
   private func activate() {
-    let layouts = zip(registers.queues, registers.ready).map { $1 ? $0 : nil }
-    device?.activate(features: negotiated, layouts: layouts, signals: self, adopts: false)
+    device?.activate(features: negotiated, layouts: registers.layouts, signals: self, adopts: false)
   }
 
   private func reset() {

@@ -15,7 +15,6 @@ package final class XenbusTransport: DeviceTransport {
   private let state: (any TransportState)?
   /// Confined to the guest's thread, see the type's comment.
   nonisolated(unsafe) private var registers = MMIOTransport.Registers()
-  nonisolated(unsafe) private var layouts: [QueueLayout?] = []
   nonisolated(unsafe) private var channels: [QueueSignals?] = []
   nonisolated(unsafe) private var device: (any VirtioDevice)?
   private let space: Mutex<ConfigurationSpace>
@@ -67,21 +66,19 @@ package final class XenbusTransport: DeviceTransport {
     registers.epoch = epoch
     registers.queues = setup.queues.map { $0?.layout ?? QueueLayout() }
     registers.ready = setup.queues.map { $0 != nil }
-    layouts = setup.queues.map { $0?.layout }
     channels = doorbells.map { bell in bell.map { QueueSignals($0, self) } }
-    if !adopts { for queue in layouts.indices { state?.endQueue(queue) } }
+    if !adopts { endJournals() }
     let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK]
     status.store(live.rawValue, ordering: .releasing)
     save()
-    device?.activate(features: setup.features, layouts: layouts, signals: self, adopts: adopts)
+    device?.activate(features: setup.features, layouts: registers.layouts, signals: self, adopts: adopts)
     onStatus(live)
   }
 
   /// The driver resets the device, or is gone: when this returns, nothing touches its memory.
   package func disconnect() {
     device?.reset()
-    for queue in layouts.indices { state?.endQueue(queue) }
-    layouts = []
+    endJournals()
     channels = []
     registers = MMIOTransport.Registers()
     let old = DeviceStatus(rawValue: status.exchange(0, ordering: .acquiringAndReleasing))
@@ -95,6 +92,8 @@ package final class XenbusTransport: DeviceTransport {
     save()
     onConfiguration()
   }
+
+  private func endJournals() { for queue in registers.queues.indices { state?.endQueue(queue) } }
 
   private func save() { state?.save(registers, currentStatus, configuration: configuration.bytes) }
 
@@ -110,10 +109,8 @@ package final class XenbusTransport: DeviceTransport {
     defer { onConfiguration() }
     guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
     let features = FeatureBits(rawValue: registers.driverFeatures)
-    guard device.deviceID == profile.deviceID, features.isSubset(of: device.offeredFeatures.union(.version1)),
-      device.accepts(features), layouts.count == device.queueSizes.count,
-      zip(layouts, device.queueSizes).allSatisfy({ ($0?.size ?? 0) <= $1 })
-    else {
+    let layouts = registers.layouts
+    guard profile.goesOn(with: device, features: features, layouts: layouts) else {
       needReset()
       return false
     }

@@ -56,6 +56,13 @@ extension Virtqueue {
     journal.settle(published, wrap: true)
   }
 
+  /// Any value will do: what it makes of the available ring is checked chain by chain.
+  mutating func continueFromUsedRing() {
+    guard !isPacked, let deviceArea else { return }
+    layout.nextUsed = RingWord.acquire(deviceArea.start, 2)
+    layout.nextAvailable = layout.nextUsed
+  }
+
   mutating func advanceSplit(_ ticket: ChainTicket) throws(VirtqueueFault) {
     guard ticket.head < layout.size else { throw .headOutOfRange(ticket.head) }
     guard claim(ticket.head) else { throw .headInUse(ticket.head) }

@@ -28,6 +28,8 @@ package struct Virtqueue: ~Copyable {
   let usedHeads: UnsafeMutablePointer<UInt16>
   /// The journal's chains must be taken over before anything else.
   private var adopts = false
+  /// The positions come from the used ring at its first mapping.
+  private var continuesFromRing: Bool
 
   var descriptors: RangeMapping?
   var driverArea: RangeMapping?
@@ -38,11 +40,13 @@ package struct Virtqueue: ~Copyable {
   /// - Parameters:
   ///   - journal: where the chains that the device has are noted; tickets carry its slots then.
   ///   - adopts: go on where the journal's last owner was stopped, see `adopt`; the journal is live.
+  ///   - continuesFromRing: go on behind what the split ring shows as used: for devices that answer in order.
   /// - Throws: `badLayout`, see `QueueLayout.validate`.
   package init(
     layout: QueueLayout, maximumSize: UInt16, chainLimit: Int, features: FeatureBits, source: any GuestMemorySource,
-    journal: QueueJournal? = nil, adopts: Bool = false
+    journal: QueueJournal? = nil, adopts: Bool = false, continuesFromRing: Bool = false
   ) throws(VirtqueueFault) {
+    self.continuesFromRing = continuesFromRing
     isPacked = features.contains(.ringPacked)
     self.journal = journal
     self.adopts = adopts && journal != nil
@@ -88,6 +92,10 @@ package struct Virtqueue: ~Copyable {
       throw .ringUnmapped
     }
     seenInvalidations = invalidations
+    if continuesFromRing {
+      continuesFromRing = false
+      continueFromUsedRing()
+    }
   }
 
   /// Gives the mappings of the rings back; the queue is not used any more.

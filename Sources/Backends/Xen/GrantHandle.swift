@@ -1,3 +1,4 @@
+import Synchronization
 package import Transport
 
 /// One guest's grants and event channels: all that an unprivileged driver domain has of it. Calls may come from any thread.
@@ -24,13 +25,22 @@ package protocol GrantHandle: AnyObject, Sendable {
 /// max_maptrack_frames, 1024 entries of a mapping to a frame).
 package final class GrantBudget: Sendable {
   package let limit: Int
-  private let used = SharedCount()
+  private let used = Atomic<Int>(0)
 
   /// - Parameter limit: pages; half of Xen's default table, since a PV domain takes two entries for each page.
   package init(limit: Int = 1 << 17) { self.limit = limit }
 
-  package var mapped: Int { used.value }
+  /// - Returns: false, with nothing taken, when there are not so many left.
+  func take(_ pages: Int) -> Bool {
+    var seen = used.load(ordering: .relaxed)
+    while true {
+      let (sum, overflow) = seen.addingReportingOverflow(pages)
+      guard !overflow, sum <= limit else { return false }
+      let (exchanged, now) = used.compareExchange(expected: seen, desired: sum, ordering: .relaxed)
+      if exchanged { return true }
+      seen = now
+    }
+  }
 
-  func take(_ pages: Int) -> Bool { used.add(pages, upTo: limit) }
-  func give(_ pages: Int) { used.subtract(pages) }
+  func give(_ pages: Int) { used.wrappingSubtract(pages, ordering: .relaxed) }
 }

@@ -102,7 +102,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       // The error says too little: what can be copied from is a good reference.
       var word: UInt64 = 0
       for (address, length) in rings {
-        for page in Int(address >> 12)...Int((address &+ UInt64(max(length, 1) - 1)) >> 12) {
+        for page in Self.pages(address, length) {
           guard references.indices.contains(page) else { return .failure(.badGrants) }
           guard let isGood = try? handle.copy(references[page], offset: 0, count: 8, local: &word, toGuest: false)
           else { return .failure(.noRoom) }
@@ -113,7 +113,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       var trial: [(UnsafeMutableRawPointer, Int)] = []
       defer { for (start, count) in trial { unmap(start, count, &state) } }
       for (address, length) in rings {
-        let pages = Int(address >> 12)...Int((address &+ UInt64(max(length, 1) - 1)) >> 12)
+        let pages = Self.pages(address, length)
         guard let start = map(references[pages], &state) else { return .failure(.noRoom) }
         trial.append((start, pages.count))
       }
@@ -126,6 +126,11 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       detach()
       throw error
     }
+  }
+
+  /// The pages of a range that lies within an arena.
+  private static func pages(_ address: UInt64, _ length: Int) -> ClosedRange<Int> {
+    Int(address >> 12)...Int((address &+ UInt64(max(length, 1) - 1)) >> 12)
   }
 
   /// Gives everything back: the driver disconnects, and no queue is live.
@@ -185,7 +190,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1)))
       guard !overflow, end <= UInt64(state.references.count) << 12 else { return .failure(.unmapped(address: address)) }
       if let base = state.base { return .success(RangeMapping(start: base + Int(address), identifier: 0)) }
-      let pages = Int(address >> 12)...Int((end - 1) >> 12)
+      let pages = Self.pages(address, length)
       guard let start = map(state.references[pages], &state) else { return .failure(.mappingFailed) }
       let identifier = state.nextRange
       state.nextRange &+= 1

@@ -1,6 +1,3 @@
-import EventLoop
-import Glibc
-
 /// A virtio disk in Xenstore as the toolstack sees it, from dom0: made, taken away and given to another backend while the guest runs,
 /// for which libxl has no command. What is written is what libxl writes (xen: libxl_disk.c), so `xl destroy` cleans it up.
 package struct ToolstackDisk {
@@ -202,18 +199,6 @@ package struct ToolstackDisk {
   ///
   /// - Returns: false when the time is over.
   package func wait(seconds: Int, until condition: () -> Bool) -> Bool {
-    let end = EventLoop.now() &+ UInt64(seconds) &* 1_000_000_000
-    let paths = [backend, frontend].compactMap { $0 }
-    for path in paths { try? store.watch(path, token: "wait") }
-    defer { for path in paths { store.unwatch(path, token: "wait") } }
-    while true {
-      while store.nextEvent() != nil {}
-      if condition() { return true }
-      let now = EventLoop.now()
-      guard now < end else { return false }
-      var poller = pollfd(fd: store.eventDescriptor, events: Int16(POLLIN), revents: 0)
-      // Not for ever: a directory that is removed as a whole may end without an event.
-      _ = poll(&poller, 1, Int32(clamping: min((end - now) / 1_000_000 + 1, 1000)))
-    }
+    store.wait(on: [backend, frontend].compactMap { $0 }, seconds: seconds, until: condition)
   }
 }

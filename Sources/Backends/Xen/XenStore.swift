@@ -110,6 +110,24 @@ package final class XenStore {
     watchCount += 1
   }
 
+  /// Waits until `condition` holds, woken by each change of a node or what is below it. For those who watch nothing else.
+  ///
+  /// - Returns: false when the time is over.
+  package func wait(on paths: [String], seconds: Int, until condition: () -> Bool) -> Bool {
+    for path in paths { try? watch(path, token: "wait") }
+    defer { for path in paths { unwatch(path, token: "wait") } }
+    let end = EventLoop.now() &+ UInt64(seconds) &* 1_000_000_000
+    while true {
+      while nextEvent() != nil {}
+      if condition() { return true }
+      let now = EventLoop.now()
+      guard now < end else { return false }
+      var poller = pollfd(fd: eventDescriptor, events: Int16(POLLIN), revents: 0)
+      // Not for ever: a directory that is removed as a whole may end without an event.
+      _ = poll(&poller, 1, Int32(clamping: min((end - now) / 1_000_000 + 1, 1000)))
+    }
+  }
+
   package func unwatch(_ path: String, token: String) {
     if xs_unwatch(handle, path, token) { watchCount -= 1 }
   }

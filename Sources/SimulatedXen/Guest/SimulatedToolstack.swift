@@ -78,17 +78,7 @@ package final class SimulatedToolstack {
   /// Waits until an entry's key has a value, as libxl waits for states; false when the time is over.
   package func wait(for value: String, of key: String, disk: String, domain: DomainID, seconds: Int = 10) -> Bool {
     let path = "\(Self.backendPath(domain, disk))/\(key)"
-    guard (try? store.watch(path, token: "wait")) != nil else { return false }
-    defer { store.unwatch(path, token: "wait") }
-    let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
-    while true {
-      while store.nextEvent() != nil {}
-      if store.read(path) == value { return true }
-      let now = EventLoop.now()
-      guard now < deadline else { return false }
-      var poller = pollfd(fd: store.eventDescriptor, events: Int16(POLLIN), revents: 0)
-      _ = poll(&poller, 1, Int32((deadline - now) / 1_000_000 + 1))
-    }
+    return store.wait(on: [path], seconds: seconds) { store.read(path) == value }
   }
 
   /// Takes the devices away as `xl destroy` does: frontend deleted, online 0, state 5; waits for state 6; deletes the rest.

@@ -1,5 +1,3 @@
-import EventLoop
-import Glibc
 import Transport
 import Virtqueue
 package import Xen
@@ -58,27 +56,21 @@ package final class XenbusRegisters: RegisterAccess {
 
   /// Waits until a condition on the backend's nodes holds, woken by their changes.
   private func wait(until condition: () -> Bool) -> Bool {
-    guard (try? store.watch(backend, token: "wait")) != nil else { return false }
-    defer { store.unwatch(backend, token: "wait") }
-    let deadline = EventLoop.now() + UInt64(patience) * 1_000_000_000
-    while true {
-      while store.nextEvent() != nil {}
-      if condition() { return true }
-      let now = EventLoop.now()
-      guard now < deadline else { return false }
-      var poller = pollfd(fd: store.eventDescriptor, events: Int16(POLLIN), revents: 0)
-      _ = poll(&poller, 1, Int32((deadline - now) / 1_000_000 + 1))
-    }
+    store.wait(on: [backend], seconds: patience, until: condition)
   }
 
   private func readOffer() {
     wait(for: "2")
-    offer = [:]
-    for word in (store.read("\(backend)/vx-offer") ?? "").split(separator: " ") {
-      let parts = word.split(separator: "=", maxSplits: 1)
-      if parts.count == 2 { offer[String(parts[0])] = String(parts[1]) }
-    }
+    offer = offerWords
     queues = Array(repeating: Queue(), count: Int(offer["queues"] ?? "") ?? 0)
+  }
+
+  /// The offer as it is now, by key.
+  private var offerWords: [String: String] {
+    let pairs = (store.read("\(backend)/vx-offer") ?? "").split(separator: " ").map {
+      $0.split(separator: "=", maxSplits: 1)
+    }
+    return pairs.reduce(into: [:]) { if $1.count == 2 { $0[String($1[0])] = String($1[1]) } }
   }
 
   private var sizes: [UInt32] { (offer["sizes"] ?? "").split(separator: ",").compactMap { UInt32($0) } }
@@ -183,8 +175,7 @@ package final class XenbusRegisters: RegisterAccess {
   package func connect() {
     grantAll()
     // It may have been offered anew since the driver looked.
-    let words = (store.read("\(backend)/vx-offer") ?? "").split(separator: " ")
-    if let epoch = words.first(where: { $0.hasPrefix("epoch=") }) { offer["epoch"] = String(epoch.dropFirst(6)) }
+    if let epoch = offerWords["epoch"] { offer["epoch"] = epoch }
     let setup = page(reserved + 96)
     setup.initializeMemory(as: UInt8.self, repeating: 0, count: 4096)
     setup.storeBytes(of: 0x3153_5856, as: UInt32.self)

@@ -2,7 +2,7 @@ import Synchronization
 
 /// What one queue of a device counts.
 package struct QueueAccount: Sendable {
-  package let counters = BlockCounters()
+  package let counters = QueueCounters()
   package let latencies = QueueLatencies()
 }
 

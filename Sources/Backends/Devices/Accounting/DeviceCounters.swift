@@ -19,7 +19,7 @@ package final class Counter: Sendable {
 }
 
 /// What a block queue did since its device was created. Written by its data thread alone, once per batch.
-package final class BlockCounters: Sendable {
+package final class QueueCounters: Sendable {
   package let reads = Counter()
   package let writes = Counter()
   package let flushes = Counter()

@@ -8,14 +8,6 @@ package import Virtqueue
 /// it becomes an engine request) in `BlockPump+Requests.swift`, `finishStep` (the engine's answer) and `complete` (status byte and
 /// used element) in `BlockPump+Completion.swift`.
 package struct BlockPump: ~Copyable {
-  /// What `run` asks of its caller.
-  package enum Outcome {
-    /// Nothing to do until the next notification or completion.
-    case idle
-    /// The batch's budget is used up: run again soon.
-    case more
-  }
-
   /// Requests taken in one batch at most; then the loop sees to its other sources.
   private static var batchLimit: Int { 256 }
   /// Requests handed to the engine at a time. Where data moves within `submit`, small groups let the driver work on the first
@@ -25,15 +17,15 @@ package struct BlockPump: ~Copyable {
   let engine: any BlockEngine
   let settings: BlockPumpSettings
   let serial: [UInt8]
-  let counters: BlockCounters
+  let counters: QueueCounters
   let latencies: QueueLatencies
   let storage: JournalStorage
   /// The device's node of the budget tree, and whether it or one above it has a limit, as of this batch.
   let rate: RateNode
   var isLimited = false
   var geometry: BlockGeometry
-  /// Data moves straight between guest memory and the store.
-  var direct: Bool
+  /// Data moves straight between guest memory and the store: as the queue's source allows when it goes live.
+  var direct = false
   let alignmentMask: UInt64
 
   var memory: GuestMemoryView
@@ -76,11 +68,13 @@ package struct BlockPump: ~Copyable {
   package var heldResult = 0
   /// The store is gone for good (a negated errno), and only a new engine helps; 0 while it is there.
   package var goneResult = 0
+  /// The last hold that was reported.
+  var reportedHold = 0
 
   /// - Parameter storage: the journal of the queue: its slots are the requests that are worked on at a time, its limit for chains
   ///   comes from `chainLimit(queueSize:)`.
   package init(
-    engine: any BlockEngine, source: any GuestMemorySource, counters: BlockCounters, settings: BlockPumpSettings,
+    engine: any BlockEngine, source: any GuestMemorySource, counters: QueueCounters, settings: BlockPumpSettings,
     writeback: WritebackSwitch = WritebackSwitch(), storage: JournalStorage, rate: RateNode = RateNode(),
     latencies: QueueLatencies = QueueLatencies()
   ) throws(VirtqueueFault) {
@@ -97,7 +91,6 @@ package struct BlockPump: ~Copyable {
     self.settings = settings
     geometry = engine.geometry
     serial = Array(settings.serial.prefix(20))
-    direct = !settings.copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
     groupLimit = engine.movesDataInSubmit ? 16 : Self.batchLimit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
     memory = GuestMemoryView(source: source)
@@ -144,9 +137,8 @@ package struct BlockPump: ~Copyable {
     } catch {
       throw .virtqueue(error)
     }
-    // virtio 1.2, 5.2.6.2: a driver that cannot flush gets write-through.
-    // The source of a guest that connects may be another kind than the last time.
     direct = !settings.copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
+    // virtio 1.2, 5.2.6.2: a driver that cannot flush gets write-through.
     isWriteThrough =
       settings.cache == .writethrough || settings.cache == .writeback && !features.contains(.blockFlush)
     followsDriver = features.contains(.blockConfigureWriteback)
@@ -233,7 +225,7 @@ package struct BlockPump: ~Copyable {
   // MARK: A batch
 
   /// Serves the queue: after a notification, a completion, an outcome of `more`, or when `retryAt` has come.
-  package mutating func run(signals: any TransportSignals) throws(DeviceFault) -> Outcome {
+  package mutating func run(signals: any TransportSignals) throws(DeviceFault) -> PumpOutcome {
     now = engine.now
     // For the watchdog: a thread that does not come back from here is stuck in the store's or the hypervisor's hands.
     counters.batchSince.store(now, ordering: .relaxed)

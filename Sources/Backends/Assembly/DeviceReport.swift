@@ -2,8 +2,8 @@ package import Devices
 package import Engines
 package import EventLoop
 
-/// What a running block device has to say to its supervisor.
-package enum BlockReport: Sendable {
+/// What a running device has to say to its supervisor.
+package enum DeviceReport: Sendable {
   /// The guest broke a queue: the device waits for a reset.
   case fault(DeviceFault)
   /// A queue stopped at an error (a negated errno) and waits for an operator's word.
@@ -12,7 +12,8 @@ package enum BlockReport: Sendable {
   /// The server of the store is out of reach; requests wait.
   case storeLost(String)
   case storeBack
-  /// The store is gone for good (a negated errno): the device has stopped with its requests in its journals.
+  /// What the device works with (an image, a tap) is gone for good (a negated errno): it has stopped, and what it had waits in the
+  /// guest's queues.
   case storeGone(Int)
 }
 
@@ -20,13 +21,15 @@ package enum BlockReport: Sendable {
 package enum StartFault: Error {
   case image(ImageFault)
   case host(Errno)
+  /// Something of the host that the device needs: what, and why it cannot be had.
+  case resource(String)
   /// What was saved of the device does not fit the backend.
   case state(String)
 
   package var message: String {
     switch self {
     case .image(let fault): fault.message
-    case .state(let words): words
+    case .state(let words), .resource(let words): words
     case .host(let errno): "cannot start the device's threads: \(errno)"
     }
   }

@@ -1,0 +1,236 @@
+package import Devices
+package import EventLoop
+import Synchronization
+package import Transport
+package import Virtqueue
+
+/// A running device: its workers on their threads, and what the transport and the supervisor see of it. Each device type adds to it what
+/// is its own.
+///
+/// The transport's calls (`VirtioDevice`) come from the guest's thread and are handed to the data threads, which alone touch rings and
+/// guest memory.
+package class DeviceBackend: VirtioDevice, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable, for subclasses too: `negotiated` is touched by the guest's thread only; all other
+  // properties are immutable or made for sharing.
+
+  /// What a backend of any type is made of.
+  package struct Parts {
+    package var profile: DeviceProfile
+    package var configuration: ConfigurationSpace
+    /// How it is served, for people.
+    package var mode: String
+    package var threads: [LoopThread]
+    package var workers: [any DeviceWorking]
+    /// For each queue of the device: which worker has it, and as which of its own.
+    package var routes: [Route]
+    package var rate: RateNode
+    package var state: DeviceState?
+    package var counters: [QueueCounters]
+  }
+
+  /// Where a queue is served.
+  package struct Route: Sendable {
+    package var worker: Int
+    package var queue: Int
+  }
+
+  /// What its supervisor gives to a backend.
+  package struct Surroundings: Sendable {
+    /// The device, for error messages and the threads' names.
+    package var name: String
+    package var source: any GuestMemorySource
+    /// The device's node of the budget tree.
+    package var rate: RateNode
+    /// Counters that go on from an earlier backend of the device.
+    package var account: DeviceAccount
+    /// Gives the device its saved state: a new one, or that of an earlier process when it fits.
+    package var makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)?
+    /// Called on the device's threads.
+    package var report: @Sendable (DeviceReport) -> Void
+
+    package init(
+      name: String, source: any GuestMemorySource, rate: RateNode = RateNode(),
+      account: DeviceAccount = DeviceAccount(),
+      makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)? = nil,
+      report: @escaping @Sendable (DeviceReport) -> Void
+    ) {
+      self.name = name
+      self.source = source
+      self.rate = rate
+      self.account = account
+      self.makeState = makeState
+      self.report = report
+    }
+  }
+
+  private let profile: DeviceProfile
+  package let configuration: ConfigurationSpace
+  package let mode: String
+  /// The saved state that the queues' positions are in; nil where nothing is to survive.
+  package let state: DeviceState?
+  /// The counters of each queue.
+  package let counters: [QueueCounters]
+  private let threads: [LoopThread]
+  private let workers: [any DeviceWorking]
+  private let routes: [Route]
+  private let rate: RateNode
+  private let signals = Mutex<(any TransportSignals)?>(nil)
+
+  // The guest's thread
+  package private(set) var negotiated: FeatureBits = []
+
+  /// Makes threads, and on the first of them the backend; nothing here blocks the caller.
+  ///
+  /// - Parameter completion: called on the device's first thread, or on the caller's when no thread could be made.
+  /// - Returns: the threads, which the caller joins after `stop` or a failure.
+  package static func start<Backend: DeviceBackend>(
+    name: String, threads count: Int,
+    make: @escaping @Sendable ([LoopThread]) throws(StartFault) -> Backend,
+    completion: @escaping @Sendable (Result<Backend, StartFault>) -> Void
+  ) -> [LoopThread] {
+    var threads: [LoopThread] = []
+    do throws(Errno) {
+      for index in 0..<count {
+        threads.append(try LoopThread(name: index == 0 ? "vxd-\(name)" : "vxd-\(index)-\(name)"))
+      }
+    } catch {
+      completion(.failure(.host(error)))
+      return threads
+    }
+    let all = threads
+    threads[0].loop.enqueue {
+      do throws(StartFault) {
+        completion(.success(try make(all)))
+      } catch {
+        completion(.failure(error))
+      }
+    }
+    return threads
+  }
+
+  /// On the device's first thread.
+  package init(_ parts: Parts) throws(StartFault) {
+    profile = parts.profile
+    configuration = parts.configuration
+    mode = parts.mode
+    state = parts.state
+    counters = parts.counters
+    threads = parts.threads
+    workers = parts.workers
+    routes = parts.routes
+    rate = parts.rate
+    do throws(Errno) {
+      for worker in workers { try Self.onThread(of: worker) { () throws(Errno) in try worker.open() } }
+    } catch {
+      throw .host(error)
+    }
+  }
+
+  /// Runs `body` on the worker's thread, which may be the present one (the first of the device).
+  private static func onThread(
+    of worker: any DeviceWorking, _ body: @escaping @Sendable () throws(Errno) -> Void
+  ) throws(Errno) {
+    guard !worker.thread.isCurrent else { return try body() }
+    let failure = Mutex<Errno?>(nil)
+    worker.thread.perform {
+      do throws(Errno) { try body() } catch { failure.withLock { $0 = error } }
+    }
+    if let failure = failure.withLock({ $0 }) { throw failure }
+  }
+
+  // MARK: What others read
+
+  package var deviceID: UInt32 { profile.deviceID }
+  package var offeredFeatures: FeatureBits { profile.offeredFeatures }
+  package var queueSizes: [UInt16] { profile.queueSizes }
+  /// CPU time of the data threads in nanoseconds.
+  package var cpuTime: UInt64 { threads.reduce(0) { $0 &+ $1.cpuTime } }
+  package var threadCount: Int { threads.count }
+  /// Requests that can be under way, in all queues together.
+  package var requestLimit: Int { queueSizes.reduce(0) { $0 + Int($1) } }
+
+  // MARK: VirtioDevice, on the guest's thread
+
+  package func accepts(_ features: FeatureBits) -> Bool { true }
+
+  package func configurationWritten(offset: Int, bytes: [UInt8]) {}
+
+  /// The driver resets the device, or another begins with it; what it had written is void. Overridden where something is.
+  package func forgetDriver() {}
+
+  package func activate(
+    features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool
+  ) {
+    negotiated = features
+    self.signals.withLock { $0 = signals }
+    for (index, (route, layout)) in zip(routes, layouts).enumerated() {
+      guard let layout else { continue }
+      workers[route.worker].activate(
+        route.queue, layout, features: features, signals: signals.signals(of: index), adopts: adopts)
+    }
+  }
+
+  package func resetQueue(_ queue: Int) {
+    guard routes.indices.contains(queue) else { return }
+    let route = routes[queue]
+    let worker = workers[route.worker]
+    worker.thread.perform { worker.deactivate(route.queue) }
+  }
+
+  package func enableQueue(_ queue: Int, layout: QueueLayout) {
+    guard routes.indices.contains(queue), let signals = signals.withLock({ $0 }) else { return }
+    let route = routes[queue]
+    workers[route.worker].activate(
+      route.queue, layout, features: negotiated, signals: signals.signals(of: queue), adopts: false)
+  }
+
+  package func notify(queue: Int) {
+    guard routes.indices.contains(queue) else { return }
+    workers[routes[queue].worker].notify(routes[queue].queue)
+  }
+
+  package func reset() {
+    signals.withLock { $0 = nil }
+    negotiated = []
+    forgetDriver()
+    // All at once, then a wait for each: the longest alone counts.
+    let latches = workers.map { worker in
+      let latch = Latch()
+      worker.thread.loop.enqueue {
+        worker.deactivate()
+        latch.open()
+      }
+      return latch
+    }
+    for latch in latches { latch.wait() }
+  }
+
+  /// Tells the driver that the configuration space has changed.
+  package func announceConfiguration() { signals.withLock { $0 }?.interruptForConfiguration() }
+
+  // MARK: For operators
+
+  /// Limits of the device, for requests from now on.
+  package func set(limits: RateLimits) {
+    rate.set(limits)
+    limitsChanged()
+  }
+
+  /// Limits of the device or of a node above it have changed: what waits may go earlier.
+  package func limitsChanged() { for worker in workers { worker.refresh() } }
+
+  // MARK: End
+
+  /// Ends the device: nothing touches guest memory any more when `completion` runs, and what it works with is closed when this object
+  /// goes. Waits, on the device's threads, for what the kernel still works on. The caller joins the threads afterwards.
+  package func stop(completion: @escaping @Sendable () -> Void) {
+    signals.withLock { $0 = nil }
+    let last = Countdown(left: workers.count, completion)
+    for worker in workers {
+      worker.thread.loop.enqueue {
+        worker.close()
+        last.step()
+      }
+    }
+  }
+}

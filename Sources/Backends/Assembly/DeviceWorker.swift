@@ -1,0 +1,242 @@
+package import Devices
+package import EventLoop
+import Synchronization
+package import Transport
+package import Virtqueue
+
+/// A share of a device: some of its virtqueues, the pump that serves them, and the thread on which all that happens. What every device
+/// type has in common lies here: wake-ups, channels, the timer, the life of queues, faults.
+package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: the properties below "data thread" are touched by the thread's loop only; all others
+  // are immutable or made for sharing.
+
+  package let thread: LoopThread
+  private let index: Int
+  private let queues: [Queue]
+  private let source: any GuestMemorySource
+  private let report: @Sendable (DeviceReport) -> Void
+  private let kick: EventDescriptor
+  /// Set while a kick is on its way: more of them cost no system call.
+  private let kicked = Atomic<Bool>(false)
+
+  // Data thread
+  private var pump: Pump?
+  private var signals: [any TransportSignals]
+  private var tokens: [EventLoop.Token] = []
+  /// Listens to the own channel of each queue that is live and has one.
+  private var doorbells: [EventLoop.Token?]
+  private var timer: UInt64 = 0
+  private var timerTime: UInt64 = 0
+
+  /// One of the worker's queues.
+  package struct Queue: Sendable {
+    package var maximumSize: UInt16
+    package var counters: QueueCounters
+
+    package init(maximumSize: UInt16, counters: QueueCounters) {
+      self.maximumSize = maximumSize
+      self.counters = counters
+    }
+  }
+
+  /// Made before the worker's thread serves anything of it, or on that thread.
+  ///
+  /// - Parameter index: of the worker in its device.
+  package init(
+    _ pump: consuming Pump, index: Int, queues: [Queue], thread: LoopThread, source: any GuestMemorySource,
+    report: @escaping @Sendable (DeviceReport) -> Void
+  ) throws(Errno) {
+    kick = try EventDescriptor()
+    self.index = index
+    self.queues = queues
+    self.thread = thread
+    self.source = source
+    self.report = report
+    signals = queues.map { _ in Silence.shared }
+    doorbells = queues.map { _ in nil }
+    self.pump = consume pump
+  }
+
+  package func open() throws(Errno) {
+    tokens.append(
+      try thread.loop.onReadable(kick.raw) { [unowned self] in
+        kick.drain()
+        kicked.store(false, ordering: .releasing)
+        run()
+      })
+    for (index, descriptor) in (pump?.descriptors ?? []).enumerated() {
+      tokens.append(
+        try thread.loop.onReadable(descriptor) { [unowned self] in
+          pump?.acknowledge(index)
+          run()
+        })
+    }
+  }
+
+  // MARK: From the backend, on any thread
+
+  package func notify(_ queue: Int) {
+    queues[queue].counters.notifications.add(1)
+    wake()
+  }
+
+  private func wake() {
+    if !kicked.exchange(true, ordering: .acquiringAndReleasing) { kick.signal() }
+  }
+
+  package func activate(
+    _ queue: Int, _ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals, adopts: Bool
+  ) {
+    thread.loop.enqueue { [self] in
+      self.signals[queue] = signals
+      listen(queue, to: signals.doorbell)
+      do throws(DeviceFault) {
+        try pump?.activate(
+          queue,
+          QueueActivation(
+            layout: layout, maximumSize: queues[queue].maximumSize, features: features, source: source, adopts: adopts))
+      } catch {
+        return fail(error)
+      }
+      // What was notified before the queue was live, or before this daemon was, must not be lost.
+      run()
+      signals.interruptForUsedBuffers()
+    }
+  }
+
+  package func refresh() { thread.loop.enqueue { [self] in run() } }
+
+  /// Changes something of the pump on its thread.
+  ///
+  /// - Parameter runs: whether the queues are to be looked at afterwards.
+  package func change(runs: Bool = false, _ body: @escaping @Sendable (inout Pump) -> Void) {
+    thread.loop.enqueue { [self] in
+      pump?.perform(body)
+      // Said before the next run, which may lead to the same state again.
+      sayReports()
+      if runs { run() }
+    }
+  }
+
+  // MARK: Data thread
+
+  private func listen(_ queue: Int, to doorbell: (any QueueDoorbell)?) {
+    if let token = doorbells[queue] { thread.loop.remove(token) }
+    doorbells[queue] = nil
+    guard let doorbell else { return }
+    let counters = queues[queue].counters
+    do throws(Errno) {
+      doorbells[queue] = try thread.loop.onReadable(doorbell.descriptor) { [unowned self] in
+        doorbell.acknowledge()
+        counters.notifications.add(1)
+        run()
+      }
+    } catch {
+      fail(.memory)
+    }
+  }
+
+  package func deactivate(_ queue: Int) {
+    listen(queue, to: nil)
+    pump?.deactivate(queue)
+    pump?.end(queue)
+    signals[queue] = Silence.shared
+    sayReports()
+  }
+
+  package func deactivate() { for queue in queues.indices { deactivate(queue) } }
+
+  private func run() {
+    do throws(DeviceFault) {
+      if case .more? = try pump?.run(signals) { wake() }
+    } catch {
+      fail(error)
+    }
+    sayReports()
+    scheduleTimer()
+  }
+
+  /// Ends all queues for now; what they hold is for another backend.
+  private func rest() {
+    for queue in queues.indices {
+      listen(queue, to: nil)
+      pump?.deactivate(queue)
+    }
+  }
+
+  private func fail(_ fault: DeviceFault) {
+    // A channel of its own stays masked: events of a broken queue cost nothing more.
+    rest()
+    for queue in queues.indices {
+      pump?.markBroken(queue)
+      signals[queue].needReset()
+      signals[queue] = Silence.shared
+    }
+    report(.fault(fault))
+  }
+
+  private func sayReports() {
+    while let said = pump?.takeReport() {
+      switch said {
+      case .held(0): report(.resumed(queue: index))
+      case .held(let result): report(.held(queue: index, result))
+      case .gone(let result):
+        rest()
+        signals = queues.map { _ in Silence.shared }
+        return report(.storeGone(result))
+      }
+    }
+  }
+
+  private func scheduleTimer() {
+    guard let time = pump?.nextTime, time != 0 else { return }
+    if timer != 0 {
+      guard time < timerTime else { return }
+      thread.loop.cancel(timer: timer)
+    }
+    let now = EventLoop.now()
+    let pause = time > now ? (time &- now) / 1_000_000 &+ 1 : 0
+    timerTime = time
+    timer = thread.loop.schedule(afterMilliseconds: pause) { [weak self] in
+      self?.timer = 0
+      self?.run()
+    }
+  }
+
+  package func close() {
+    rest()
+    signals = queues.map { _ in Silence.shared }
+    pump?.close()
+    pump = nil
+    if timer != 0 { thread.loop.cancel(timer: timer) }
+    for token in tokens { thread.loop.remove(token) }
+    tokens = []
+  }
+}
+
+/// A worker, whatever its pump is.
+package protocol DeviceWorking: AnyObject, Sendable {
+  var thread: LoopThread { get }
+  /// Starts to listen; on the data thread.
+  func open() throws(Errno)
+  /// The driver notified a queue. On any thread.
+  func notify(_ queue: Int)
+  /// The driver's queue goes live. On any thread.
+  func activate(
+    _ queue: Int, _ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals, adopts: Bool)
+  /// Looks at the queues again: limits have changed. On any thread.
+  func refresh()
+  /// Takes a queue, or all, from the guest. On the data thread.
+  func deactivate(_ queue: Int)
+  func deactivate()
+  /// Ends the worker; on the data thread, which waits for what the host still works on.
+  func close()
+}
+
+/// For queues that no driver has: nobody is to be told.
+private final class Silence: TransportSignals {
+  static let shared = Silence()
+  func interruptForUsedBuffers() {}
+  func interruptForConfiguration() {}
+  func needReset() {}
+}
