@@ -36,8 +36,11 @@ let package = Package(
       name: "Devices", dependencies: ["Virtqueue", "Transport"], path: "Sources/Backends/Devices",
       swiftSettings: house),
     .target(name: "EventLoop", dependencies: ["CLinux"], path: "Sources/Backends/EventLoop", swiftSettings: house),
+    // The frames between a console port and vxctl.
+    .target(name: "ConsoleLink", path: "Sources/Backends/ConsoleLink", swiftSettings: house),
     .target(
-      name: "Engines", dependencies: ["Devices", "EventLoop", "CAIO", "CLinux"], path: "Sources/Backends/Engines",
+      name: "Engines", dependencies: ["Devices", "EventLoop", "ConsoleLink", "Virtqueue", "CAIO", "CLinux"],
+      path: "Sources/Backends/Engines",
       swiftSettings: house),
     .target(
       name: "Xen", dependencies: ["Virtqueue", "Transport", "EventLoop", "CXen", "CLinux"],
@@ -63,7 +66,9 @@ let package = Package(
     .executableTarget(
       name: "vxd", dependencies: ["Supervisor", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
       swiftSettings: house),
-    .executableTarget(name: "vxctl", dependencies: ["ControlAPI", "Xen", "CLinux", arguments], swiftSettings: house),
+    .executableTarget(
+      name: "vxctl", dependencies: ["ControlAPI", "ConsoleLink", "EventLoop", "Xen", "CLinux", arguments],
+      swiftSettings: house),
     .executableTarget(
       name: "vxd-bench",
       dependencies: [
@@ -86,7 +91,7 @@ let package = Package(
       name: "BackendsTests",
       dependencies: [
         "Backends", "Engines", "Devices", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport", "SimulatedXen",
-        "Supervisor", "CLinux",
+        "Supervisor", "ConsoleLink", "CLinux",
       ],
       swiftSettings: house),
     .testTarget(

@@ -1,4 +1,5 @@
 package import Backends
+import Devices
 import Engines
 package import Xen
 
@@ -8,11 +9,17 @@ package struct DeviceKey: Hashable, Sendable {
   package enum Kind: String, CaseIterable, Sendable {
     case disk = "virtio_disk"
     case generic = "virtio"
-    /// No kind of Xenstore's: a spare disk of the profiles.
+    /// No kind of Xenstore's: a spare disk of the profiles, and devices that they declare.
     case spare
+    case network
+    case console
+    case entropy
 
     /// Those that are watched in Xenstore.
     static let watched: [Kind] = [.disk, .generic]
+
+    /// Whether such devices have an entry in Xenstore.
+    var isInXenstore: Bool { Self.watched.contains(self) }
   }
 
   package var kind: Kind
@@ -42,13 +49,13 @@ package struct EntryFault: Error, Equatable {
   package var message: String { "\(key): \(reason)" }
 }
 
-/// A `virtio_disk` entry as libxl writes it, checked.
+/// A `virtio_disk` or generic `virtio` entry as libxl writes it, checked.
 package struct DeviceEntry: Equatable, Sendable {
   /// Frontend's directory, absolute.
   package var frontend: String
   /// Name of the virtual device: xvde.
   package var name: String
-  package var settings: BlockSettings
+  package var form: DeviceForm
   /// Where libxl put the device; 0 on x86, where vxd chooses.
   package var base: UInt64
   package var irq: UInt32
@@ -60,15 +67,18 @@ package struct DeviceEntry: Equatable, Sendable {
       guard !value.isEmpty else { throw EntryFault(name, "the value is empty") }
       return value
     }
-    guard key.kind == .disk else {
-      let type = try required("type")
-      throw EntryFault("type", "'\(type)' is not served by this version; virtio disks (kind virtio_disk) are")
-    }
     let type = try required("type")
-    guard type == "standalone" else { throw EntryFault("type", "'\(type)' is not known; 'standalone' is") }
-    let specification = try required("specification")
-    guard specification == "virtio" else {
-      throw EntryFault("specification", "'\(specification)' is not known; 'virtio' is")
+    if key.kind == .disk {
+      guard type == "standalone" else { throw EntryFault("type", "'\(type)' is not known; 'standalone' is") }
+      let specification = try required("specification")
+      guard specification == "virtio" else {
+        throw EntryFault("specification", "'\(specification)' is not known; 'virtio' is")
+      }
+    } else if DeclaredDevice.DeviceType(toolstack: type) == nil {
+      throw EntryFault(
+        "type",
+        "'\(type)' is not served by this version; virtio disks (kind virtio_disk), virtio,device1 (network), "
+          + "virtio,device3 (console) and virtio,device4 (entropy) are")
     }
     let transport = try required("transport")
     guard transport == "mmio" else { throw EntryFault("transport", "'\(transport)' is not known; 'mmio' is") }
@@ -80,10 +90,6 @@ package struct DeviceEntry: Equatable, Sendable {
     guard frontendID == UInt64(key.domain) else {
       throw EntryFault("frontend-id", "\(frontendID) is not the domain of the entry's path, \(key.domain)")
     }
-    let mode = try required("mode")
-    guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
-    let path = try required("params")
-    if let fault = fault(ofImage: path) { throw EntryFault("params", fault) }
     let base = try number("base", required("base"))
     guard base & 0x1ff == 0, base < 1 << 52 else {
       throw EntryFault("base", "0x\(String(base, radix: 16)) is no multiple of 512 below 2^52")
@@ -92,12 +98,27 @@ package struct DeviceEntry: Equatable, Sendable {
     guard irq == 0 ? base == 0 : (32...1019).contains(irq) else {
       throw EntryFault("irq", "\(irq) is no shared peripheral interrupt (32 to 1019), and 0 goes with base 0 only")
     }
+    if let type = DeclaredDevice.DeviceType(toolstack: type) {
+      // Its options come from elsewhere: libxl has no room for them.
+      let form: DeviceForm =
+        switch type {
+        case .network: .network(NetSettings(attachment: .created(bridge: nil), tapName: "", mac: MACAddress(value: 0)))
+        case .console: .console(ConsoleSettings(ports: []))
+        case .entropy: .entropy(EntropySettings())
+        }
+      return DeviceEntry(
+        frontend: frontend, name: "\(type.prefix)\(key.device)", form: form, base: base, irq: UInt32(irq))
+    }
+    let mode = try required("mode")
+    guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
+    let path = try required("params")
+    if let fault = fault(ofImage: path) { throw EntryFault("params", fault) }
     let discard = try flag("discard-enable", keys["discard-enable"] ?? "0")
     let name = keys["dev"] ?? "\(key.device)"
     return DeviceEntry(
       frontend: frontend, name: name,
-      settings: BlockSettings(path: path, readOnly: mode == "r", discard: discard, serial: name),
-      base: base, irq: UInt32(irq))
+      form: .disk(BlockSettings(path: path, readOnly: mode == "r", discard: discard, serial: name)), base: base,
+      irq: UInt32(irq))
   }
 
   /// What is wrong with the name of an image; nil when nothing is.

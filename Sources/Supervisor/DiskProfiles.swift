@@ -39,6 +39,8 @@ package struct DiskProfiles: Equatable, Sendable {
     var limits = RateLimits()
     /// Disks of no size that `vxctl attach` fills.
     var spareDisks = 0
+    /// Network, console and entropy devices.
+    var devices: [DeclaredDevice] = []
   }
 
   private var entries: [Entry] = []
@@ -134,8 +136,14 @@ package struct DiskProfiles: Equatable, Sendable {
         case "guest": entry.pattern = try Self.pattern(member.value, field)
         case "limits": try entry.options.limits.change(member.value, field)
         case "spareDisks": entry.options.spareDisks = Int(try Self.number(member.value, field, 0...16))
+        case "devices":
+          var counts: [DeclaredDevice.DeviceType: Int] = [:]
+          for (index, value) in try OptionReader.array(member.value, field).enumerated() {
+            entry.options.devices.append(try DeclaredDevice(value, "\(field)[\(index)]", counts: &counts))
+          }
         default:
-          throw ProfileFault(field: field, reason: "there is no such option; guest, limits and spareDisks are")
+          throw ProfileFault(
+            field: field, reason: "there is no such option; guest, limits, spareDisks and devices are")
         }
       }
       guestEntries.append(entry)
@@ -148,6 +156,9 @@ package struct DiskProfiles: Equatable, Sendable {
       Self.matches(entry.pattern, guest) || uuid.map { Self.matches(entry.pattern, $0) } == true
     }?.options ?? GuestOptions()
   }
+
+  /// Whether any guest has devices that vxd is to make.
+  var declaresDevices: Bool { guestEntries.contains { $0.options.devices.contains(where: \.isCreated) } }
 
   private static func pattern(_ value: JSONValue, _ field: String) throws(ProfileFault) -> String {
     guard let text = value.stringValue, !text.isEmpty else {

@@ -125,7 +125,7 @@ final class DeviceRecord {
   var slot: DeviceSlot?
   /// The device's data threads, to be joined when it has ended.
   var threads: [LoopThread] = []
-  var backend: BlockBackend?
+  var backend: DeviceBackend?
   var transport: (any DeviceTransport)?
   /// Its side of Xenbus, when the guest reaches it that way.
   var link: XenbusLink?
@@ -169,6 +169,19 @@ final class DeviceRecord {
   enum AfterStop {
     case rest
     case start(afterMilliseconds: UInt64)
+  }
+
+  /// As operators name it; also when its entry is wrong.
+  var name: String {
+    if let entry { return entry.name }
+    let type = keys["type"].flatMap(DeclaredDevice.DeviceType.init(toolstack:))
+    return keys["dev"] ?? "\(type?.prefix ?? "")\(key.device)"
+  }
+
+  /// By what it is served, for people.
+  var servedBy: String {
+    let mode = backend?.mode ?? "?"
+    return entry?.form.disk.map { "\($0.path), \(mode)" } ?? mode
   }
 
   /// Ends and joins the data threads.

@@ -197,13 +197,19 @@ package enum Metrics {
     split(
       "vxd_device_interrupts", "Published batches, by whether the driver wanted an interrupt.", "outcome",
       [("sent", { $0.interrupts.value }), ("suppressed", { $0.interruptsSuppressed.value })])
+    split(
+      "vxd_device_drops", "What was not delivered, by reason: packets of network devices, bytes of consoles.", "reason",
+      DropReason.allCases.map { reason in ("\(reason)", { $0.drops(reason).value }) })
+    put("vxd_device_link_up", "gauge", "Whether the link of a network device is up.") {
+      ($0.backend as? NetBackend).map { $0.isLinkUp ? "1" : "0" }
+    }
     put("vxd_device_in_flight", "gauge", "Requests under way.") {
       "\(sum($0) { $0.inFlight.load(ordering: .relaxed) })"
     }
     put("vxd_device_slots", "gauge", "Requests that can be under way: ring occupancy is in_flight by this.") {
       $0.backend.map { "\($0.requestLimit)" }
     }
-    put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.backend.map { "\($0.capacity)" } }
+    put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.disk.map { "\($0.capacity)" } }
     put("vxd_device_cpu_seconds", "counter", "CPU time of the data threads since the backend was started.") {
       $0.backend.map { seconds($0.cpuTime) }
     }

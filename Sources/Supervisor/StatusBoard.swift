@@ -12,9 +12,11 @@ package final class StatusBoard: Sendable {
     var guestName: String
     var phase: DevicePhase
     var slot: DeviceSlot?
+    /// What it is to the guest: disk, network, console or entropy.
+    var type = "disk"
     var path: String?
     var readOnly = false
-    var backend: BlockBackend?
+    var backend: DeviceBackend?
     var transport: (any DeviceTransport)?
     var stuck: StuckRequest?
     var account = DeviceAccount()
@@ -29,6 +31,9 @@ package final class StatusBoard: Sendable {
     var bus = "mmio"
     /// Granted pages of a Xenbus device.
     var grants: GrantPool?
+
+    /// The backend of a disk.
+    var disk: BlockBackend? { backend as? BlockBackend }
   }
 
   struct Guest: Sendable {

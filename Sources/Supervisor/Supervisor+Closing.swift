@@ -1,4 +1,5 @@
 import Backends
+import Engines
 import EventLoop
 import Xen
 
@@ -10,7 +11,7 @@ extension Supervisor {
     guard record.phase != .closing else { return }
     record.phase = .closing
     tell(.deviceClosing, session, record)
-    if record.key.kind != .spare { closeSparesIfAlone(session) }
+    if record.key.kind.isInXenstore { closeSparesIfAlone(session) }
     publish(session)
     let (key, identity) = (record.key, ObjectIdentifier(record))
     if let link = record.link {
@@ -53,6 +54,12 @@ extension Supervisor {
   }
 
   // MARK: Writing to Xenstore
+
+  /// What of a device outlives its backends, and ends with it.
+  func removeTraces(_ record: DeviceRecord) {
+    guard case .network(let settings)? = record.entry?.form, case .created = settings.attachment else { return }
+    TapDevice.remove(settings.tapName)
+  }
 
   func writeClosedState(_ record: DeviceRecord) {
     if record.wantsClosedState { writeClosedState(record.key) }

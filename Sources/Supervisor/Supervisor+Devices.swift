@@ -21,23 +21,19 @@ extension Supervisor {
     }
     session.devices[key] = record
     do throws(EntryFault) {
-      var entry = key.kind == .spare ? spareEntry(key) : try DeviceEntry.parse(key, keys)
-      entry.settings.direct = settings.direct
-      profiles.apply(
-        to: &entry.settings, guest: session.name, uuid: session.uuid, device: entry.name, number: key.device)
-      record.policy = entry.settings.restart
-      entry.settings.stopsWhenStoreIsGone = record.policy.mode != .never
-      record.limits = entry.settings.limits
+      var entry = try makeEntry(key, keys, of: session)
+      record.policy = entry.form.common.restart
+      record.limits = entry.form.common.limits
       record.rate.set(record.limits)
       if session.mmio == nil {
         try makeLink(record, of: session, frontend: entry.frontend)
-        if let state = record.state { keepForm(state, &entry) }
+        if let state = record.state { entry.form.keep(state.shape.profile) }
       } else if let restored = session.restored.removeValue(forKey: key) {
         take(restored, record, &entry)
       } else {
         record.slot =
-          key.kind == .spare
-          ? try spareSlot(session) : try entry.slot(key, taken: session.takenSlots, count: settings.slots)
+          key.kind.isInXenstore
+          ? try entry.slot(key, taken: session.takenSlots, count: settings.slots) : try lastSlot(session)
         // The guest's driver is at work, with a device that nobody remembers.
         record.mustBeReset = session.lost.removeValue(forKey: key)
         if record.mustBeReset == nil, settings.stateFolder != nil, keys["state"] == XenbusState.connected.rawValue {
@@ -59,15 +55,27 @@ extension Supervisor {
     record.transport = restored.transport
     record.slot = restored.slot
     record.isAttached = true
-    keepForm(restored.state, &entry)
+    entry.form.keep(restored.state.shape.profile)
   }
 
-  private func keepForm(_ state: DeviceState, _ entry: inout DeviceEntry) {
-    let profile = state.shape.profile
-    entry.settings.queues = profile.queueSizes.count
-    entry.settings.threads = min(entry.settings.threads, entry.settings.queues)
-    entry.settings.queueSize = profile.queueSizes.first ?? entry.settings.queueSize
-    entry.settings.offered = profile.offeredFeatures
+  /// An entry with all its options.
+  private func makeEntry(_ key: DeviceKey, _ keys: [String: String], of session: GuestSession) throws(EntryFault)
+    -> DeviceEntry
+  {
+    var entry: DeviceEntry
+    switch key.kind {
+    case .disk, .generic: entry = try DeviceEntry.parse(key, keys)
+    case .spare: entry = spareEntry(key)
+    case .network, .console, .entropy: entry = try declaredEntry(key, of: session)
+    }
+    if key.kind == .generic { try addOptions(&entry, key, keys, session) }
+    if var disk = entry.form.disk {
+      disk.direct = settings.direct
+      profiles.apply(to: &disk, guest: session.name, uuid: session.uuid, device: entry.name, number: key.device)
+      disk.stopsWhenStoreIsGone = disk.restart.mode != .never
+      entry.form = .disk(disk)
+    }
+    return entry
   }
 
   func startBackend(_ record: DeviceRecord, _ entry: DeviceEntry, of session: GuestSession) {
@@ -75,13 +83,18 @@ extension Supervisor {
     let key = record.key
     let identity = ObjectIdentifier(record)
     let ticket = record.restartTicket
-    record.threads = BlockBackend.start(
-      entry.settings,
-      DeviceBackend.Surroundings(
-        name: "\(session.name)/\(entry.name)", source: source, rate: record.rate, account: record.account,
-        makeState: stateMaker(record),
-        report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } }),
-      decorate: settings.decorate,
+    var surroundings = DeviceBackend.Surroundings(
+      name: "\(session.name)/\(entry.name)", source: source, rate: record.rate, account: record.account,
+      makeState: stateMaker(record),
+      report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } })
+    surroundings.fileName = "\(key.domain)-\(entry.name)"
+    surroundings.consoleFolder = settings.consoleFolder
+    let (log, guest, device) = (log, session.name, entry.name)
+    surroundings.logLine = { line in
+      log.info("\(guest)/\(device): \(line)", metadata: ["GUEST": "\(guest)", "DEVICE": "\(device)"])
+    }
+    record.threads = entry.form.start(
+      surroundings, decorate: settings.decorate,
       completion: { [self] result in
         // The threads are known to the supervisor by the time that this job runs: it comes behind the present one.
         onLoop { $0.opened(key, identity, result) }
@@ -95,7 +108,7 @@ extension Supervisor {
   }
 
   private func opened(
-    _ key: DeviceKey, _ identity: ObjectIdentifier, _ result: Result<BlockBackend, StartFault>
+    _ key: DeviceKey, _ identity: ObjectIdentifier, _ result: Result<DeviceBackend, StartFault>
   ) {
     guard let (session, record) = current(key, identity) else { return }
     switch result {
@@ -113,13 +126,18 @@ extension Supervisor {
       if handledByAfterStop(record, of: session) { return }
       guard judgeAttached(record, of: session, nil, fault.message) else { return publish(session) }
       if record.isAttached {
-        backendFailed(record, of: session, "params: \(fault.message)")
+        backendFailed(record, of: session, Self.words(fault, record))
       } else {
-        fail(record, of: session, "params: \(fault.message)")
+        fail(record, of: session, Self.words(fault, record))
         retryStart(record, of: session)
       }
     }
     publish(session)
+  }
+
+  /// With the key of the entry that it is about, where there is one.
+  private static func words(_ fault: StartFault, _ record: DeviceRecord) -> String {
+    record.entry?.form.disk == nil ? fault.message : "params: \(fault.message)"
   }
 
   /// The device cannot be served. The entry says why; the guest and its other devices go on without it.
@@ -180,7 +198,7 @@ extension Supervisor {
     record.failedStarts = 0
     record.phase = .ready
     if store?.read("\(record.key.path)/error") != nil { try? store?.remove("\(record.key.path)/error") }
-    let words = "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")"
+    let words = record.servedBy
     tell(record.link?.adoptsEpoch == nil ? .deviceReady : .deviceAdopted, session, record, reason: words)
     publish(session)
   }
@@ -206,7 +224,7 @@ extension Supervisor {
     if store?.read("\(key.path)/state") == XenbusState.initialising.rawValue {
       write(key, "state", XenbusState.initWait.rawValue)
     }
-    let store = "\(record.entry?.settings.path ?? "?"), \(record.backend?.mode ?? "?")"
+    let store = record.servedBy
     if record.isDetaching {
       record.isDetaching = false
       tell(.deviceDetached, session, record)

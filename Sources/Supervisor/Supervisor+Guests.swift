@@ -29,7 +29,7 @@ extension Supervisor {
     session.rate.set(session.limits)
     if let mmio {
       startServer(session, mmio, adopting: restore(session, mmio))
-      openSpares(session)
+      openDeclared(session)
     } else {
       session.phase = .running
     }
@@ -169,7 +169,10 @@ extension Supervisor {
     let isLast = session.devices.values.allSatisfy { $0.phase == .closing }
     for record in session.devices.values where record.isStopped && (session.isServerClosed || !isLast) {
       session.devices[record.key] = nil
-      if !isHandingOver { settings.stateFolder?.forget(record.key) }
+      if !isHandingOver {
+        settings.stateFolder?.forget(record.key)
+        removeTraces(record)
+      }
       writeClosedState(record)
       removeEntryLater(record.key)
       tell(.deviceGone, session, record)
@@ -202,7 +205,7 @@ extension Supervisor {
   func tell(
     _ kind: SupervisorEvent.Kind, _ session: GuestSession, _ record: DeviceRecord? = nil, reason: String? = nil
   ) {
-    let device = record.map { $0.entry?.name ?? "\($0.key.device)" }
+    let device = record?.name
     var reason = reason
     if let record, kind.isGuestsDoing {
       switch record.chatter.next(at: EventLoop.now()) {
@@ -238,12 +241,13 @@ extension GuestSession {
       server: isServerClosed ? nil : report, pool: mmio?.pool, limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { record in
         StatusBoard.Device(
-          key: record.key, name: record.entry?.name ?? record.keys["dev"] ?? "\(record.key.device)", guestName: name,
-          phase: record.phase, slot: record.slot, path: record.entry?.settings.path ?? record.keys["params"],
-          readOnly: record.entry?.settings.readOnly ?? false, backend: record.backend, transport: record.transport,
+          key: record.key, name: record.name, guestName: name,
+          phase: record.phase, slot: record.slot, type: record.entry?.form.typeName ?? "disk",
+          path: record.entry?.form.disk?.path ?? record.keys["params"],
+          readOnly: record.entry?.form.disk?.readOnly ?? false, backend: record.backend, transport: record.transport,
           stuck: record.stuck, account: record.account, limits: record.limits, restarts: record.restarts.count,
           faults: record.faults.count, policy: record.policy,
-          isEmptySpare: record.key.kind == .spare && record.entry?.settings.path.isEmpty != false,
+          isEmptySpare: record.key.kind == .spare && record.entry?.form.disk?.path.isEmpty != false,
           entryPath: record.keys["params"], bus: record.link == nil ? "mmio" : "xenbus", grants: record.link?.pool)
       })
   }

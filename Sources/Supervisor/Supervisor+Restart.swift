@@ -37,7 +37,7 @@ extension Supervisor {
   }
 
   private func quarantine(_ record: DeviceRecord, of session: GuestSession, _ reason: String) {
-    let words = "\(reason); left alone until 'vxctl device restart \(session.name)/\(record.entry?.name ?? "")'"
+    let words = "\(reason); left alone until 'vxctl device restart \(session.name)/\(record.name)'"
     record.phase = .quarantined(reason: words)
     tell(.deviceQuarantined, session, record, reason: words)
     unplug(record, of: session, then: .rest)

@@ -51,7 +51,7 @@ extension Supervisor {
 
   private func look(at record: DeviceRecord, of session: GuestSession, _ now: UInt64) {
     // A queue that is held waits for the operator, who has been told.
-    guard let backend = record.backend, record.phase == .connected else {
+    guard let backend = record.backend as? BlockBackend, record.phase == .connected else {
       record.stuck = nil
       return
     }

@@ -50,7 +50,7 @@ extension Supervisor {
   }
 
   /// The device's first backend: its transport.
-  func makeTransport(_ record: DeviceRecord, _ link: XenbusLink, _ backend: BlockBackend) -> XenbusTransport {
+  func makeTransport(_ record: DeviceRecord, _ link: XenbusLink, _ backend: DeviceBackend) -> XenbusTransport {
     let key = record.key
     let relay = StatusRelay()
     let transport = XenbusTransport(
@@ -61,7 +61,7 @@ extension Supervisor {
   }
 
   /// A device whose store is open, and which is in no guest's hands yet.
-  func offerDevice(_ record: DeviceRecord, of session: GuestSession, _ link: XenbusLink, _ backend: BlockBackend) {
+  func offerDevice(_ record: DeviceRecord, of session: GuestSession, _ link: XenbusLink, _ backend: DeviceBackend) {
     record.transport = makeTransport(record, link, backend)
     record.isAttached = true
     let state = record.keys["state"].flatMap(XenbusState.init(rawValue:))
@@ -243,7 +243,7 @@ extension Supervisor {
     case .noRoom(let words):
       // The guest waits, as for a slow disk: another try a little later, ever more slowly.
       link.phase = .offered
-      log.warning("\(session.name)/\(record.entry?.name ?? ""): \(words); the guest waits")
+      log.warning("\(session.name)/\(record.name): \(words); the guest waits")
       write(key, "vx-ack", "\(sequence) wait")
       let pause = RestartHistory.pause(settings.startRetry, tries: link.tries, random: 0.5)
       link.tries += 1
@@ -341,14 +341,16 @@ extension Supervisor {
   }
 
   /// The toolstack of another domain leaves the removal of an entry to its backend's domain: behind state 6, when that has been seen.
+  /// So does libxl before 4.18 in dom0 with generic devices, which it does not know.
   func removeEntryLater(_ key: DeviceKey) {
-    guard isDriverDomain else { return }
+    guard isDriverDomain || key.kind == .generic else { return }
     loop.schedule(afterMilliseconds: 500) { [self] in
       assumeIsolated { supervisor in
-        guard supervisor.known(key) == nil, let store = supervisor.store, store.read("\(key.path)/online") == "0",
-          store.read("\(key.path)/state") == XenbusState.closed.rawValue
-        else { return }
-        try? store.remove(key.path)
+        guard supervisor.known(key) == nil, let store = supervisor.store else { return }
+        let isOver =
+          store.read("\(key.path)/online") == "0" && store.read("\(key.path)/state") == XenbusState.closed.rawValue
+        let isLeft = !supervisor.isDriverDomain && store.read("/local/domain/\(key.domain)/name") == nil
+        if supervisor.isDriverDomain ? isOver : isLeft { try? store.remove(key.path) }
       }
     }
   }

@@ -40,6 +40,7 @@ package actor Supervisor {
   /// No device is started any more.
   private(set) var isStopping = false
   private static let releaseWatch = "@releaseDomain"
+  private static let introduceWatch = "@introduceDomain"
 
   /// - Parameter announce: gets each event; called on the loop's thread.
   package init(
@@ -81,6 +82,7 @@ package actor Supervisor {
     for kind in DeviceKey.Kind.watched { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
     do throws(XenError) {
       try store.watch(Self.releaseWatch, token: Self.releaseWatch)
+      if !isDriverDomain { try store.watch(Self.introduceWatch, token: Self.introduceWatch) }
     } catch {
       // A driver domain may not watch it before Xen 4.22; it learns of a death by its devices' nodes.
       log.info("no watch on @releaseDomain: \(error)")
@@ -166,8 +168,8 @@ package actor Supervisor {
     for session in sessions.values {
       set(limits: profiles.options(guest: session.name, uuid: session.uuid).limits, of: session.domain)
       for record in session.devices.values where record.key.kind != .spare {
-        guard let entry = record.entry else { continue }
-        var probe = BlockSettings(path: entry.settings.path, readOnly: false, discard: false, serial: "")
+        guard let entry = record.entry, let disk = entry.form.disk else { continue }
+        var probe = BlockSettings(path: disk.path, readOnly: false, discard: false, serial: "")
         profiles.apply(
           to: &probe, guest: session.name, uuid: session.uuid, device: entry.name, number: record.key.device)
         record.policy = probe.restart
@@ -184,10 +186,13 @@ package actor Supervisor {
     var keys: Set<DeviceKey> = []
     var wholeKinds: Set<DeviceKey.Kind> = []
     var checksDomains = false
+    var hasNewDomains = false
     var frontends: Set<DeviceKey> = []
     while let event = store.nextEvent() {
       if event.token == Self.releaseWatch {
         checksDomains = true
+      } else if event.token == Self.introduceWatch {
+        hasNewDomains = true
       } else if event.token.hasPrefix(Self.nameToken) {
         if let domain = DomainID(event.token.dropFirst(Self.nameToken.count)) { readName(domain) }
       } else if event.token.hasPrefix(Self.frontendToken) {
@@ -202,9 +207,14 @@ package actor Supervisor {
     // Lower numbers first: disks get their slots in their order.
     for key in keys.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) { reconcile(key) }
     for key in frontends { frontendChanged(key) }
+    // A new domain has its devices by now, or none: whoever has none is found here.
+    if hasNewDomains { findGuests() }
+    if checksDomains { closeOrphans() }
     guard !hasSwept, seenKinds.count == DeviceKey.Kind.watched.count else { return }
     hasSwept = true
+    findGuests()
     sweepSavedState()
+    sweepTaps()
   }
 
   /// Begins the token of the watch on a guest's name.
@@ -235,7 +245,7 @@ package actor Supervisor {
   private func keysOfDeadDomains() -> Set<DeviceKey> {
     var keys: Set<DeviceKey> = []
     for session in sessions.values where session.phase != .closing {
-      keys.formUnion(session.devices.keys.filter { $0.kind != .spare })
+      keys.formUnion(session.devices.keys.filter(\.kind.isInXenstore))
     }
     return keys
   }

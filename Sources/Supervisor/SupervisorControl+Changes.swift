@@ -39,7 +39,7 @@ extension SupervisorControl {
         let device = try find(parameters, board.current)
         switch device.phase {
         case .held:
-          guard let backend = device.backend else { throw wrongState(device, "held or paused") }
+          guard let backend = device.disk else { throw wrongState(device, "held or paused") }
           return ControlChange("the failed requests of \(device.name) are tried again") {
             backend.resume()
             return ["accepted": true]
@@ -82,7 +82,7 @@ extension SupervisorControl {
         ]
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
-        guard let backend = device.backend else {
+        guard let backend = device.disk else {
           throw .notFound(
             "'\(device.guestName)/\(device.name)' is \(device.phase.name): it has no open image", field: "device")
         }

@@ -51,6 +51,7 @@ extension SupervisorControl {
       .init(name: "guest", value: .string(device.guestName)), .init(name: "domain", value: .count(device.key.domain)),
       .init(name: "device", value: .string(device.name)), .init(name: "id", value: .count(device.key.device)),
       .init(name: "kind", value: .string(device.key.kind.rawValue)),
+      .init(name: "type", value: .string(device.type)),
       .init(name: "state", value: .string(device.phase.name)),
       .init(name: "reason", value: device.phase.reason.map(JSONValue.string) ?? .null),
       .init(name: "image", value: device.path.map(JSONValue.string) ?? .null),
@@ -73,8 +74,10 @@ extension SupervisorControl {
       members.append(.init(name: "base", value: .string("0x" + String(slot.base, radix: 16))))
     }
     if let backend = device.backend {
-      members.append(.init(name: "bytes", value: .count(backend.capacity)))
-      members.append(.init(name: "directIO", value: .bool(backend.isDirect)))
+      if let disk = device.disk {
+        members.append(.init(name: "bytes", value: .count(disk.capacity)))
+        members.append(.init(name: "directIO", value: .bool(disk.isDirect)))
+      }
       let all = backend.counters
       members.append(.init(name: "inFlight", value: .count(sum(all) { $0.inFlight.load(ordering: .relaxed) })))
       members.append(.init(name: "requests", value: .count(sum(all, requests))))
@@ -86,13 +89,17 @@ extension SupervisorControl {
         members.append(.init(name: "queues", value: .count(all.count)))
         members.append(.init(name: "threads", value: .count(backend.threadCount)))
         members.append(.init(name: "store", value: .string(backend.mode)))
-        members.append(.init(name: "cache", value: .string(backend.settings.cache.rawValue)))
+        if let disk = device.disk {
+          members.append(.init(name: "cache", value: .string(disk.settings.cache.rawValue)))
+        }
         members.append(.init(name: "requestsByQueue", value: .array(all.map { .count(requests($0)) })))
         members.append(.init(name: "counters", value: describe(all, device)))
       }
     }
+    members += describeMore(device)
     members.append(.init(name: "restarts", value: .count(device.restarts)))
     if counters {
+      if device.type != "disk" { members.append(.init(name: "drops", value: drops(device.account))) }
       members.append(.init(name: "faults", value: .count(device.faults)))
       members.append(.init(name: "restartPolicy", value: .string(device.policy.mode.rawValue)))
       members.append(.init(name: "limits", value: device.limits.json))

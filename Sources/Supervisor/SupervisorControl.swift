@@ -14,9 +14,14 @@ package enum SupervisorControl {
   static let deviceParameter = ControlParameter(
     "device", "string", required: true, "Name (xvde) or number of the device.")
 
-  package static func methods(board: StatusBoard, isSimulated: Bool, actions: Actions = Actions()) -> ControlMethods {
+  package static func methods(
+    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions(), consoleFolder: String? = nil
+  )
+    -> ControlMethods
+  {
     ControlMethods(
-      readings(board, isSimulated, actions) + deviceChanges(board, actions) + daemonChanges(board, actions),
+      readings(board, isSimulated, actions) + [consoleMethod(board, consoleFolder)] + deviceChanges(board, actions)
+        + networkChanges(board, actions) + daemonChanges(board, actions),
       version: version)
   }
 

@@ -18,6 +18,8 @@ package struct SupervisorSettings: Sendable {
   package var storeCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
   package var stateFolder: StateFolder?
+  /// Where `vxctl console` finds the ports of consoles; nil for nowhere.
+  package var consoleFolder: String?
   /// Faults of a guest's driver on one device within the window of its restart policy; one more, and the device is quarantined.
   package var faultLimit = 50
   /// Pauses between two tries to start a device that was never served.

@@ -1,5 +1,6 @@
 import ArgumentParser
 import ControlAPI
+import Xen
 
 /// Limits on the command line.
 struct LimitOptions: ParsableArguments {
@@ -70,14 +71,27 @@ extension String {
 /// `vxctl attach GUEST disk --image PATH`: a disk for a guest that runs.
 struct Attach: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Gives a running guest a disk.",
+    abstract: "Gives a running guest a disk, a network device, a console or an entropy device.",
     discussion: """
       Without --backend, this vxd serves it in one of the spare slots that the guest's profile declares (HVM guests). With --backend, in \
-      dom0, the disk is written to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it (PV and PVH guests).
+      dom0, the device is written to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it (PV and PVH guests).
       """)
 
   enum Kind: String, ExpressibleByArgument, CaseIterable {
     case disk
+    case network
+    case console
+    case entropy
+
+    /// What it is in Xenstore, when it is no disk.
+    var generic: ToolstackDevice.GenericType? {
+      switch self {
+      case .disk: nil
+      case .network: .network
+      case .console: .console
+      case .entropy: .entropy
+      }
+    }
   }
 
   @OptionGroup var connection: ConnectionOptions
@@ -85,13 +99,18 @@ struct Attach: ParsableCommand {
   @OptionGroup var limits: LimitOptions
   @Argument(help: "Name or domain number of the guest.")
   var guest: String
-  @Argument(help: "What to attach: disk.")
+  @Argument(help: "What to attach: disk; with --backend also network, console or entropy.")
   var kind: Kind
   @Option(help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.")
-  var image: String
+  var image: String?
+  @Option(
+    name: .customLong("options"),
+    help:
+      "With --backend: options of a network, console or entropy device as in profiles, JSON: '{\"bridge\": \"br0\"}'.")
+  var deviceOptions: String?
   @Option(
     help:
-      "Which spare slot (spare0, spare1, ...), or with --backend which name (xvda to xvdp); the first free one otherwise."
+      "Which spare slot (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); the first free one otherwise."
   )
   var device: String?
   @Option(help: "Name or number of the domain whose vxd serves the disk, over Xenbus.")
@@ -103,6 +122,12 @@ struct Attach: ParsableCommand {
 
   func run() throws {
     if let backend { return try attach(over: backend) }
+    guard kind == .disk, let image else {
+      throw ValidationError(
+        kind == .disk
+          ? "a disk needs --image"
+          : "a \(kind.rawValue) device is attached with --backend; HVM guests have those of their profile")
+    }
     var parameters: [JSONValue.Member] = [
       .init(name: "guest", value: .string(guest)), .init(name: "image", value: .string(image)),
     ]
@@ -129,7 +154,7 @@ struct Detach: ParsableCommand {
   var device: DeviceName
   @Option(help: "Seconds to wait for requests under way.")
   var deadline: Int64 = 10
-  @Flag(help: "The disk is one over Xenbus (xvda to xvdp).")
+  @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false
 
   func run() throws {

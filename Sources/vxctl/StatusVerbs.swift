@@ -63,13 +63,14 @@ struct List: ParsableCommand {
   }
 
   static func table(_ devices: JSONValue) -> String {
-    var table = Table("DEVICE", "STATE", "SLOT", "SIZE", "ACCESS", "I/O", "REQUESTS", "IN-FLIGHT", "IMAGE")
+    var table = Table("DEVICE", "TYPE", "STATE", "SLOT", "SIZE", "ACCESS", "I/O", "REQUESTS", "IN-FLIGHT", "IMAGE")
     for device in devices.arrayValue ?? [] {
       let direct = device["directIO"]?.boolValue.map { $0 ? "direct" : "buffered" } ?? "-"
       table.add(
-        "\(device.cell("guest"))/\(device.cell("device"))", device.cell("state"), device.cell("slot"),
-        device.byteCell("bytes"), device["readOnly"]?.boolValue == true ? "ro" : "rw", direct, device.cell("requests"),
-        device.cell("inFlight"), device.cell("image"))
+        "\(device.cell("guest"))/\(device.cell("device"))", device.cell("type"), device.cell("state"),
+        device.cell("slot"), device.byteCell("bytes"), device["readOnly"]?.boolValue == true ? "ro" : "rw", direct,
+        device.cell("requests"),
+        device.cell("inFlight"), device["interface"] == nil ? device.cell("image") : device.cell("interface"))
     }
     return table.text
   }

@@ -15,7 +15,8 @@ struct VXCtl: ParsableCommand {
     subcommands: [
       Status.self, List.self, Show.self, Top.self, Events.self, Explain.self, Doctor.self, Attach.self, Detach.self,
       Reattach.self,
-      Resize.self, Limit.self, Pause.self, Resume.self, Restart.self, Device.self, Config.self, Reload.self,
+      Console.self, Link.self, Resize.self, Limit.self, Pause.self, Resume.self, Restart.self, Device.self, Config.self,
+      Reload.self,
       MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self,
     ])
 }

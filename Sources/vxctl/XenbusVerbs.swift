@@ -5,13 +5,13 @@ import Xen
 
 /// What the verbs below share: they write to Xenstore, in dom0, and need no vxd there.
 enum Toolstack {
-  static func run(_ json: Bool, _ body: (XenStore) throws(ToolstackDisk.Fault) -> JSONValue) throws {
-    do throws(ToolstackDisk.Fault) {
+  static func run(_ json: Bool, _ body: (XenStore) throws(ToolstackDevice.Fault) -> JSONValue) throws {
+    do throws(ToolstackDevice.Fault) {
       let store: XenStore
       do throws(XenError) {
         store = try XenStore(socketPath: getenv("XENSTORED_PATH").map { String(cString: $0) })
       } catch {
-        throw ToolstackDisk.Fault("Xenstore cannot be reached: \(error)", remedy: "run this in dom0, as root")
+        throw ToolstackDevice.Fault("Xenstore cannot be reached: \(error)", remedy: "run this in dom0, as root")
       }
       let answer = try body(store)
       if json { printJSON(answer) } else { print(answer["text"]?.stringValue ?? "") }
@@ -23,41 +23,58 @@ enum Toolstack {
   }
 
   /// What the backend writes when it cannot serve a disk.
-  static func error(_ disk: ToolstackDisk) -> String? {
+  static func error(_ disk: ToolstackDevice) -> String? {
     disk.backend.flatMap { disk.store.read("\($0)/error") }
   }
 
-  static func state(_ disk: ToolstackDisk) -> String? { disk.backend.flatMap { disk.store.read("\($0)/state") } }
+  static func state(_ disk: ToolstackDevice) -> String? { disk.backend.flatMap { disk.store.read("\($0)/state") } }
 }
 
 extension Attach {
+  /// The device that is to be made.
+  private func target(of domain: DomainID, _ store: XenStore) throws(ToolstackDevice.Fault) -> ToolstackDevice {
+    if let device { return try ToolstackDevice(store, guest: domain, name: device) }
+    guard kind.generic == nil else {
+      return ToolstackDevice(
+        store, guest: domain, device: try ToolstackDevice.freeGeneric(store, guest: domain), kind: .generic)
+    }
+    return ToolstackDevice(store, guest: domain, device: try ToolstackDevice.free(store, guest: domain))
+  }
+
   func attach(over backend: String) throws {
-    try Toolstack.run(connection.json) { store throws(ToolstackDisk.Fault) in
+    try Toolstack.run(connection.json) { store throws(ToolstackDevice.Fault) in
       guard limits.members.isEmpty else {
-        throw ToolstackDisk.Fault(
+        throw ToolstackDevice.Fault(
           "limits: a disk with --backend gets its limits there", remedy: "vxctl limit, in that domain")
       }
-      let domain = try ToolstackDisk.domain(guest, store)
-      let server = try ToolstackDisk.domain(backend, store)
-      guard server != domain else { throw ToolstackDisk.Fault("--backend: a guest cannot be its own backend") }
-      let number =
-        if let device { try ToolstackDisk.number(device) } else { try ToolstackDisk.free(store, guest: domain) }
-      let disk = ToolstackDisk(store, guest: domain, device: number)
-      let name = "\(guest)/\(ToolstackDisk.name(number))"
+      let domain = try ToolstackDevice.domain(guest, store)
+      let server = try ToolstackDevice.domain(backend, store)
+      guard server != domain else { throw ToolstackDevice.Fault("--backend: a guest cannot be its own backend") }
+      let disk = try target(of: domain, store)
+      let word = kind.generic.map { "\($0.rawValue)\(disk.device)" } ?? ToolstackDevice.name(disk.device)
+      let name = "\(guest)/\(word)"
       if options.dryRun {
-        return ["text": .string("would do: \(name), '\(image)' of domain \(server)"), "device": .string(name)]
+        return [
+          "text": .string("would do: \(name)\(image.map { ", '\($0)'" } ?? "") of domain \(server)"),
+          "device": .string(name),
+        ]
       }
-      try disk.create(backend: server, target: image, readOnly: readOnly)
+      if let generic = kind.generic {
+        try disk.create(backend: server, type: generic, options: deviceOptions)
+      } else {
+        guard let image else { throw ToolstackDevice.Fault("--image: a disk needs one") }
+        try disk.create(backend: server, target: image, readOnly: readOnly)
+      }
       _ = disk.wait(seconds: wait) { Toolstack.error(disk) != nil || Toolstack.state(disk) == "4" }
       let state = Toolstack.state(disk)
       if state == "4" { return ["text": .string("\(name): connected"), "device": .string(name), "connected": true] }
       if let error = Toolstack.error(disk) {
         try? disk.remove()
-        throw ToolstackDisk.Fault("\(name): \(error)")
+        throw ToolstackDevice.Fault("\(name): \(error)")
       }
       guard state == "2" else {
         try? disk.remove()
-        throw ToolstackDisk.Fault("\(name): no vxd of domain \(server) took it up", remedy: "is vxd running there?")
+        throw ToolstackDevice.Fault("\(name): no vxd of domain \(server) took it up", remedy: "is vxd running there?")
       }
       return [
         "text": .string("\(name): offered; the guest has not taken it yet (is its module virtio_xenbus loaded?)"),
@@ -69,12 +86,12 @@ extension Attach {
 
 extension Detach {
   func detachXenbus() throws {
-    try Toolstack.run(connection.json) { store throws(ToolstackDisk.Fault) in
-      let domain = try ToolstackDisk.domain(device.guest, store)
-      let disk = ToolstackDisk(store, guest: domain, device: try ToolstackDisk.number(device.device))
+    try Toolstack.run(connection.json) { store throws(ToolstackDevice.Fault) in
+      let domain = try ToolstackDevice.domain(device.guest, store)
+      let disk = try ToolstackDevice(store, guest: domain, name: device.device)
       guard disk.exists else {
-        throw ToolstackDisk.Fault(
-          "there is no virtio disk \(device.device) of domain \(domain)", remedy: "'vxctl list' names them")
+        throw ToolstackDevice.Fault(
+          "there is no virtio device \(device.device) of domain \(domain)", remedy: "'vxctl list' names them")
       }
       let name = "\(device.guest)/\(device.device)"
       if options.dryRun { return ["text": .string("would do: take \(name) away"), "device": .string(name)] }
@@ -113,10 +130,10 @@ struct Reattach: ParsableCommand {
   var guest: String?
 
   func run() throws {
-    try Toolstack.run(json) { store throws(ToolstackDisk.Fault) in
-      let server = try ToolstackDisk.domain(backend, store)
-      let only = if let guest { Optional(try ToolstackDisk.domain(guest, store)) } else { DomainID?.none }
-      let lost = ToolstackDisk.all(store).filter { disk in
+    try Toolstack.run(json) { store throws(ToolstackDevice.Fault) in
+      let server = try ToolstackDevice.domain(backend, store)
+      let only = if let guest { Optional(try ToolstackDevice.domain(guest, store)) } else { DomainID?.none }
+      let lost = ToolstackDevice.all(store).filter { disk in
         guard only == nil || disk.guest == only, let path = disk.backend else { return false }
         return store.read("\(path)/state") == nil
       }
@@ -126,9 +143,9 @@ struct Reattach: ParsableCommand {
         _ = disk.wait(seconds: wait) { Toolstack.error(disk) != nil || Toolstack.state(disk) == "4" }
         let words =
           Toolstack.error(disk) ?? (Toolstack.state(disk) == "4" ? "connected" : "the guest has not taken it yet")
-        lines.append("domain \(disk.guest)/\(ToolstackDisk.name(disk.device)): \(words)")
+        lines.append("domain \(disk.guest)/\(disk.name): \(words)")
       }
-      if lost.isEmpty { lines.append("no disk has lost its backend") }
+      if lost.isEmpty { lines.append("no device has lost its backend") }
       return ["text": .string(lines.joined(separator: "\n")), "disks": .array(lines.map(JSONValue.string))]
     }
   }

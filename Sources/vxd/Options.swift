@@ -18,6 +18,8 @@ struct Options {
   /// The same on the loopback.
   var metricsPort: UInt16?
   var access = ControlAccess()
+  /// Sockets for 'vxctl console', and what consoles remember: beside the control socket.
+  var consoleFolder = ""
   /// Where the profiles are; a default that is not there is an empty one.
   var profiles = "/etc/vxd/profiles.json"
   var profilesAreWanted = false
@@ -106,6 +108,7 @@ struct Options {
     }
     // Beside the control socket, unless said otherwise.
     let folder = options.socket.lastIndex(of: "/").map { options.socket[..<$0] + "/" } ?? ""
+    options.consoleFolder = folder + "console"
     if !isGiven.contains("--state") { options.state = folder + "state" }
     if !isGiven.contains("--metrics-socket") { options.metricsSocket = folder + "metrics.sock" }
     do throws(ProfileFault) {

@@ -41,7 +41,8 @@ enum VXD {
     let loop = try EventLoop(name: "vxd")
     let board = StatusBoard()
     let actions = SupervisorControl.Actions(profilePath: options.profiles, profiles: options.settings.profiles)
-    let methods = SupervisorControl.methods(board: board, isSimulated: options.simulate, actions: actions)
+    let methods = SupervisorControl.methods(
+      board: board, isSimulated: options.simulate, actions: actions, consoleFolder: options.consoleFolder)
     let control: ControlServer
     do throws(Errno) {
       try makeFolder(of: options.socket)
@@ -62,6 +63,8 @@ enum VXD {
     if !options.state.isEmpty && !options.simulate {
       do throws(Errno) {
         settings.stateFolder = try StateFolder(path: options.state)
+        guard mkdir(options.consoleFolder, 0o750) == 0 || errno == EEXIST else { throw Errno.last }
+        settings.consoleFolder = options.consoleFolder
       } catch {
         throw OptionFault("--state \(options.state): \(error)")
       }

@@ -110,7 +110,10 @@ import Xen
   @Test func genericDeviceOfAnUnservedTypeIsNamed() {
     let key = DeviceKey(kind: .generic, domain: 5, device: 0)
     #expect(
-      throws: EntryFault("type", "'virtio,device1a' is not served by this version; virtio disks (kind virtio_disk) are")
+      throws: EntryFault(
+        "type",
+        "'virtio,device1a' is not served by this version; virtio disks (kind virtio_disk), virtio,device1 (network), "
+          + "virtio,device3 (console) and virtio,device4 (entropy) are")
     ) {
       _ = try DeviceEntry.parse(key, ["type": "virtio,device1a"])
     }

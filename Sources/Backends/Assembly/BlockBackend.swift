@@ -91,7 +91,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     _ index: Int, _ engine: any BlockEngine, _ settings: BlockSettings, _ surroundings: Surroundings,
     _ thread: LoopThread, _ writeback: WritebackSwitch, _ storage: JournalStorage, _ account: QueueAccount
   ) throws(StartFault) -> DeviceWorker<BlockPump> {
-    do {
+    try make {
       let pump = try BlockPump(
         engine: engine, source: surroundings.source, counters: account.counters, settings: settings.pump,
         writeback: writeback, storage: storage, rate: surroundings.rate, latencies: account.latencies)
@@ -99,10 +99,6 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
         pump, index: index,
         queues: [.init(maximumSize: settings.queueSize, counters: account.counters)],
         thread: thread, source: surroundings.source, report: surroundings.report)
-    } catch let error as Errno {
-      throw .host(error)
-    } catch {
-      throw .state("a queue cannot be made: \(error)")
     }
   }
 

@@ -47,6 +47,12 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     package var makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)?
     /// Called on the device's threads.
     package var report: @Sendable (DeviceReport) -> Void
+    /// The device in names of files.
+    package var fileName = "device"
+    /// Where sockets and memories of console ports are; nil for none.
+    package var consoleFolder: String?
+    /// Takes a line that the guest wrote, for the daemon's log.
+    package var logLine: @Sendable (String) -> Void = { _ in }
 
     package init(
       name: String, source: any GuestMemorySource, rate: RateNode = RateNode(),
@@ -163,30 +169,31 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   ) {
     negotiated = features
     self.signals.withLock { $0 = signals }
-    for (index, (route, layout)) in zip(routes, layouts).enumerated() {
-      guard let layout else { continue }
+    for (index, layout) in layouts.enumerated() {
+      guard let layout, let route = route(of: index) else { continue }
       workers[route.worker].activate(
         route.queue, layout, features: features, signals: signals.signals(of: index), adopts: adopts)
     }
   }
 
+  /// Where a queue of the device is served; overridden where that depends on what was negotiated.
+  package func route(of queue: Int) -> Route? { routes.indices.contains(queue) ? routes[queue] : nil }
+
   package func resetQueue(_ queue: Int) {
-    guard routes.indices.contains(queue) else { return }
-    let route = routes[queue]
+    guard let route = route(of: queue) else { return }
     let worker = workers[route.worker]
     worker.thread.perform { worker.deactivate(route.queue) }
   }
 
   package func enableQueue(_ queue: Int, layout: QueueLayout) {
-    guard routes.indices.contains(queue), let signals = signals.withLock({ $0 }) else { return }
-    let route = routes[queue]
+    guard let route = route(of: queue), let signals = signals.withLock({ $0 }) else { return }
     workers[route.worker].activate(
       route.queue, layout, features: negotiated, signals: signals.signals(of: queue), adopts: false)
   }
 
   package func notify(queue: Int) {
-    guard routes.indices.contains(queue) else { return }
-    workers[routes[queue].worker].notify(routes[queue].queue)
+    guard let route = route(of: queue) else { return }
+    workers[route.worker].notify(route.queue)
   }
 
   package func reset() {

@@ -29,6 +29,7 @@ package enum StateFault: Error {
 ///     64    offered features, base of the slot, index of the slot, its shared interrupt (Arm), queue sizes (64 x u16)
 ///     256   which of the two copies of the registers is valid
 ///     320   two copies: status, selectors, features, epoch, configuration space (128 bytes at most), queues (64 x 32 bytes)
+///     4864  what the device's type must remember of its driver's choices (3328 bytes, `notes`)
 ///     8192  the journals, each page aligned (`QueueJournal`)
 package final class DeviceState: TransportState, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: the mapping never changes; the registers' part is written by the ioreq thread alone, each
@@ -40,6 +41,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
   private static let magic: UInt64 = 0x4554_4154_5344_5856  // "VXDSTATE"
   private static let registersOffset = 320
   private static let copyBytes = 64 + 128 + 64 * 32
+  private static let notesOffset = 4864
   private static let journalsOffset = 8192
   private static let queueLimit = 64
 
@@ -202,6 +204,12 @@ package final class DeviceState: TransportState, @unchecked Sendable {
   package func endQueue(_ queue: Int) {
     guard shape.profile.queueSizes.indices.contains(queue) else { return }
     storage(queue).journal.end()
+  }
+
+  /// Room for what a device's type must remember of its driver's choices; all zero when the device is new. Written by the device's
+  /// first data thread alone.
+  package var notes: UnsafeMutableRawBufferPointer {
+    UnsafeMutableRawBufferPointer(start: memory + Self.notesOffset, count: Self.journalsOffset - Self.notesOffset)
   }
 
   // MARK: Registers

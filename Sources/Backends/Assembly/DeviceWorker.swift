@@ -66,7 +66,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
       })
     for (index, descriptor) in (pump?.descriptors ?? []).enumerated() {
       tokens.append(
-        try thread.loop.onReadable(descriptor) { [unowned self] in
+        try thread.loop.onEdge(descriptor) { [unowned self] in
           pump?.acknowledge(index)
           run()
         })

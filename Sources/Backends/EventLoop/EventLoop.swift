@@ -136,6 +136,11 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     try add(descriptor, events: EPOLLIN.rawValue, source: ActionSource { _ in action() })
   }
 
+  /// The same, told once for each change: whoever listens takes all there is, or comes back by himself.
+  package func onEdge(_ descriptor: Int32, _ action: @escaping () -> Void) throws(Errno) -> Token {
+    try add(descriptor, events: EPOLLIN.rawValue | EPOLLET.rawValue, source: ActionSource { _ in action() })
+  }
+
   /// Changes what a registration waits for.
   package func modify(_ token: Token, events: UInt32) throws(Errno) {
     try control(EPOLL_CTL_MOD, token, events)

@@ -120,16 +120,17 @@ extension Virtqueue {
     RingWord.store(1, deviceArea.start, 0)  // VIRTQ_USED_F_NO_NOTIFY
   }
 
-  mutating func enableNotificationsSplit() -> Bool {
-    guard let deviceArea else { return false }
+  mutating func enableNotificationsSplit(behind known: UInt16 = 0) -> Bool {
+    guard let deviceArea, let driverArea else { return false }
+    let expected = layout.nextAvailable &+ known
     if eventIndex {
-      RingWord.store(layout.nextAvailable, deviceArea.start, 4 &+ 8 &* Int(layout.size))
+      RingWord.store(expected, deviceArea.start, 4 &+ 8 &* Int(layout.size))
     } else {
       RingWord.store(0, deviceArea.start, 0)
     }
     // The request for a notification must be visible before the index is read again, or a chain could slip between.
     atomicMemoryFence(ordering: .sequentiallyConsistent)
-    return hasPendingSplit()
+    return RingWord.acquire(driverArea.start, 2) != expected
   }
 
   mutating func pushUsedSplit(_ ticket: ChainTicket, _ length: UInt32) {

@@ -146,6 +146,14 @@ package struct Virtqueue: ~Copyable {
     isPacked ? enableNotificationsPacked() : enableNotificationsSplit()
   }
 
+  /// Asks for a notification of the first chain behind those that are known and wait, of a split ring.
+  ///
+  /// - Parameter known: chains that were seen and put back.
+  /// - Returns: whether there are more than those.
+  package mutating func enableNotifications(behind known: Int) -> Bool {
+    isPacked ? enableNotificationsPacked() : enableNotificationsSplit(behind: UInt16(truncatingIfNeeded: known))
+  }
+
   // MARK: Used chains
 
   /// Gives a chain back to the driver, which may see it at once and does after the next `publish`.

@@ -66,6 +66,25 @@ package final class SimulatedToolstack {
     }
   }
 
+  /// Adds a generic device, as libxl 4.18 does for `virtio = [ "type=..." ]`.
+  ///
+  /// - Parameter options: what `vxctl attach` writes beside it.
+  package func attachGeneric(type: String, device: Int, to domain: DomainID, options: String? = nil) throws(XenError) {
+    let frontend = "/local/domain/\(domain)/device/virtio/\(device)"
+    let backend = "/local/domain/0/backend/virtio/\(domain)/\(device)"
+    var keys = [
+      ("frontend", frontend), ("frontend-id", "\(domain)"), ("online", "1"), ("state", "1"), ("type", type),
+      ("transport", "mmio"), ("base", "0"), ("irq", "0"), ("grant_usage", "0"),
+    ]
+    if let options { keys.append(("vx-options", options)) }
+    try store.transaction { transaction throws(XenError) in
+      try store.write("\(frontend)/backend", backend, in: transaction)
+      try store.write("\(frontend)/backend-id", "0", in: transaction)
+      try store.write("\(frontend)/state", "1", in: transaction)
+      for (key, value) in keys { try store.write("\(backend)/\(key)", value, in: transaction) }
+    }
+  }
+
   /// Changes a key of an entry.
   package func set(_ key: String, _ value: String, disk: String, of domain: DomainID) throws(XenError) {
     try store.write("\(Self.backendPath(domain, disk))/\(key)", value)

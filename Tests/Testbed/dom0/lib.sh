@@ -215,6 +215,28 @@ in_driver() { # COMMAND...
 }
 driver_did() { xenstore-read "$driver/result" 2>/dev/null | grep -q "^$1 "; }
 
+# Runs a command in a guest that serves (vx.test=serve), over the pty of its port; its output is ours, and so is its exit code.
+in_guest() { # NAME COMMAND...
+  guest=$1
+  shift
+  number=$(($(cat /run/guest-number 2>/dev/null || echo 0) + 1))
+  echo $number >/run/guest-number
+  exec 8<>"/run/$guest.command" || return 1
+  echo "$number $*" >&8
+  code=124
+  while IFS= read -r -t "${GUEST_LIMIT:-60}" line <&8; do
+    case $line in
+      "$number done "*) code=${line##* }; break ;;
+      \|*) printf '%s\n' "${line#|}" ;;
+    esac
+  done
+  exec 8>&-
+  return "$code"
+}
+
+# One field of `vxctl show GUEST/DEVICE --json`, the first of its name.
+device_field() { vxctl show "$1" --json | tr ',{}' '\n\n\n' | sed -n "s/.*\"$2\": *\"\{0,1\}\([^\"]*\)\"\{0,1\} *$/\1/p" | head -n 1; }
+
 create() { # NAME
   rm -f "$(console_of "$1")"
   rm -f "/run/domid-$1"

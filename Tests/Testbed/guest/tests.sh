@@ -265,3 +265,33 @@ test_xenbus() {
     [ -n "$disks" ] || usleep 300000
   done
 }
+
+# Does what the scenario says over a port of a virtio console: each line "NUMBER COMMAND" is answered with its output, each line after a
+# '|', and "NUMBER done CODE".
+test_serve() {
+  mkdir -p /dev/virtio-ports
+  tries=0
+  until name_ports; [ -e /dev/virtio-ports/vx.command ]; do
+    tries=$((tries + 1))
+    [ $tries -lt 300 ] || { say "FAIL no port vx.command: $(grep . /sys/class/virtio-ports/*/name)"; dmesg | tail -n 30; finish; }
+    usleep 100000
+  done
+  ip link set lo up
+  say "SERVES $(ls /dev/virtio-ports | tr '\n' ' ')"
+  exec 3<>/dev/virtio-ports/vx.command
+  while read -r number command <&3; do
+    sh -c "$command" >/tmp/serve.out 2>&1 </dev/null
+    code=$?
+    { sed 's/^/|/' /tmp/serve.out; echo "$number done $code"; } >&3
+  done
+  say "FAIL the command port is at its end"
+}
+
+# What udev does for ports with names.
+name_ports() {
+  for port in /sys/class/virtio-ports/*/name; do
+    [ -e "$port" ] || continue
+    node=${port%/name}
+    ln -sf "../${node##*/}" "/dev/virtio-ports/$(cat "$port")"
+  done
+}

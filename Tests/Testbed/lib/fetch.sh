@@ -4,7 +4,8 @@
 # xen-utils-common is only a wrapper around xen-utils-4.17 and is left out.
 TESTBED_PACKAGES="xen-hypervisor-4.17-amd64 xen-utils-4.17 xenstore-utils libxenmisc4.17 libxenhypfs1 libxenstore4
   libxentoolcore1 libxentoollog1 libxencall1 libxendevicemodel1 libxenevtchn1 libxenforeignmemory1 libxengnttab1
-  qemu-system-common qemu-utils busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools"
+  qemu-system-common qemu-utils busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools
+  iperf3 libiperf0 libsctp1 libssl3 qemu-guest-agent libglib2.0-0 libpcre2-8-0 libnuma1 liburing2"
 
 fetch_packages() { # sets PACKAGES_ROOT
   local kernel version uris key folder

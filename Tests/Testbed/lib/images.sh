@@ -59,7 +59,10 @@ build_guest_image() { # ARCHIVE
   base_image "$image"
   copy_with_libraries "$image" "$PACKAGES_ROOT/sbin/mke2fs" /sbin/mkfs.ext4
   install -m 755 "$FIO" "$image/bin/fio"
-  copy_modules "$image" virtio_ring virtio virtio_mmio virtio_blk crc16 mbcache jbd2 crc32c_generic libcrc32c ext4
+  copy_modules "$image" virtio_ring virtio virtio_mmio virtio_blk crc16 mbcache jbd2 crc32c_generic libcrc32c ext4 \
+    failover net_failover virtio_net virtio_console virtio-rng garp mrp llc stp 8021q
+  copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
+  copy_with_libraries "$image" "$PACKAGES_ROOT/usr/sbin/qemu-ga" /bin/qemu-ga
   cp "$MODULE" "$image/modules/"
   cp "$TESTBED"/guest/* "$image/"
   mv "$image/mke2fs.conf" "$image/etc/"
@@ -83,10 +86,10 @@ build_boot_image() { # IMAGE GUEST_ARCHIVE
     printf '#%.0s' $(seq 480)
     printf '\n'
   } >"$folder/syslinux.cfg"
-  truncate -s 16M "$1"
+  truncate -s 32M "$1"
   (
     export PATH="$folder:$PATH"
-    mformat -i "$1" -T 32768 -h 16 -s 63 :: && mcopy -i "$1" "$IMAGES/vmlinuz" ::vmlinuz &&
+    mformat -i "$1" -T 65536 -h 16 -s 63 :: && mcopy -i "$1" "$IMAGES/vmlinuz" ::vmlinuz &&
       mcopy -i "$1" "$2" ::initrd.gz && mcopy -i "$1" "$folder/syslinux.cfg" ::syslinux.cfg &&
       "$PACKAGES_ROOT/usr/bin/syslinux" --install "$1"
   ) >"$folder/log" 2>&1 || die "cannot make the guest's boot disk: $(tail -n 3 "$folder/log")"
@@ -144,7 +147,8 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   cp "$PACKAGES_ROOT/usr/share/qemu/kvmvapic.bin" "$image/usr/share/qemu/"
   cp "$PACKAGES_ROOT"/usr/share/qemu/keymaps/en-us "$image/usr/share/qemu/keymaps/"
   cp -L "$PACKAGES_ROOT"/usr/share/seabios/vgabios-stdvga.bin "$image/usr/share/seabios/"
-  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop
+  copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
+  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop tun llc stp bridge garp mrp 8021q
   mkdir -p "$image/guest"
   build_boot_image "$image/guest/boot.img" "$2"
   install -m 755 "$TESTBED/dom0/init" "$image/init"

@@ -1,4 +1,5 @@
 package import Synchronization
+import Virtqueue
 
 /// A count that one thread writes and any thread reads: no lock, no read-modify-write.
 package final class Counter: Sendable {
@@ -18,7 +19,28 @@ package final class Counter: Sendable {
   package func set(_ value: UInt64) { word.store(value, ordering: .relaxed) }
 }
 
-/// What a block queue did since its device was created. Written by its data thread alone, once per batch.
+/// Why a packet or a piece of output was not delivered.
+package enum DropReason: Int, CaseIterable, Sendable {
+  /// The driver's buffers: missing, too small, or not in its memory.
+  case badBuffer
+  /// A header or packet that makes no sense.
+  case malformed
+  /// A source that is not the guest's to use: hardware address, then IP address.
+  case foreignMAC
+  case foreignIP
+  /// Not for this guest, as its receive filter says.
+  case filtered
+  /// The link is down, or nobody listens.
+  case linkDown
+  /// The limit of the device, or the guest, or the daemon.
+  case rate
+  /// The host did not take it.
+  case host
+}
+
+/// What a queue did since its device was created. Written by its data thread alone.
+///
+/// Reads are what the guest gets: of a disk, from the network, of input; writes are what comes from it.
 package final class QueueCounters: Sendable {
   package let reads = Counter()
   package let writes = Counter()
@@ -44,6 +66,8 @@ package final class QueueCounters: Sendable {
   /// Guest addresses whose mapping was in the queue's own cache, and those that had to be asked of the pool.
   package let translationHits = Counter()
   package let translationMisses = Counter()
+  /// What was not delivered, by reason.
+  private let dropped = DropReason.allCases.map { _ in Counter() }
   /// Requests that the engine works on right now.
   package let inFlight = Atomic<UInt64>(0)
   /// Those of them that wait for another try.
@@ -53,4 +77,13 @@ package final class QueueCounters: Sendable {
   package let batchSince = Atomic<UInt64>(0)
 
   package init() {}
+
+  package func drops(_ reason: DropReason) -> Counter { dropped[reason.rawValue] }
+
+  /// At the end of a batch.
+  func settle(_ memory: borrowing GuestMemoryView) {
+    batches.add(1)
+    translationHits.set(memory.hits)
+    translationMisses.set(memory.misses)
+  }
 }

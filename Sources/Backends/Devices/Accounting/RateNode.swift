@@ -78,6 +78,26 @@ package final class RateNode: Sendable {
     return 0
   }
 
+  /// When something that has no end of its own, a packet, may go: 0 for now, else when to ask again, in monotonic nanoseconds.
+  package func delay(isWrite: Bool, at now: UInt64) -> UInt64 {
+    var time: UInt64 = 0
+    var node: RateNode? = self
+    while let current = node {
+      if current.hasLimits.load(ordering: .relaxed) { time = max(time, current.waitForRate(isWrite, now)) }
+      node = current.parent
+    }
+    return time
+  }
+
+  /// It went, and this is what it was.
+  package func pay(isWrite: Bool, bytes: UInt64, at now: UInt64) {
+    var node: RateNode? = self
+    while let current = node {
+      if current.hasLimits.load(ordering: .relaxed) { current.chargeRate(isWrite, bytes, now) }
+      node = current.parent
+    }
+  }
+
   /// A request that was admitted has ended.
   package func release() {
     inFlight.wrappingSubtract(1, ordering: .relaxed)
@@ -89,6 +109,10 @@ package final class RateNode: Sendable {
     let most = inFlightLimit.load(ordering: .relaxed)
     // Whose request ends next is not known: look again in a millisecond, or at a completion of the same queue.
     if most > 0, inFlight.load(ordering: .relaxed) >= most { return now &+ 1_000_000 }
+    return waitForRate(isWrite, now)
+  }
+
+  private func waitForRate(_ isWrite: Bool, _ now: UInt64) -> UInt64 {
     let first = isWrite ? Self.wait(writeOperations, now) : Self.wait(readOperations, now)
     let second = isWrite ? Self.wait(writeBytes, now) : Self.wait(readBytes, now)
     return max(first, second)
@@ -103,6 +127,10 @@ package final class RateNode: Sendable {
   private func charge(_ isWrite: Bool, _ bytes: UInt64, _ now: UInt64) {
     inFlight.wrappingAdd(1, ordering: .relaxed)
     guard hasLimits.load(ordering: .relaxed) else { return }
+    chargeRate(isWrite, bytes, now)
+  }
+
+  private func chargeRate(_ isWrite: Bool, _ bytes: UInt64, _ now: UInt64) {
     let credit = burst.load(ordering: .relaxed)
     if isWrite {
       Self.charge(writeOperations, 1, now, credit)

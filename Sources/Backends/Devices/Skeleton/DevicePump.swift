@@ -6,7 +6,8 @@ package import Virtqueue
 /// The skeleton (`DeviceWorker` in Assembly) owns the thread, the wake-ups, the timer, the channels and the life cycle, and calls this.
 /// Queues are numbered from 0 within the pump. Everything here is called on the data thread.
 package protocol DevicePump: ~Copyable, SendableMetatype {
-  /// Descriptors that wake the pump besides the driver's notifications: an engine's completions, a tap. They stay the same.
+  /// Descriptors that wake the pump besides the driver's notifications: an engine's completions, a tap. They stay the same. Told once
+  /// for each change: `run` takes all there is, or asks to be called again, or waits for the driver.
   var descriptors: [Int32] { get }
   /// One of `descriptors` is readable; `run` follows.
   mutating func acknowledge(_ descriptor: Int)

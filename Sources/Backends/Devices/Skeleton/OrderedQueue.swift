@@ -7,26 +7,24 @@ package import Virtqueue
 /// taken and not answered is taken again. For split rings, which is what devices built on it offer.
 package struct OrderedQueue: ~Copyable {
   package let counters: QueueCounters
-  /// Whether the driver's queue is live.
-  package private(set) var isActive = false
-  private var queue: Virtqueue
+  /// The driver's queue while it is live.
+  private var queue: Virtqueue?
   private let chainLimit: Int
   private let buffers: UnsafeMutablePointer<GuestBuffer>
 
   /// - Parameter chainLimit: buffers of a chain at most; a longer one is the driver's fault.
-  package init(chainLimit: Int, source: any GuestMemorySource, counters: QueueCounters) throws(VirtqueueFault) {
+  package init(chainLimit: Int, counters: QueueCounters) {
     self.chainLimit = chainLimit
     self.counters = counters
-    var unused = QueueLayout()
-    unused.size = 1
-    queue = try Virtqueue(layout: unused, maximumSize: 1, chainLimit: 1, features: [], source: source)
     buffers = .allocate(capacity: chainLimit)
   }
 
   deinit { buffers.deallocate() }
 
-  /// Entries of the driver's ring.
-  package var size: Int { isActive ? Int(queue.layout.size) : 0 }
+  package var isActive: Bool { size > 0 }
+
+  /// Entries of the driver's ring; 0 while it is not live.
+  package private(set) var size = 0
 
   // MARK: Life
 
@@ -38,40 +36,38 @@ package struct OrderedQueue: ~Copyable {
     } catch {
       throw .virtqueue(error)
     }
-    isActive = true
+    size = Int(activation.layout.size)
   }
 
   package mutating func deactivate() {
-    isActive = false
-    queue.forgetRings()
+    queue = nil
+    size = 0
   }
 
   // MARK: A batch
 
   /// Makes the rings usable for a batch, see `Virtqueue.prepare`; before every other call of it.
   package mutating func prepare(_ invalidations: UInt64) throws(VirtqueueFault) {
-    guard isActive else { return }
-    try queue.prepare(invalidations: invalidations)
-    queue.disableNotifications()
+    try queue?.prepare(invalidations: invalidations)
+    queue?.disableNotifications()
   }
 
   /// Takes the next chain; its buffers are good until the next call.
   package mutating func next(_ memory: inout GuestMemoryView) throws(VirtqueueFault) -> DescriptorChain? {
-    guard isActive else { return nil }
     var chain = DescriptorChain(buffers: buffers)
-    return try queue.next(memory: &memory, into: &chain) ? chain : nil
+    return try queue?.next(memory: &memory, into: &chain) == true ? chain : nil
   }
 
   /// Puts the chain that was taken last back; several in the reverse of their order.
-  package mutating func putBack(_ ticket: ChainTicket) { queue.putBack(ticket) }
+  package mutating func putBack(_ ticket: ChainTicket) { queue?.putBack(ticket) }
 
   /// Gives the oldest chain back to the driver, with the bytes that were written into it.
-  package mutating func use(_ ticket: ChainTicket, length: UInt32) { queue.pushUsed(ticket, length: length) }
+  package mutating func use(_ ticket: ChainTicket, length: UInt32) { queue?.pushUsed(ticket, length: length) }
 
   /// Publishes what was used, and interrupts the driver if it wants that.
   package mutating func publish(_ signals: any TransportSignals) {
-    guard isActive, queue.hasUnpublished else { return }
-    if queue.publish() {
+    guard queue?.hasUnpublished == true else { return }
+    if queue?.publish() == true {
       counters.interrupts.add(1)
       signals.interruptForUsedBuffers()
     } else {
@@ -80,10 +76,15 @@ package struct OrderedQueue: ~Copyable {
   }
 
   /// Whether chains wait.
-  package var hasPending: Bool { isActive && queue.hasPending() }
+  package var hasPending: Bool { mutating get { queue?.hasPending() == true } }
 
   /// Ends a batch: asks for a notification of the next chain.
   ///
   /// - Returns: whether chains came meanwhile.
-  package mutating func enableNotifications() -> Bool { isActive && queue.enableNotifications() }
+  package mutating func enableNotifications() -> Bool { queue?.enableNotifications() == true }
+
+  /// The same for a batch that ended with chains that do not suffice: asks for a notification of one behind them.
+  package mutating func enableNotifications(behind known: Int) -> Bool {
+    queue?.enableNotifications(behind: known) == true
+  }
 }

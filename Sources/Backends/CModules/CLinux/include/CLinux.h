@@ -39,6 +39,12 @@ uint64_t clinux_thread_cpu_nanoseconds(void);
 int clinux_fallocate(int fd, int mode, int64_t offset, int64_t length);
 /// Accepts a connection, non-blocking and closed on exec; the descriptor or -1.
 int clinux_accept(int fd);
+/// A new pty: its master, and the path of its other side; a negated errno on failure.
+int clinux_open_pty(char *name, uint32_t capacity);
+/// The size of the terminal behind a descriptor; 0 or an errno.
+int clinux_window_size(int fd, uint16_t *columns, uint16_t *rows);
+/// A connection to a Unix stream socket, waiting for it; -1 and errno on failure.
+int clinux_connect_unix(const char *path);
 /// The flag SOCK_CLOEXEC, an enumerator in glibc.
 int clinux_socket_cloexec(void);
 /// The flag O_DIRECT, which only GNU's headers show.
@@ -51,3 +57,20 @@ static inline int clinux_is_directory(mode_t mode) { return S_ISDIR(mode); }
 int32_t clinux_thread_id(void);
 /// Supplementary groups of a Unix socket's peer (SO_PEERGROUPS): how many were stored, or a negated errno.
 int clinux_peer_groups(int fd, uint32_t *groups, uint32_t capacity);
+
+// Network interfaces; all of these return 0 or an errno.
+
+/// Makes a descriptor of /dev/net/tun a queue of a tap, which is created when there is none of that name.
+int clinux_tap_attach(int fd, const char *name, int multiqueue);
+/// Bytes of the virtio-net header before each packet, in little-endian order.
+int clinux_tap_header(int fd, int bytes);
+/// TUN_F_*: what the reader of the tap can take.
+int clinux_tap_offloads(int fd, unsigned int flags);
+/// Whether the interface outlives its descriptors.
+int clinux_tap_persist(int fd, int on);
+/// Whether the queue takes part.
+int clinux_tap_enable(int fd, int on);
+int clinux_interface_up(const char *name, int up);
+int clinux_interface_mtu(const char *name, int mtu);
+int clinux_interface_address(const char *name, const unsigned char *address);
+int clinux_bridge_add(const char *bridge, int interface);

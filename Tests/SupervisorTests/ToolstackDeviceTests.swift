@@ -7,7 +7,7 @@ import Testing
 import Xen
 
 /// Disks that dom0 writes to Xenstore by itself: what `vxctl attach --backend`, `detach --xenbus` and `reattach` do.
-@Suite struct ToolstackDiskTests {
+@Suite struct ToolstackDeviceTests {
   private func world() throws -> (World, SimulatedDomain, XenStore) {
     let world = try World()
     let domain = try world.domain(5, name: "web1", type: "pvh")
@@ -23,7 +23,7 @@ import Xen
     let (world, domain, store) = try world()
     defer { world.end() }
     for round in 0..<5 {
-      let disk = ToolstackDisk(store, guest: 5, device: try ToolstackDisk.number("xvdb"))
+      let disk = ToolstackDevice(store, guest: 5, device: try ToolstackDevice.number("xvdb"))
       try disk.create(backend: 0, target: world.image(), readOnly: false)
       #expect(eventually { world.state("web1", "xvdb") == "ready" })
       let (guest, registers) = try world.bootXenbus(domain, disk: "xvdb")
@@ -43,7 +43,7 @@ import Xen
   @Test func driverThatDoesNotLetGoLosesTheDiskByForce() throws {
     let (world, domain, store) = try world()
     defer { world.end() }
-    let disk = ToolstackDisk(store, guest: 5, device: try ToolstackDisk.number("xvdb"))
+    let disk = ToolstackDevice(store, guest: 5, device: try ToolstackDevice.number("xvdb"))
     try disk.create(backend: 0, target: world.image(), readOnly: false)
     #expect(eventually { world.state("web1", "xvdb") == "ready" })
     let (guest, _) = try world.bootXenbus(domain, disk: "xvdb")
@@ -58,7 +58,7 @@ import Xen
   @Test func diskWhoseBackendIsGoneIsGivenToAnother() throws {
     let (world, domain, store) = try world()
     defer { world.end() }
-    let disk = ToolstackDisk(store, guest: 5, device: try ToolstackDisk.number("xvda"))
+    let disk = ToolstackDevice(store, guest: 5, device: try ToolstackDevice.number("xvda"))
     let image = world.image()
     try disk.create(backend: 9, target: image, readOnly: false)
     #expect(disk.backend == "/local/domain/9/backend/virtio_disk/5/51712")
@@ -68,34 +68,38 @@ import Xen
     #expect(eventually { world.state("web1", "xvda") == "ready" })
     let (guest, _) = try world.bootXenbus(domain, disk: "xvda")
     #expect(try guest.write(block(1), sector: 0) == 0)
-    #expect(ToolstackDisk.all(store).count == 1)
+    #expect(ToolstackDevice.all(store).count == 1)
   }
 
   @Test func mistakesAreNamedAndChangeNothing() throws {
     let (world, _, store) = try world()
     defer { world.end() }
-    func words(_ body: () throws(ToolstackDisk.Fault) -> Void) -> String {
-      do throws(ToolstackDisk.Fault) { try body() } catch { return error.message }
+    func words(_ body: () throws(ToolstackDevice.Fault) -> Void) -> String {
+      do throws(ToolstackDevice.Fault) { try body() } catch { return error.message }
       return ""
     }
-    #expect(words { () throws(ToolstackDisk.Fault) in _ = try ToolstackDisk.number("sda") }.contains("xvda to xvdp"))
     #expect(
-      words { () throws(ToolstackDisk.Fault) in _ = try ToolstackDisk.domain("nobody", store) }.contains("'nobody'"))
+      words { () throws(ToolstackDevice.Fault) in _ = try ToolstackDevice.number("sda") }.contains("xvda to xvdp"))
     #expect(
-      words { () throws(ToolstackDisk.Fault) in _ = try ToolstackDisk.domain("77", store) }.contains("no domain 77"))
-    #expect(try ToolstackDisk.domain("web1", store) == 5)
-    let disk = ToolstackDisk(store, guest: 5, device: try ToolstackDisk.free(store, guest: 5))
-    #expect(ToolstackDisk.name(disk.device) == "xvda")
+      words { () throws(ToolstackDevice.Fault) in _ = try ToolstackDevice.domain("nobody", store) }.contains("'nobody'")
+    )
+    #expect(
+      words { () throws(ToolstackDevice.Fault) in _ = try ToolstackDevice.domain("77", store) }.contains("no domain 77")
+    )
+    #expect(try ToolstackDevice.domain("web1", store) == 5)
+    let disk = ToolstackDevice(store, guest: 5, device: try ToolstackDevice.free(store, guest: 5))
+    #expect(ToolstackDevice.name(disk.device) == "xvda")
     try disk.create(backend: 0, target: world.image(), readOnly: true)
     #expect(
-      words { () throws(ToolstackDisk.Fault) in try disk.create(backend: 0, target: "/x", readOnly: false) }.contains(
+      words { () throws(ToolstackDevice.Fault) in try disk.create(backend: 0, target: "/x", readOnly: false) }.contains(
         "already"))
-    #expect(ToolstackDisk.name(try ToolstackDisk.free(store, guest: 5)) == "xvdb")
+    #expect(ToolstackDevice.name(try ToolstackDevice.free(store, guest: 5)) == "xvdb")
     try store.write("/libxl/6/device/vbd/51712/frontend", "x")
-    let mixed = ToolstackDisk(store, guest: 6, device: try ToolstackDisk.number("xvdb"))
+    let mixed = ToolstackDevice(store, guest: 6, device: try ToolstackDevice.number("xvdb"))
     #expect(
-      words { () throws(ToolstackDisk.Fault) in try mixed.create(backend: 0, target: "/x", readOnly: false) }.contains(
-        "plain Xen disks"))
+      words { () throws(ToolstackDevice.Fault) in try mixed.create(backend: 0, target: "/x", readOnly: false) }
+        .contains(
+          "plain Xen disks"))
     #expect(!mixed.exists)
   }
 

@@ -1,6 +1,7 @@
-/// A virtio disk in Xenstore as the toolstack sees it, from dom0: made, taken away and given to another backend while the guest runs,
-/// for which libxl has no command. What is written is what libxl writes (xen: libxl_disk.c), so `xl destroy` cleans it up.
-package struct ToolstackDisk {
+/// A virtio device in Xenstore as the toolstack sees it, from dom0: made, taken away and given to another backend while the guest runs,
+/// for which libxl has no command. What is written is what libxl writes (xen: libxl_disk.c, libxl_virtio.c), so `xl destroy` cleans it
+/// up; before libxl 4.18, which does not know the generic kind, vxd does that for its devices.
+package struct ToolstackDevice {
   /// What keeps an operation from being done; nothing has been changed then.
   package struct Fault: Error {
     package var message: String
@@ -12,17 +13,58 @@ package struct ToolstackDisk {
     }
   }
 
+  /// libxl's kinds of devices.
+  package enum Kind: String, CaseIterable, Sendable {
+    case disk = "virtio_disk"
+    case generic = "virtio"
+  }
+
+  /// What generic devices are: the beginning of their names, and virtio's number of the type.
+  package enum GenericType: String, CaseIterable, Sendable {
+    case network = "net"
+    case console = "console"
+    case entropy = "rng"
+
+    package var virtioNumber: Int {
+      switch self {
+      case .network: 1
+      case .console: 3
+      case .entropy: 4
+      }
+    }
+  }
+
   package let store: XenStore
   package let guest: DomainID
-  /// libxl's number of the virtual disk.
+  package let kind: Kind
+  /// libxl's number of the virtual disk, or of the generic device.
   package let device: UInt32
 
-  private static let kind = "virtio_disk"
-
-  package init(_ store: XenStore, guest: DomainID, device: UInt32) {
+  package init(_ store: XenStore, guest: DomainID, device: UInt32, kind: Kind = .disk) {
     self.store = store
     self.guest = guest
     self.device = device
+    self.kind = kind
+  }
+
+  /// By the name that operators use: xvda to xvdp, or net0, console1, rng2.
+  package init(_ store: XenStore, guest: DomainID, name: String) throws(Fault) {
+    for type in GenericType.allCases where name.hasPrefix(type.rawValue) {
+      guard let number = UInt32(name.dropFirst(type.rawValue.count)), "\(type.rawValue)\(number)" == name else {
+        continue
+      }
+      self.init(store, guest: guest, device: number, kind: .generic)
+      return
+    }
+    self.init(store, guest: guest, device: try Self.number(name))
+  }
+
+  /// The name that operators use.
+  package var name: String {
+    guard kind == .generic else { return Self.name(device) }
+    let text = store.read("\(library)/type") ?? ""
+    let type = GenericType.allCases.first { text == "virtio,device\($0.virtioNumber)" }
+    return "\(type?.rawValue ?? "virtio")\(device)"
   }
 
   // MARK: Names
@@ -68,25 +110,36 @@ package struct ToolstackDisk {
     return free
   }
 
-  /// Every virtio disk of every guest.
-  package static func all(_ store: XenStore) -> [ToolstackDisk] {
+  /// The first number that the guest has no generic device of.
+  package static func freeGeneric(_ store: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
+    let taken = Set((store.list("/libxl/\(guest)/device/virtio") ?? []).compactMap { UInt32($0) })
+    guard let free = (0..<64).first(where: { !taken.contains($0) }) else {
+      throw Fault("the guest has 64 generic virtio devices already")
+    }
+    return free
+  }
+
+  /// Every virtio device of every guest.
+  package static func all(_ store: XenStore) -> [ToolstackDevice] {
     (store.list("/libxl") ?? []).compactMap { DomainID($0) }.flatMap { guest in
-      (store.list("/libxl/\(guest)/device/\(kind)") ?? []).compactMap { UInt32($0) }.map {
-        ToolstackDisk(store, guest: guest, device: $0)
+      Kind.allCases.flatMap { kind in
+        (store.list("/libxl/\(guest)/device/\(kind.rawValue)") ?? []).compactMap { UInt32($0) }.map {
+          ToolstackDevice(store, guest: guest, device: $0, kind: kind)
+        }
       }
     }
   }
 
   // MARK: Paths
 
-  package var library: String { "/libxl/\(guest)/device/\(Self.kind)/\(device)" }
-  package var frontend: String { "/local/domain/\(guest)/device/\(Self.kind)/\(device)" }
+  package var library: String { "/libxl/\(guest)/device/\(kind.rawValue)/\(device)" }
+  package var frontend: String { "/local/domain/\(guest)/device/\(kind.rawValue)/\(device)" }
   /// The backend's directory, as libxl has it written down.
   package var backend: String? { store.read("\(library)/backend") }
   package var exists: Bool { store.read("\(library)/frontend") != nil }
 
   private func backend(of domain: DomainID) -> String {
-    "/local/domain/\(domain)/backend/\(Self.kind)/\(guest)/\(device)"
+    "/local/domain/\(domain)/backend/\(kind.rawValue)/\(guest)/\(device)"
   }
 
   // MARK: Changes
@@ -96,7 +149,7 @@ package struct ToolstackDisk {
   /// - Parameter target: what the backend's domain calls the image.
   package func create(backend domain: DomainID, target: String, readOnly: Bool) throws(Fault) {
     guard !exists else {
-      throw Fault("domain \(guest) has a disk \(Self.name(device)) already", remedy: "name another one by --vdev")
+      throw Fault("domain \(guest) has a disk \(name) already", remedy: "name another one by --vdev")
     }
     let plain = store.list("/libxl/\(guest)/device/vbd") ?? []
     guard plain.isEmpty else {
@@ -110,6 +163,26 @@ package struct ToolstackDisk {
       ("device-type", "disk"), ("mode", readOnly ? "r" : "w"), ("removable", "0"), ("bootable", "1"),
       ("discard-enable", "1"), ("base", "0"), ("irq", "0"),
     ]
+    try create(domain, keys)
+  }
+
+  /// Makes a generic device's entries, all at once.
+  ///
+  /// - Parameter options: what libxl has no room for: options as in profiles, JSON.
+  package func create(backend domain: DomainID, type: GenericType, options: String?) throws(Fault) {
+    guard !exists else {
+      throw Fault("domain \(guest) has a generic device \(device) already", remedy: "name another one by --device")
+    }
+    var keys = [
+      ("frontend", frontend), ("frontend-id", "\(guest)"), ("online", "1"), ("state", "1"),
+      ("type", "virtio,device\(type.virtioNumber)"), ("transport", "mmio"), ("base", "0"), ("irq", "0"),
+      ("grant_usage", "1"),
+    ]
+    if let options { keys.append(("vx-options", options)) }
+    try create(domain, keys)
+  }
+
+  private func create(_ domain: DomainID, _ keys: [(String, String)]) throws(Fault) {
     try change { transaction throws(XenError) in
       try writeBackend(domain, keys, transaction)
       try writeFrontend(domain, transaction)
@@ -122,7 +195,7 @@ package struct ToolstackDisk {
 
   /// Gives the disk to another backend domain: the driver in the guest finds it anew.
   package func move(to domain: DomainID) throws(Fault) {
-    guard let old = backend else { throw Fault("domain \(guest) has no virtio disk \(Self.name(device))") }
+    guard let old = backend else { throw Fault("domain \(guest) has no virtio device \(name)") }
     var keys: [(String, String)] = [("frontend", frontend)]
     for name in store.list(library) ?? [] where name != "frontend" && name != "backend" {
       keys.append((name, store.read("\(library)/\(name)") ?? ""))
@@ -147,16 +220,14 @@ package struct ToolstackDisk {
 
   private func writeFrontend(_ domain: DomainID, _ transaction: UInt32) throws(XenError) {
     try store.makeDirectory(frontend, owner: guest, reader: domain, in: transaction)
-    let keys = [
-      ("backend-id", "\(domain)"), ("state", "1"), ("virtual-device", "\(device)"), ("device-type", "disk"),
-      ("trusted", "1"), ("backend", backend(of: domain)),
-    ]
+    var keys = [("backend-id", "\(domain)"), ("state", "1"), ("trusted", "1"), ("backend", backend(of: domain))]
+    if kind == .disk { keys += [("virtual-device", "\(device)"), ("device-type", "disk")] }
     for (key, value) in keys { try store.write("\(frontend)/\(key)", value, in: transaction) }
   }
 
   /// Asks the driver and the backend to end the disk.
   package func requestEnd() throws(Fault) {
-    guard let path = backend else { throw Fault("domain \(guest) has no virtio disk \(Self.name(device))") }
+    guard let path = backend else { throw Fault("domain \(guest) has no virtio device \(name)") }
     try change { transaction throws(XenError) in
       guard store.read("\(path)/state", in: transaction) != nil else { return }
       try store.write("\(path)/online", "0", in: transaction)

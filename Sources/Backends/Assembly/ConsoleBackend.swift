@@ -1,0 +1,118 @@
+package import Devices
+package import Engines
+package import EventLoop
+import Transport
+package import Virtqueue
+
+/// Options of a console device.
+package struct ConsoleSettings: DeviceSettings {
+  package var restart = RestartPolicy()
+  package var limits = RateLimits()
+  package var offered: FeatureBits?
+  /// The first is the guest's console.
+  package var ports: [ConsolePortSettings]
+
+  package init(ports: [ConsolePortSettings]) { self.ports = ports }
+
+  /// A guest that runs keeps the count of its ports.
+  mutating func keep(queueSizes: [UInt16]) {
+    let count = max(1, queueSizes.count / 2 - 1)
+    while ports.count < count { ports.append(ConsolePortSettings(name: "", isConsole: false)) }
+    ports.removeLast(ports.count - count)
+  }
+}
+
+/// A running console device: all its ports on one thread.
+package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: immutable, or made for sharing; see the superclass.
+
+  package let settings: ConsoleSettings
+  /// The device in names of files.
+  package let fileName: String
+  private let worker: DeviceWorker<ConsolePump>
+  private static let queueSize: UInt16 = 64
+
+  /// Paths below `consoleFolder` where `vxctl console` finds the ports.
+  package static func viewerPath(_ folder: String, _ device: String, port: Int) -> String {
+    "\(folder)/\(device)-\(port).sock"
+  }
+
+  package static func start(
+    _ settings: ConsoleSettings, _ surroundings: Surroundings,
+    completion: @escaping @Sendable (Result<ConsoleBackend, StartFault>) -> Void
+  ) -> [LoopThread] {
+    start(
+      name: surroundings.name, threads: 1,
+      make: { threads throws(StartFault) in try ConsoleBackend(settings, surroundings, threads[0]) },
+      completion: completion)
+  }
+
+  private init(_ settings: ConsoleSettings, _ surroundings: Surroundings, _ thread: LoopThread) throws(StartFault) {
+    let count = settings.ports.count
+    let profile = DeviceProfile(
+      deviceID: ConsoleConfiguration.deviceID, offeredFeatures: settings.offered ?? ConsoleConfiguration.features,
+      queueSizes: Array(repeating: Self.queueSize, count: 2 * count + 2))
+    let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
+    let counters = profile.queueSizes.indices.map { surroundings.account.queue($0).counters }
+    let configuration = ConfigurationSpace(ConsoleConfiguration.bytes(nil, ports: count))
+    var channels: [ConsolePort] = []
+    var parts: [ConsolePump.PortParts] = []
+    for (index, port) in settings.ports.enumerated() {
+      let first = index == 0 ? 0 : 2 * index + 2
+      let logLine = surroundings.logLine
+      let place = ConsolePort.Place(
+        loop: thread.loop, counters: counters[first + 1],
+        viewerPath: surroundings.consoleFolder.map { Self.viewerPath($0, surroundings.fileName, port: index) },
+        historyPath: surroundings.consoleFolder.map { "\($0)/\(surroundings.fileName)-\(index).history" },
+        logLine: { logLine("port \(index): \($0)") })
+      do throws(ConsoleFault) {
+        channels.append(try ConsolePort(port, place))
+      } catch {
+        for channel in channels { channel.close() }
+        throw .resource("ports[\(index)].\(error.message)")
+      }
+      parts.append(
+        ConsolePump.PortParts(
+          channel: channels[index], name: port.name, isConsole: port.isConsole, inputCounters: counters[first],
+          outputCounters: counters[first + 1]))
+    }
+    let speaker = Speaker()
+    let made = parts
+    let worker = try Self.make { () throws in
+      try DeviceWorker(
+        ConsolePump(
+          ports: made, controlCounters: (counters[2], counters[3]), source: surroundings.source,
+          rate: surroundings.rate, notes: state?.notes,
+          onSize: { size in
+            configuration.update { ConsoleConfiguration.set(size, in: &$0) }
+            speaker.backend?.announceConfiguration()
+          }),
+        index: 0, queues: counters.map { .init(maximumSize: Self.queueSize, counters: $0) }, thread: thread,
+        source: surroundings.source, report: surroundings.report)
+    }
+    for channel in channels { channel.onChange = { [weak worker] in worker?.refresh() } }
+    self.settings = settings
+    fileName = surroundings.fileName
+    self.worker = worker
+    try super.init(
+      Parts(
+        profile: profile, configuration: configuration, mode: "\(count) ports", threads: [thread], workers: [worker],
+        routes: profile.queueSizes.indices.map { Route(worker: 0, queue: $0) }, rate: surroundings.rate, state: state,
+        counters: counters))
+    speaker.backend = self
+  }
+
+  /// What the pump's closures reach the backend by, on the data thread; set there before the first of them is called.
+  private final class Speaker: @unchecked Sendable {
+    // Invariant behind @unchecked Sendable: confined to the data thread.
+    weak var backend: ConsoleBackend?
+  }
+
+  package override func configurationWritten(offset: Int, bytes: [UInt8]) {
+    // The first byte of the word is the character; nothing else in the space is the driver's to write.
+    guard offeredFeatures.contains(.consoleEmergencyWrite), offset == ConsoleConfiguration.emergencyOffset,
+      let byte = bytes.first
+    else { return }
+    worker.change { $0.writeEmergency(byte) }
+  }
+}

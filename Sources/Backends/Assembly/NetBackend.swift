@@ -1,0 +1,185 @@
+import Devices
+package import Engines
+package import EventLoop
+import Synchronization
+package import Transport
+package import Virtqueue
+
+/// A running network device: a tap, and for each queue pair a thread with a pump and a queue of the tap.
+package final class NetBackend: DeviceBackend, @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: immutable, or made for sharing; see the superclass.
+
+  package let settings: NetSettings
+  private let tap: TapDevice
+  private let pairs: [DeviceWorker<NetPump>]
+
+  /// - Parameter openTap: another way to a tap: a pair of sockets in tests.
+  package static func start(
+    _ settings: NetSettings, _ surroundings: Surroundings,
+    openTap: @escaping @Sendable (NetSettings) throws(TapFault) -> TapDevice = NetBackend.openTap,
+    completion: @escaping @Sendable (Result<NetBackend, StartFault>) -> Void
+  ) -> [LoopThread] {
+    start(
+      name: surroundings.name, threads: settings.pairs,
+      make: { threads throws(StartFault) in try NetBackend(settings, surroundings, threads, openTap) },
+      completion: completion)
+  }
+
+  package static func openTap(_ settings: NetSettings) throws(TapFault) -> TapDevice {
+    try TapDevice(
+      settings.attachment, name: settings.tapName, queues: settings.pairs, mtu: settings.mtu.map { Int($0) })
+  }
+
+  private init(
+    _ settings: NetSettings, _ surroundings: Surroundings, _ threads: [LoopThread],
+    _ openTap: (NetSettings) throws(TapFault) -> TapDevice
+  ) throws(StartFault) {
+    let tap: TapDevice
+    do throws(TapFault) {
+      tap = try openTap(settings)
+    } catch {
+      throw .resource(error.message)
+    }
+    let profile = DeviceProfile(
+      deviceID: NetConfiguration.deviceID,
+      offeredFeatures: settings.offered ?? settings.features(segmentsUDP: tap.segmentsUDP),
+      queueSizes: Array(repeating: settings.queueSize, count: 2 * settings.pairs) + [min(settings.queueSize, 64)])
+    let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
+    let counters = profile.queueSizes.indices.map { surroundings.account.queue($0).counters }
+    let mtu = tap.mtu
+    let isLinkUp = state.flatMap { Self.savedLink($0.notes) } ?? settings.isLinkUp
+    let configuration = ConfigurationSpace(
+      NetConfiguration.bytes(
+        mac: settings.mac, status: isLinkUp ? NetConfiguration.statusLinkUp : 0, pairs: settings.pairs,
+        mtu: UInt16(clamping: mtu)))
+    let crew = Crew()
+    var pairs: [DeviceWorker<NetPump>] = []
+    for index in 0..<settings.pairs {
+      var own = [counters[2 * index], counters[2 * index + 1]]
+      if index == 0 { own.append(counters[2 * settings.pairs]) }
+      var options = NetPumpSettings(mac: settings.mac)
+      options.locksMAC = settings.locksMAC
+      options.lockedAddresses = settings.addresses
+      options.mtu = mtu
+      options.pairs = settings.pairs
+      let (sizes, final) = (profile.queueSizes, options)
+      pairs.append(
+        try Self.make { () throws in
+          try DeviceWorker(
+            NetPump(
+              tap: tap.queues[index], source: surroundings.source, counters: own, settings: final,
+              rate: surroundings.rate, choices: NetChoices(mac: settings.mac, offloads: 0),
+              isLinkUp: isLinkUp,
+              onChoices: { choices in
+                if let state { choices.save(to: state.notes) }
+                tap.setOffloads(FeatureBits(rawValue: choices.offloads))
+                tap.use(pairs: choices.pairs)
+                for other in crew.others { other.change { $0.set(choices) } }
+              },
+              onAnnounced: { Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce } }),
+            index: index,
+            queues: own.enumerated().map {
+              .init(maximumSize: $0.offset == 2 ? sizes.last ?? 64 : sizes[0], counters: $0.element)
+            },
+            thread: threads[index], source: surroundings.source, report: surroundings.report)
+        })
+    }
+    crew.set(others: Array(pairs.dropFirst()))
+    var routes = (0..<2 * settings.pairs).map { Route(worker: $0 / 2, queue: $0 % 2) }
+    routes.append(Self.controlRoute)
+    self.settings = settings
+    self.tap = tap
+    self.pairs = pairs
+    try super.init(
+      Parts(
+        profile: profile, configuration: configuration, mode: "tap \(tap.name)", threads: threads, workers: pairs,
+        routes: routes, rate: surroundings.rate, state: state, counters: counters))
+  }
+
+  private static let controlRoute = Route(worker: 0, queue: 2)
+
+  /// The workers that the first one passes the driver's choices to; they do not keep each other.
+  private final class Crew: Sendable {
+    private struct Member: Sendable { weak let worker: DeviceWorker<NetPump>? }
+    private let members = Mutex<[Member]>([])
+
+    func set(others: [DeviceWorker<NetPump>]) { members.withLock { $0 = others.map { Member(worker: $0) } } }
+    var others: [DeviceWorker<NetPump>] { members.withLock { $0.compactMap(\.worker) } }
+  }
+
+  // MARK: VirtioDevice, on the guest's thread
+
+  package override func accepts(_ features: FeatureBits) -> Bool { NetConfiguration.accepts(features) }
+
+  /// Without several pairs the control queue is the third (virtio 1.2, 5.1.2).
+  package override func route(of queue: Int) -> Route? {
+    if !negotiated.contains(.netQueues), queue >= 2 { return queue == 2 ? Self.controlRoute : nil }
+    return super.route(of: queue)
+  }
+
+  package override func activate(
+    features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool
+  ) {
+    let offloads = features.intersection(.netGuestOffloads)
+    let saved = adopts ? state.flatMap { NetChoices(from: $0.notes, maximumPairs: settings.pairs) } : nil
+    let choices = saved ?? NetChoices(mac: settings.mac, offloads: offloads.rawValue)
+    tap.setOffloads(FeatureBits(rawValue: choices.offloads))
+    tap.use(pairs: choices.pairs)
+    for pair in pairs { pair.change { $0.set(choices) } }
+    super.activate(features: features, layouts: layouts, signals: signals, adopts: adopts)
+    // Switches may have forgotten the guest while nobody was there.
+    if adopts, features.contains(.netGuestAnnounce) { announce() }
+  }
+
+  package override func forgetDriver() {
+    let notes = state
+    pairs[0].change { _ in notes?.notes.storeBytes(of: 0, as: UInt64.self) }
+    tap.setOffloads([])
+    tap.use(pairs: 1)
+    let plain = NetChoices(mac: settings.mac, offloads: 0)
+    for pair in pairs { pair.change { $0.set(plain) } }
+    Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce }
+  }
+
+  // MARK: For operators
+
+  package var interface: String { tap.name }
+  package var mtu: Int { tap.mtu }
+
+  package var isLinkUp: Bool {
+    NetConfiguration.status(configuration.bytes) & NetConfiguration.statusLinkUp != 0
+  }
+
+  /// Plugs the cable in, or pulls it; the driver is told.
+  package func set(isLinkUp: Bool) {
+    let state = state
+    for (index, pair) in pairs.enumerated() {
+      pair.change {
+        $0.set(isLinkUp: isLinkUp)
+        if index == 0, let state { Self.save(isLinkUp: isLinkUp, to: state.notes) }
+      }
+    }
+    Self.setStatus(configuration) {
+      isLinkUp ? $0 | NetConfiguration.statusLinkUp : $0 & ~NetConfiguration.statusLinkUp
+    }
+    announceConfiguration()
+  }
+
+  /// Behind the driver's choices: what an operator said of the link outlives backends, daemons and drivers. 0 is nothing, 1 down, 2 up.
+  private static func save(isLinkUp: Bool, to notes: UnsafeMutableRawBufferPointer) {
+    notes.storeBytes(of: isLinkUp ? 2 : 1, toByteOffset: notes.count - 8, as: UInt64.self)
+  }
+
+  private static func savedLink(_ notes: UnsafeMutableRawBufferPointer) -> Bool? {
+    let word = notes.load(fromByteOffset: notes.count - 8, as: UInt64.self)
+    return word == 1 ? false : word == 2 ? true : nil
+  }
+
+  private func announce() { Self.setStatus(configuration) { $0 | NetConfiguration.statusAnnounce } }
+
+  private static func setStatus(_ configuration: ConfigurationSpace, _ change: (UInt16) -> UInt16) {
+    let old = NetConfiguration.status(configuration.bytes)
+    let new = change(old)
+    if new != old { configuration.update { NetConfiguration.set(status: new, in: &$0) } }
+  }
+}

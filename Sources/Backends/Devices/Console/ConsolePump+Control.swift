@@ -1,0 +1,128 @@
+import Transport
+import Virtqueue
+
+/// The control queues (virtio 1.2, 5.3.6.2): which ports there are, what they are, and who has them open.
+extension ConsolePump {
+  private enum Event {
+    static let deviceReady: UInt16 = 0
+    static let deviceAdd: UInt16 = 1
+    static let portReady: UInt16 = 3
+    static let consolePort: UInt16 = 4
+    static let resize: UInt16 = 5
+    static let portOpen: UInt16 = 6
+    static let portName: UInt16 = 7
+  }
+
+  /// Messages that wait for the driver at most: a driver that asks without reading the answers is not answered.
+  private static var messageLimit: Int { 512 }
+
+  mutating func serveControl(_ signals: any TransportSignals) throws(VirtqueueFault) {
+    guard fromDriver.isActive else { return }
+    for _ in 0..<Self.batchLimit {
+      guard let chain = try fromDriver.next(&memory) else { break }
+      var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
+      var message: (UInt32, UInt16, UInt16) = (0, 0, 0)
+      let count = withUnsafeMutableBytes(of: &message) { bytes -> Int in
+        guard let start = bytes.baseAddress else { return 0 }
+        return (try? cursor.read(&memory, to: start, count: 8)) ?? 0
+      }
+      fromDriver.counters.others.add(1)
+      if count == 8 {
+        perform(
+          port: UInt32(littleEndian: message.0), event: UInt16(littleEndian: message.1),
+          value: UInt16(littleEndian: message.2))
+      } else {
+        fromDriver.counters.unsupported.add(1)
+      }
+      fromDriver.use(chain.ticket, length: 0)
+    }
+    fromDriver.publish(signals)
+  }
+
+  private mutating func perform(port: UInt32, event: UInt16, value: UInt16) {
+    if event == Event.deviceReady {
+      guard value == 1 else { return }
+      for index in 0..<portCount { say(index, Event.deviceAdd, 1) }
+      return
+    }
+    guard port < UInt32(portCount) else { return fromDriver.counters.unsupported.add(1) }
+    let index = Int(port)
+    switch event {
+    case Event.portReady:
+      guard value == 1 else { return }
+      ports[index].isReady = true
+      ports[index].toldOpen = false
+      ports[index].toldSize = nil
+      if ports[index].isConsole { say(index, Event.consolePort, 1) }
+      if !ports[index].name.isEmpty { say(index, Event.portName, 1, Array(ports[index].name.utf8)) }
+    case Event.portOpen: setOpen(index, value != 0)
+    default: fromDriver.counters.unsupported.add(1)
+    }
+  }
+
+  mutating func setOpen(_ index: Int, _ isOpen: Bool) {
+    guard ports[index].isGuestOpen != isOpen else { return }
+    ports[index].isGuestOpen = isOpen
+    ports[index].channel.guestOpened(isOpen)
+    guard let notes, notes.count >= 16 else { return }
+    var open: UInt64 = 0
+    for port in 0..<portCount where ports[port].isGuestOpen { open |= 1 << UInt64(port) }
+    notes.storeBytes(of: open, as: UInt64.self)
+  }
+
+  /// The driver of an earlier backend knows its ports, and does not speak of them again.
+  mutating func rememberPorts() {
+    guard isMultiport, let notes, notes.count >= 16 else { return }
+    let open = notes.load(as: UInt64.self)
+    for index in 0..<portCount {
+      ports[index].isReady = true
+      if open & 1 << UInt64(index) != 0 { setOpen(index, true) }
+    }
+  }
+
+  /// Tells the driver what has changed of a port.
+  mutating func tell(_ index: Int) {
+    let size = ports[index].channel.size
+    if index == 0, let size, size != ports[0].toldSize, !isMultiport || ports[0].isReady {
+      ports[0].toldSize = size
+      onSize(size)
+      if isMultiport {
+        // Rows first: Linux reads them so, whatever virtio 1.2, 5.3.6.2.2 says.
+        let bytes = [size.rows, size.columns].flatMap { [UInt8($0 & 255), UInt8($0 >> 8)] }
+        say(index, Event.resize, 1, bytes)
+      }
+    }
+    guard isMultiport, ports[index].isReady else { return }
+    let isOpen = ports[index].channel.isOpen
+    if isOpen != ports[index].toldOpen {
+      ports[index].toldOpen = isOpen
+      say(index, Event.portOpen, isOpen ? 1 : 0)
+    }
+  }
+
+  private mutating func say(_ index: Int, _ event: UInt16, _ value: UInt16, _ more: [UInt8] = []) {
+    guard isMultiport, messages.count < Self.messageLimit else { return }
+    let head: [UInt8] = [
+      UInt8(truncatingIfNeeded: index), 0, 0, 0, UInt8(event), 0, UInt8(value), 0,
+    ]
+    messages.append(head + more)
+  }
+
+  /// - Returns: whether messages wait for the driver's buffers.
+  mutating func sendMessages(_ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
+    guard toDriver.isActive else { return false }
+    var sent = 0
+    while sent < messages.count, let chain = try toDriver.next(&memory) {
+      var cursor = ChainCursor(chain.writable, count: chain.writableCount)
+      let done = messages[sent].withUnsafeBytes { bytes -> Int in
+        guard let start = bytes.baseAddress else { return 0 }
+        return (try? cursor.write(&memory, from: start, count: bytes.count)) ?? 0
+      }
+      toDriver.use(chain.ticket, length: UInt32(done))
+      sent += 1
+    }
+    messages.removeFirst(sent)
+    toDriver.publish(signals)
+    return !messages.isEmpty
+  }
+}

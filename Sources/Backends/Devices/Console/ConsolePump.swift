@@ -1,0 +1,266 @@
+package import Transport
+package import Virtqueue
+
+/// The data path of a console device: every port of it, and the control queues (virtio 1.2, 5.3), on one thread.
+///
+/// Queue numbers are the device's: 0 and 1 of port 0, 2 and 3 control, from 4 on two for each further port; the even ones go to the guest.
+package struct ConsolePump: DevicePump, ~Copyable {
+  /// Chains of each queue before others have their turn.
+  static var batchLimit: Int { 64 }
+  private static var chainLimit: Int { 64 }
+  private static var pieceBytes: Int { 4096 }
+
+  /// One port.
+  struct Port: ~Copyable {
+    let channel: any ConsoleChannel
+    let name: String
+    let isConsole: Bool
+    var input: OrderedQueue
+    var output: OrderedQueue
+    /// Bytes of the oldest output chain that the channel has already.
+    var outputDone = 0
+    /// What the driver has said, and what it has been told.
+    var isReady = false
+    var isGuestOpen = false
+    var toldOpen = false
+    var toldSize: TerminalSize?
+  }
+
+  /// What a port is made of.
+  package struct PortParts {
+    package var channel: any ConsoleChannel
+    package var name: String
+    package var isConsole: Bool
+    package var inputCounters: QueueCounters
+    package var outputCounters: QueueCounters
+
+    package init(
+      channel: any ConsoleChannel, name: String, isConsole: Bool, inputCounters: QueueCounters,
+      outputCounters: QueueCounters
+    ) {
+      self.channel = channel
+      self.name = name
+      self.isConsole = isConsole
+      self.inputCounters = inputCounters
+      self.outputCounters = outputCounters
+    }
+  }
+
+  let ports: UnsafeMutablePointer<Port>
+  let portCount: Int
+  var memory: GuestMemoryView
+  var toDriver: OrderedQueue
+  var fromDriver: OrderedQueue
+  /// Messages that wait for a buffer of the driver, oldest first.
+  var messages: [[UInt8]] = []
+  var features: FeatureBits = []
+  private let rate: RateNode
+  private let piece: UnsafeMutableRawPointer
+  /// Keeps which ports the guest has open.
+  let notes: UnsafeMutableRawBufferPointer?
+  /// The terminal of port 0 has another size.
+  let onSize: @Sendable (TerminalSize) -> Void
+  package private(set) var nextTime: UInt64 = 0
+  private var now: UInt64 = 0
+
+  package init(
+    ports parts: [PortParts], controlCounters: (QueueCounters, QueueCounters), source: any GuestMemorySource,
+    rate: RateNode, notes: UnsafeMutableRawBufferPointer?, onSize: @escaping @Sendable (TerminalSize) -> Void
+  ) {
+    memory = GuestMemoryView(source: source)
+    toDriver = OrderedQueue(chainLimit: Self.chainLimit, counters: controlCounters.0)
+    fromDriver = OrderedQueue(chainLimit: Self.chainLimit, counters: controlCounters.1)
+    self.rate = rate
+    self.notes = notes
+    self.onSize = onSize
+    piece = .allocate(byteCount: Self.pieceBytes, alignment: 16)
+    ports = .allocate(capacity: parts.count)
+    for (index, part) in parts.enumerated() {
+      (ports + index).initialize(
+        to: Port(
+          channel: part.channel, name: part.name, isConsole: part.isConsole,
+          input: OrderedQueue(chainLimit: Self.chainLimit, counters: part.inputCounters),
+          output: OrderedQueue(chainLimit: Self.chainLimit, counters: part.outputCounters)))
+    }
+    portCount = parts.count
+  }
+
+  deinit {
+    ports.deinitialize(count: portCount)
+    ports.deallocate()
+    piece.deallocate()
+  }
+
+  // MARK: Life
+
+  package mutating func activate(_ queue: Int, _ activation: QueueActivation) throws(DeviceFault) {
+    features = activation.features
+    if activation.adopts { rememberPorts() }
+    switch queue {
+    case 2: try toDriver.activate(activation)
+    case 3: try fromDriver.activate(activation)
+    default:
+      let port = ports + Self.port(of: queue)
+      if queue & 1 == 0 {
+        try port.pointee.input.activate(activation)
+      } else {
+        try port.pointee.output.activate(activation)
+      }
+      // Without the control queues both ends are open as soon as the driver is there.
+      if !isMultiport { setOpen(0, true) }
+    }
+  }
+
+  package mutating func deactivate(_ queue: Int) {
+    switch queue {
+    case 2:
+      toDriver.deactivate()
+      messages = []
+    case 3: fromDriver.deactivate()
+    default:
+      let port = ports + Self.port(of: queue)
+      if queue & 1 == 0 {
+        port.pointee.input.deactivate()
+      } else {
+        port.pointee.output.deactivate()
+        port.pointee.outputDone = 0
+      }
+    }
+    nextTime = 0
+  }
+
+  /// The driver is gone: whatever it had open is closed.
+  package mutating func end(_ queue: Int) {
+    let index = queue < 2 ? 0 : queue < 4 ? nil : Self.port(of: queue)
+    guard let index, index < portCount else { return }
+    ports[index].isReady = false
+    ports[index].toldOpen = false
+    ports[index].toldSize = nil
+    setOpen(index, false)
+  }
+
+  var isMultiport: Bool { features.contains(.consoleMultiport) }
+
+  private static func port(of queue: Int) -> Int { queue < 2 ? 0 : queue / 2 - 1 }
+
+  // MARK: A batch
+
+  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
+    now = MonotonicClock.now
+    nextTime = 0
+    let invalidations = memory.enter()
+    defer {
+      ports[0].output.counters.settle(memory)
+      memory.leave()
+    }
+    do throws(VirtqueueFault) {
+      try toDriver.prepare(invalidations)
+      try fromDriver.prepare(invalidations)
+      try serveControl(signals[3])
+      var hasMore = false
+      for index in 0..<portCount {
+        try ports[index].input.prepare(invalidations)
+        try ports[index].output.prepare(invalidations)
+        hasMore = try output(index, signals[Self.queue(index) + 1]) || hasMore
+        hasMore = try input(index, signals[Self.queue(index)]) || hasMore
+        tell(index)
+      }
+      let isBlocked = try sendMessages(signals[2])
+      hasMore = fromDriver.enableNotifications() || hasMore
+      if isBlocked { hasMore = toDriver.enableNotifications() || hasMore }
+      return hasMore ? .more : .idle
+    } catch {
+      throw .virtqueue(error)
+    }
+  }
+
+  private static func queue(_ port: Int) -> Int { port == 0 ? 0 : 2 * port + 2 }
+
+  // MARK: Output
+
+  /// - Returns: whether there is more to do at once.
+  private mutating func output(_ index: Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
+    guard ports[index].output.isActive else { return false }
+    for _ in 0..<Self.batchLimit {
+      guard let chain = try ports[index].output.next(&memory) else {
+        ports[index].output.publish(signals)
+        return ports[index].output.enableNotifications()
+      }
+      guard write(chain, index) else {
+        ports[index].output.putBack(chain.ticket)
+        ports[index].output.publish(signals)
+        return false
+      }
+      ports[index].output.use(chain.ticket, length: 0)
+    }
+    ports[index].output.publish(signals)
+    return true
+  }
+
+  /// - Returns: false when part of the chain has to wait.
+  private mutating func write(_ chain: DescriptorChain, _ index: Int) -> Bool {
+    let port = ports + index
+    let counters = port.pointee.output.counters
+    var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
+    cursor.skip(UInt64(port.pointee.outputDone))
+    while true {
+      let time = rate.delay(isWrite: true, at: now)
+      guard let count = try? cursor.read(&memory, to: piece, count: Self.pieceBytes) else {
+        counters.drops(.badBuffer).add(1)
+        break
+      }
+      guard count > 0 else { break }
+      if time != 0 {
+        guard port.pointee.channel.dropsOutput else {
+          nextTime = nextTime == 0 ? time : min(nextTime, time)
+          return false
+        }
+        counters.drops(.rate).add(UInt64(count))
+        continue
+      }
+      let taken = port.pointee.channel.take(UnsafeRawBufferPointer(start: piece, count: count))
+      port.pointee.outputDone &+= taken
+      counters.writtenBytes.add(UInt64(taken))
+      rate.pay(isWrite: true, bytes: UInt64(taken), at: now)
+      guard taken == count else { return false }
+    }
+    counters.writes.add(1)
+    port.pointee.outputDone = 0
+    return true
+  }
+
+  /// A character of a driver that has no queue (virtio 1.2, 5.3.4: emerg_wr).
+  package mutating func writeEmergency(_ byte: UInt8) {
+    var byte = byte
+    _ = withUnsafeBytes(of: &byte) { ports[0].channel.take($0) }
+  }
+
+  // MARK: Input
+
+  private mutating func input(_ index: Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
+    let port = ports + index
+    guard port.pointee.input.isActive, port.pointee.isGuestOpen else { return false }
+    for _ in 0..<Self.batchLimit {
+      guard port.pointee.channel.hasInput else {
+        port.pointee.input.publish(signals)
+        return false
+      }
+      guard let chain = try port.pointee.input.next(&memory) else {
+        port.pointee.input.publish(signals)
+        return port.pointee.input.enableNotifications()
+      }
+      let room = min(Int(clamping: chain.writableBytes), Self.pieceBytes)
+      let count = port.pointee.channel.give(UnsafeMutableRawBufferPointer(start: piece, count: room))
+      var cursor = ChainCursor(chain.writable, count: chain.writableCount)
+      let done = (try? cursor.write(&memory, from: piece, count: count)) ?? 0
+      if done < count { port.pointee.input.counters.drops(.badBuffer).add(UInt64(count - done)) }
+      port.pointee.input.counters.reads.add(1)
+      port.pointee.input.counters.readBytes.add(UInt64(done))
+      port.pointee.input.use(chain.ticket, length: UInt32(done))
+    }
+    port.pointee.input.publish(signals)
+    return true
+  }
+
+  package mutating func close() { for index in 0..<portCount { ports[index].channel.close() } }
+}

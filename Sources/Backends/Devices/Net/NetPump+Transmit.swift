@@ -1,0 +1,118 @@
+import Glibc
+import Transport
+import Virtqueue
+
+/// From the guest to the tap.
+extension NetPump {
+  /// Sends what the driver made available.
+  mutating func transmit(_ signals: any TransportSignals) throws(VirtqueueFault) -> Turn {
+    guard transmitQueue.isActive else { return .empty }
+    var left = Self.batchLimit
+    while left > 0 {
+      for _ in 0..<min(left, Self.groupLimit) {
+        guard let chain = try transmitQueue.next(&memory) else {
+          transmitQueue.publish(signals)
+          return .empty
+        }
+        let time = rate.delay(isWrite: true, at: now)
+        guard time == 0 else {
+          // The guest's own queue is where packets wait.
+          transmitQueue.putBack(chain.ticket)
+          transmitQueue.publish(signals)
+          wait(until: time)
+          return .limited
+        }
+        if let reason = send(chain) { transmitQueue.counters.drops(reason).add(1) }
+        guard goneResult == 0 else {
+          transmitQueue.putBack(chain.ticket)
+          return .empty
+        }
+        transmitQueue.use(chain.ticket, length: 0)
+        left &-= 1
+      }
+      transmitQueue.publish(signals)
+    }
+    return transmitQueue.hasPending ? .more : .empty
+  }
+
+  /// - Returns: why the packet was dropped; nil when it was sent.
+  private mutating func send(_ chain: DescriptorChain) -> DropReason? {
+    let header = NetConfiguration.headerBytes
+    guard chain.writableCount == 0, chain.readableBytes >= UInt64(header + 14),
+      chain.readableBytes <= UInt64(header + NetConfiguration.largeBytes)
+    else { return .malformed }
+    guard isLinkUp else { return .linkDown }
+    let total = Int(chain.readableBytes)
+    // Headers are checked and sent from a copy: in the guest's memory they could change in between.
+    let copied = min(total, header + SourceLock.headBytes)
+    var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
+    guard (try? cursor.read(&memory, to: head, count: copied)) == copied else { return .badBuffer }
+    guard isHeaderSound(total &- header) else { return .malformed }
+    if let reason = lock.refuses(head + header, copied &- header) { return reason }
+    vectors[0] = iovec(iov_base: head, iov_len: copied)
+    guard let count = gather(&cursor, total &- copied, from: 1) else { return .badBuffer }
+    while true {
+      if writev(tap, vectors, Int32(truncatingIfNeeded: count)) >= 0 { break }
+      switch errno {
+      case EINTR: continue
+      case EIO, ENETDOWN: return .linkDown
+      case EINVAL, EMSGSIZE: return .malformed
+      case EBADFD, ENODEV, ENXIO:
+        goneResult = -Int(ENODEV)
+        return nil
+      default: return .host
+      }
+    }
+    rate.pay(isWrite: true, bytes: UInt64(total &- header), at: now)
+    transmitQueue.counters.writes.add(1)
+    transmitQueue.counters.writtenBytes.add(UInt64(total &- header))
+    return nil
+  }
+
+  /// Whether the copied header asks for what was negotiated only, and speaks of the packet that follows. What it means beyond that is
+  /// checked by the kernel.
+  private func isHeaderSound(_ frameBytes: Int) -> Bool {
+    let flags = head.load(as: UInt8.self)
+    let type = head.load(fromByteOffset: 1, as: UInt8.self)
+    if flags & 1 != 0 {  // VIRTIO_NET_HDR_F_NEEDS_CSUM
+      guard features.contains(.netChecksum) else { return false }
+      let start = Int(UInt16(littleEndian: head.load(fromByteOffset: 6, as: UInt16.self)))
+      let offset = Int(UInt16(littleEndian: head.load(fromByteOffset: 8, as: UInt16.self)))
+      guard start &+ offset &+ 2 <= frameBytes else { return false }
+    }
+    let needed: FeatureBits
+    switch type & 0x7f {
+    case 0: needed = []
+    case 1: needed = .netHostTSO4
+    case 3: needed = .netHostUFO
+    case 4: needed = .netHostTSO6
+    case 5: needed = .netHostUSO
+    default: return false
+    }
+    guard features.contains(needed), type & 0x80 == 0 || features.contains(.netHostECN) else { return false }
+    guard type & 0x7f != 0 else { return true }
+    let segment = UInt16(littleEndian: head.load(fromByteOffset: 4, as: UInt16.self))
+    return segment > 0 && flags & 1 != 0
+  }
+
+  /// Puts what the cursor is on into the vectors from an index on.
+  ///
+  /// - Returns: how many vectors there are then; nil when a part is not in the guest's memory, or in too many pieces.
+  mutating func gather(_ cursor: inout ChainCursor, _ bytes: Int, from first: Int) -> Int? {
+    var count = first
+    var done = 0
+    while done < bytes, let run = cursor.take(bytes &- done) {
+      var offset = 0
+      while offset < Int(run.length) {
+        guard count < Self.vectorLimit,
+          let piece = try? memory.translate(run.address &+ UInt64(offset), Int(run.length) &- offset)
+        else { return nil }
+        vectors[count] = iovec(iov_base: piece.pointer, iov_len: piece.length)
+        count &+= 1
+        offset &+= piece.length
+      }
+      done &+= Int(run.length)
+    }
+    return done == bytes ? count : nil
+  }
+}

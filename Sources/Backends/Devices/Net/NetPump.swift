@@ -1,0 +1,207 @@
+import Glibc
+package import Transport
+package import Virtqueue
+
+/// The data path of one queue pair of a network device, with a queue of a tap of its own: packets move by one system call each, straight
+/// between the guest's memory and the kernel; nothing is kept between batches, so there is no memory for packets to be bounded.
+///
+/// Queue 0 of the pump is the pair's receive queue, 1 its transmit queue; the first pair's pump has the control queue as 2. What the
+/// driver chooses there comes to all pumps by `set`. Sending is in `NetPump+Transmit.swift`, receiving in `NetPump+Receive.swift`,
+/// the control queue in `NetPump+Control.swift`.
+package struct NetPump: DevicePump, ~Copyable {
+  /// Packets in each direction before other sources of the thread have their turn.
+  static var batchLimit: Int { 64 }
+  /// Packets between two looks at whether the driver wants an interrupt.
+  static var groupLimit: Int { 16 }
+  static var chainLimit: Int { 256 }
+  static var vectorLimit: Int { 1024 }
+
+  enum Place {
+    static let receive = 0
+    static let transmit = 1
+    static let control = 2
+  }
+
+  package let descriptors: [Int32]
+  let tap: Int32
+  let settings: NetPumpSettings
+  let rate: RateNode
+  var memory: GuestMemoryView
+  var receiveQueue: OrderedQueue
+  var transmitQueue: OrderedQueue
+  var controlQueue: OrderedQueue
+  let lock: SourceLock
+  var filter: ReceiveFilter
+  /// What the driver chose; the control queue's pump changes it.
+  var choices: NetChoices
+  var features: FeatureBits = []
+  var isLinkUp: Bool
+  /// A driver's choice for every pump of the device, and for the tap.
+  let onChoices: @Sendable (NetChoices) -> Void
+  /// The driver has announced itself after an interruption.
+  let onAnnounced: @Sendable () -> Void
+
+  let vectors: UnsafeMutablePointer<iovec>
+  let head: UnsafeMutableRawPointer
+  /// The chains that the next packet may be received into, oldest first.
+  let window: UnsafeMutablePointer<ReceiveChain>
+  /// Chains that were there when the driver's buffers did not suffice.
+  var insufficient = 0
+  package internal(set) var nextTime: UInt64 = 0
+  var goneResult = 0
+  private var idle = IdlePoll()
+  var now: UInt64 = 0
+
+  /// A chain of the receive queue that is ready for a packet.
+  struct ReceiveChain {
+    var ticket = ChainTicket(head: 0, slots: 0)
+    var bytes = 0
+    var vectorCount = 0
+  }
+
+  /// - Parameters:
+  ///   - tap: a non-blocking descriptor that gives and takes a packet with its header by each call; outlives the pump.
+  ///   - counters: of the queues, in their order.
+  package init(
+    tap: Int32, source: any GuestMemorySource, counters: [QueueCounters], settings: NetPumpSettings, rate: RateNode,
+    choices: NetChoices, isLinkUp: Bool, onChoices: @escaping @Sendable (NetChoices) -> Void,
+    onAnnounced: @escaping @Sendable () -> Void
+  ) {
+    self.tap = tap
+    descriptors = [tap]
+    self.settings = settings
+    self.rate = rate
+    self.choices = choices
+    self.isLinkUp = isLinkUp
+    self.onChoices = onChoices
+    self.onAnnounced = onAnnounced
+    memory = GuestMemoryView(source: source)
+    receiveQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[0])
+    transmitQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[1])
+    controlQueue = OrderedQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
+    lock = SourceLock(mac: settings.locksMAC ? settings.mac : nil, addresses: settings.lockedAddresses)
+    filter = ReceiveFilter(choices)
+    vectors = .allocate(capacity: Self.vectorLimit)
+    head = .allocate(byteCount: NetConfiguration.headerBytes + SourceLock.headBytes, alignment: 16)
+    window = .allocate(capacity: Self.chainLimit)
+    window.initialize(repeating: ReceiveChain(), count: Self.chainLimit)
+  }
+
+  deinit {
+    vectors.deallocate()
+    head.deallocate()
+    window.deallocate()
+  }
+
+  // MARK: Life
+
+  package mutating func activate(_ queue: Int, _ activation: QueueActivation) throws(DeviceFault) {
+    features = activation.features
+    filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
+    switch queue {
+    case Place.receive: try receiveQueue.activate(activation)
+    case Place.transmit: try transmitQueue.activate(activation)
+    default: try controlQueue.activate(activation)
+    }
+  }
+
+  package mutating func deactivate(_ queue: Int) {
+    switch queue {
+    case Place.receive: receiveQueue.deactivate()
+    case Place.transmit: transmitQueue.deactivate()
+    default: controlQueue.deactivate()
+    }
+    nextTime = 0
+  }
+
+  /// Takes the driver's choices, its own or those that another pump's control queue brought.
+  package mutating func set(_ choices: NetChoices) {
+    self.choices = choices
+    filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
+  }
+
+  package mutating func set(isLinkUp: Bool) { self.isLinkUp = isLinkUp }
+
+  package mutating func takeReport() -> PumpReport? {
+    guard goneResult != 0 else { return nil }
+    defer { goneResult = 0 }
+    return .gone(goneResult)
+  }
+
+  // MARK: A batch
+
+  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
+    guard receiveQueue.isActive || transmitQueue.isActive || controlQueue.isActive else { return .idle }
+    now = MonotonicClock.now
+    receiveQueue.counters.batchSince.store(now, ordering: .relaxed)
+    nextTime = 0
+    let invalidations = memory.enter()
+    defer {
+      receiveQueue.counters.settle(memory)
+      memory.leave()
+      receiveQueue.counters.batchSince.store(0, ordering: .relaxed)
+    }
+    idle.wakes(at: now)
+    do throws(VirtqueueFault) {
+      try receiveQueue.prepare(invalidations)
+      try transmitQueue.prepare(invalidations)
+      try controlQueue.prepare(invalidations)
+      while true {
+        if controlQueue.isActive { try serveControl(signals[Place.control]) }
+        let sent = try transmit(signals[Place.transmit])
+        let received = try receive(signals[Place.receive])
+        guard goneResult == 0 else { return .idle }
+        if sent == .more || received == .more { return .more }
+        if pollForMore() { continue }
+        // A notification for the receive queue is wanted only by who waits for its buffers.
+        var hasMore = sent == .empty && transmitQueue.enableNotifications()
+        if received == .noRoom { hasMore = receiveQueue.enableNotifications(behind: insufficient) || hasMore }
+        hasMore = controlQueue.enableNotifications() || hasMore
+        guard hasMore else { break }
+      }
+      idle.sleeps(at: MonotonicClock.now)
+    } catch {
+      throw .virtqueue(error)
+    }
+    return .idle
+  }
+
+  /// How a direction's turn ended.
+  enum Turn {
+    /// Nothing is left to do.
+    case empty
+    /// The batch is full.
+    case more
+    /// The driver has no buffers for what waits.
+    case noRoom
+    /// The rate is used up until `nextTime`.
+    case limited
+  }
+
+  /// Watches the transmit queue for the length of the poll window, which closes when traffic stops: 32 microseconds at most, once for
+  /// each time that the queues run empty (`IdlePoll`).
+  private mutating func pollForMore() -> Bool {
+    guard idle.window > 0 else { return transmitQueue.hasPending && nextTime == 0 }
+    let end = MonotonicClock.now &+ idle.window
+    repeat {
+      for _ in 0..<16 where transmitQueue.hasPending && nextTime == 0 { return true }
+    } while MonotonicClock.now < end
+    return false
+  }
+
+  /// Notes that a direction has to wait for its rate.
+  mutating func wait(until time: UInt64) { nextTime = nextTime == 0 ? time : min(nextTime, time) }
+}
+
+/// What a pump needs to know of its device.
+package struct NetPumpSettings: Sendable {
+  package var mac: MACAddress
+  package var locksMAC = true
+  /// The only IP addresses that the guest may use; nil for any.
+  package var lockedAddresses: [InternetAddress]?
+  package var mtu = 1500
+  /// Queue pairs that the device has.
+  package var pairs = 1
+
+  package init(mac: MACAddress) { self.mac = mac }
+}

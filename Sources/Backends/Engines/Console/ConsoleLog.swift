@@ -1,0 +1,84 @@
+import EventLoop
+import Glibc
+
+/// Where a port's output is written down: a file that is rotated by its size, or lines for the daemon's log (the journal, under systemd).
+final class ConsoleLog {
+  private let settings: ConsoleLogSettings
+  private var descriptor: Int32 = -1
+  private var size: UInt64 = 0
+  private var isLineStart = true
+  private(set) var failed: UInt64 = 0
+
+  init(_ settings: ConsoleLogSettings) throws(Errno) {
+    self.settings = settings
+    try openFile()
+  }
+
+  deinit { if descriptor >= 0 { close(descriptor) } }
+
+  private func openFile() throws(Errno) {
+    descriptor = try retrying { open(settings.path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY, 0o640) }
+    var status = stat()
+    size = fstat(descriptor, &status) == 0 ? UInt64(max(0, status.st_size)) : 0
+  }
+
+  /// Writes; what the file system does not take is counted and forgotten.
+  func write(_ bytes: UnsafeRawBufferPointer) {
+    guard settings.hasTimestamps else { return put(bytes) }
+    var text: [UInt8] = []
+    for byte in bytes {
+      if isLineStart { text += Self.timestamp }
+      text.append(byte)
+      isLineStart = byte == 10
+    }
+    text.withUnsafeBytes { put($0) }
+  }
+
+  private func put(_ bytes: UnsafeRawBufferPointer) {
+    if size &+ UInt64(bytes.count) > settings.bytesLimit, size > 0 { rotate() }
+    guard descriptor >= 0 else {
+      failed &+= UInt64(bytes.count)
+      return
+    }
+    let count = Glibc.write(descriptor, bytes.baseAddress, bytes.count)
+    if count > 0 { size &+= UInt64(count) }
+    if count < bytes.count { failed &+= UInt64(bytes.count - max(count, 0)) }
+  }
+
+  /// FILE becomes FILE.1, and so on up to the last that is kept.
+  private func rotate() {
+    close(descriptor)
+    descriptor = -1
+    for number in stride(from: settings.kept, to: 0, by: -1) {
+      let older = number == 1 ? settings.path : "\(settings.path).\(number - 1)"
+      _ = rename(older, "\(settings.path).\(number)")
+    }
+    if settings.kept == 0 { unlink(settings.path) }
+    do throws(Errno) { try openFile() } catch { size = 0 }
+  }
+
+  /// Coordinated universal time, to the millisecond.
+  private static var timestamp: [UInt8] {
+    var time = timespec()
+    clock_gettime(CLOCK_REALTIME, &time)
+    var parts = tm()
+    var seconds = time.tv_sec
+    gmtime_r(&seconds, &parts)
+    var text = [CChar](repeating: 0, count: 32)
+    let count = strftime(&text, 32, "%Y-%m-%dT%H:%M:%S", &parts)
+    let milliseconds = "\(1000 + time.tv_nsec / 1_000_000)".dropFirst()
+    return text[..<count].map { UInt8(bitPattern: $0) } + Array(".\(milliseconds)Z ".utf8)
+  }
+}
+
+/// A log file of a port.
+package struct ConsoleLogSettings: Equatable, Sendable {
+  package var path: String
+  /// Size beyond which a new file is begun, in bytes.
+  package var bytesLimit: UInt64 = 1 << 20
+  /// Older files that are kept.
+  package var kept = 3
+  package var hasTimestamps = false
+
+  package init(path: String) { self.path = path }
+}

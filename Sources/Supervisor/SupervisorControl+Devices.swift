@@ -1,0 +1,109 @@
+import Backends
+import ControlAPI
+import Devices
+import Engines
+
+/// Methods for devices that are no disks, and how those are told to clients.
+extension SupervisorControl {
+  static func networkChanges(_ board: StatusBoard, _ actions: Actions) -> [ControlMethod] {
+    [
+      ControlMethod(
+        change: "device.link",
+        "Pulls the cable of a network device, or plugs it in: the guest's driver sees it. Holds until it is said otherwise.",
+        parameters: [
+          guestParameter, deviceParameter, ControlParameter("up", "boolean", required: true, "Whether the link is up."),
+        ]
+      ) { parameters throws(ControlFault) in
+        let device = try find(parameters, board.current)
+        guard device.type == "network" else {
+          throw ControlFault(
+            code: -32006, message: "'\(device.guestName)/\(device.name)' is a \(device.type) device",
+            data: ["field": "params.device", "remedy": "name a network device ('vxctl list')"])
+        }
+        guard let backend = device.backend as? NetBackend else {
+          throw ControlFault(
+            code: -32002, message: "'\(device.guestName)/\(device.name)' is \(device.phase.name)",
+            data: ["field": "params.device", "remedy": "the device must be served: see 'vxctl show'"])
+        }
+        let isUp = parameters["up"]?.boolValue ?? false
+        return ControlChange("the link of \(device.name) goes \(isUp ? "up" : "down")") {
+          backend.set(isLinkUp: isUp)
+          return ["accepted": true, "link": .string(isUp ? "up" : "down")]
+        }
+      }
+    ]
+  }
+
+  /// Where `vxctl console` connects to.
+  static func consoleMethod(_ board: StatusBoard, _ folder: String?) -> ControlMethod {
+    ControlMethod(
+      "console.find",
+      "The socket of a port of a guest's console, for 'vxctl console': frames as Sources/Backends/ConsoleLink says.",
+      parameters: [
+        guestParameter,
+        ControlParameter("port", "string", required: false, "Name or number of the port; the first console otherwise."),
+        ControlParameter("device", "string", required: false, "Which console device; the guest's first otherwise."),
+      ], result: ["type": "object"]
+    ) { parameters throws(ControlFault) in
+      let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
+      let wanted = parameters["device"]?.stringValue
+      let consoles = guest.devices.filter { $0.type == "console" && (wanted == nil || $0.name == wanted) }
+      guard let device = consoles.first else {
+        throw .notFound(
+          wanted.map { "guest '\(guest.name)' has no console device '\($0)'" }
+            ?? "guest '\(guest.name)' has no console device of vxd",
+          field: "guest")
+      }
+      guard let backend = device.backend as? ConsoleBackend, let folder else {
+        throw ControlFault(
+          code: -32002, message: "'\(guest.name)/\(device.name)' is \(device.phase.name)",
+          data: ["field": "params.guest", "remedy": "the device must be served: see 'vxctl show'"])
+      }
+      let name = parameters["port"]?.stringValue
+      let ports = backend.settings.ports
+      let index =
+        name.map { name in
+          ports.firstIndex { $0.name == name } ?? Int(name).flatMap { ports.indices.contains($0) ? $0 : nil }
+        } ?? 0
+      guard let index else {
+        throw .notFound("'\(guest.name)/\(device.name)' has no port '\(name ?? "")'", field: "port")
+      }
+      return [
+        "path": .string(ConsoleBackend.viewerPath(folder, backend.fileName, port: index)),
+        "device": .string(device.name), "port": .count(index), "name": .string(ports[index].name),
+      ]
+    }
+  }
+
+  /// What a network or console device has beside what all have.
+  static func describeMore(_ device: StatusBoard.Device) -> [JSONValue.Member] {
+    switch device.backend {
+    case let net as NetBackend:
+      return [
+        .init(name: "mac", value: .string(net.settings.mac.text)),
+        .init(name: "link", value: .string(net.isLinkUp ? "up" : "down")),
+        .init(name: "interface", value: .string(net.interface)), .init(name: "mtu", value: .count(net.mtu)),
+        .init(name: "queuePairs", value: .count(net.settings.pairs)),
+      ]
+    case let console as ConsoleBackend:
+      let ports = console.settings.ports.enumerated().map { index, port -> JSONValue in
+        [
+          "port": .count(index), "name": .string(port.name), "console": .bool(port.isConsole),
+          "overflow": .string(port.overflow.rawValue), "pty": port.pty.map { .string($0) } ?? .null,
+          "log": port.log.map { .string($0.path) } ?? .null,
+        ]
+      }
+      return [.init(name: "ports", value: .array(ports))]
+    default: return []
+    }
+  }
+
+  /// What was dropped, by reason: packets of a network device, bytes of a console.
+  static func drops(_ account: DeviceAccount) -> JSONValue {
+    let counters = account.all.map(\.counters)
+    return .object(
+      DropReason.allCases.map { reason in
+        .init(name: "\(reason)", value: .count(counters.reduce(0) { $0 &+ $1.drops(reason).value }))
+      })
+  }
+}

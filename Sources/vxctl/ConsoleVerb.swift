@@ -1,0 +1,220 @@
+import ArgumentParser
+import CLinux
+import ConsoleLink
+import ControlAPI
+import EventLoop
+import Glibc
+
+/// `vxctl console GUEST [PORT]`: the terminal of a guest.
+struct Console: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "console", abstract: "Attaches this terminal to a guest's console, or to another port of it.",
+    discussion: """
+      What the port remembers is shown first. Many may watch, one writes. Ctrl-] ends it; the guest goes on. The terminal's size goes to the \
+      guest as it changes.
+      """)
+
+  @OptionGroup var connection: ConnectionOptions
+  @Flag(help: "Only watch.")
+  var readOnly = false
+  @Flag(help: "Take the keyboard from whoever has it now.")
+  var take = false
+  @Option(name: .customLong("console"), help: "Which console device; the guest's first otherwise.")
+  var device: String?
+  @Option(help: "For scripts: end after so many seconds.")
+  var seconds: Int?
+  @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
+  var size: WindowSize?
+  @Argument(help: "Name or domain number of the guest.")
+  var guest: String
+  @Argument(help: "Name or number of the port; the console otherwise.")
+  var port: String?
+
+  func run() throws {
+    var path: String?
+    try connection.run { client throws(ControlClient.Failure) in
+      var members: [JSONValue.Member] = [.init(name: "guest", value: .string(guest))]
+      if let port { members.append(.init(name: "port", value: .string(port))) }
+      if let device { members.append(.init(name: "device", value: .string(device))) }
+      let found = try client.call("console.find", .object(members))
+      if connection.json { printJSON(found) }
+      path = found["path"]?.stringValue
+    }
+    guard let path, !connection.json else { return }
+    guard let session = ConsoleSession(path: path) else {
+      say("vxctl: '\(path)' cannot be connected to: \(Errno.last)\n       run this as root, where vxd runs\n")
+      throw ExitCode(2)
+    }
+    let outcome = session.run(readOnly: readOnly, takes: take, seconds: seconds, size: size)
+    if let outcome {
+      say("\(outcome)\n")
+      throw ExitCode(1)
+    }
+  }
+}
+
+/// Columns and rows.
+struct WindowSize: ExpressibleByArgument, Equatable {
+  let columns: UInt16
+  let rows: UInt16
+
+  init(columns: UInt16, rows: UInt16) {
+    self.columns = columns
+    self.rows = rows
+  }
+
+  init?(argument: String) {
+    let parts = argument.split(separator: "x", omittingEmptySubsequences: false)
+    guard parts.count == 2, let columns = UInt16(parts[0]), let rows = UInt16(parts[1]), columns > 0, rows > 0 else {
+      return nil
+    }
+    self.init(columns: columns, rows: rows)
+  }
+
+  /// That of the terminal behind standard output.
+  static var current: WindowSize? {
+    var (columns, rows): (UInt16, UInt16) = (0, 0)
+    guard clinux_window_size(1, &columns, &rows) == 0, columns > 0, rows > 0 else { return nil }
+    return WindowSize(columns: columns, rows: rows)
+  }
+
+  var frame: ConsoleFrame {
+    ConsoleFrame(.size, [columns, rows].flatMap { [UInt8($0 >> 8), UInt8($0 & 255)] })
+  }
+}
+
+/// What is written beside the guest's output.
+private func say(_ text: String) {
+  var text = text
+  text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
+}
+
+/// A connection to a port, and the terminal in raw mode.
+private final class ConsoleSession {
+  private static let escape: UInt8 = 0x1d  // Ctrl-]
+
+  private let descriptor: Int32
+  private var reader = ConsoleFrameReader()
+  private var saved: termios?
+
+  init?(path: String) {
+    descriptor = clinux_connect_unix(path)
+    guard descriptor >= 0 else { return nil }
+  }
+
+  deinit {
+    restore()
+    close(descriptor)
+  }
+
+  private func makeRaw() {
+    var mode = termios()
+    guard isatty(0) == 1, tcgetattr(0, &mode) == 0 else { return }
+    saved = mode
+    cfmakeraw(&mode)
+    tcsetattr(0, TCSANOW, &mode)
+  }
+
+  private func restore() {
+    guard var mode = saved else { return }
+    tcsetattr(0, TCSANOW, &mode)
+    saved = nil
+  }
+
+  private func send(_ frame: ConsoleFrame) -> Bool {
+    let bytes = frame.encoded
+    var done = 0
+    while done < bytes.count {
+      let count = bytes.withUnsafeBytes { write(descriptor, $0.baseAddress.map { $0 + done }, bytes.count - done) }
+      if count > 0 { done += count } else if errno != EINTR { return false }
+    }
+    return true
+  }
+
+  /// - Returns: what went wrong; nil when the user, the time or the guest's end ended it.
+  func run(readOnly: Bool, takes: Bool, seconds: Int?, size: WindowSize?) -> String? {
+    // A change of the window interrupts `poll`; nothing else is to be done there.
+    signal(SIGWINCH) { _ in }
+    for number in [SIGTERM, SIGHUP] { signal(number) { _ in interrupted = 1 } }
+    if !readOnly {
+      guard send(ConsoleFrame(.write, [takes ? 1 : 0])) else { return "vxctl: vxd has closed the connection" }
+      makeRaw()
+      if saved != nil { say("Connected; Ctrl-] ends this.\r\n") }
+    }
+    let end = seconds.map { EventLoop.now() + UInt64(max(0, $0)) * 1_000_000_000 }
+    var shown: WindowSize?
+    var hasInput = !readOnly
+    while interrupted == 0 {
+      if !readOnly, let now = size ?? WindowSize.current, now != shown {
+        shown = now
+        guard send(now.frame) else { return nil }
+      }
+      var timeout: Int32 = -1
+      if let end {
+        let now = EventLoop.now()
+        guard now < end else { return nil }
+        timeout = Int32(clamping: (end - now) / 1_000_000 + 1)
+      }
+      var waits = [
+        pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0),
+        pollfd(fd: hasInput ? 0 : -1, events: Int16(POLLIN), revents: 0),
+      ]
+      guard poll(&waits, 2, timeout) >= 0 else {
+        if errno == EINTR { continue }
+        return "vxctl: \(Errno.last)"
+      }
+      if waits[0].revents != 0 {
+        guard let words = receive() else { continue }
+        restore()
+        return words.isEmpty ? nil : words
+      }
+      if waits[1].revents != 0 {
+        switch readKeys() {
+        case .some(true): break
+        case .some(false): return nil
+        // Whoever pipes something in still wants to see the answer.
+        case nil: hasInput = false
+        }
+      }
+    }
+    return nil
+  }
+
+  /// - Returns: nil to go on; else why not, empty for no reason at all.
+  private func receive() -> String? {
+    var bytes = [UInt8](repeating: 0, count: 8192)
+    let count = read(descriptor, &bytes, bytes.count)
+    guard count > 0 else { return count == 0 ? "" : "vxctl: \(Errno.last)" }
+    reader.append(bytes[..<count])
+    do throws(ConsoleFrameReader.Malformed) {
+      while let frame = try reader.next() {
+        switch frame.kind {
+        case .data: frame.bytes.withUnsafeBytes { _ = write(1, $0.baseAddress, $0.count) }
+        case .mode where frame.bytes.first == 0:
+          say("vxctl: somebody else has the keyboard; --take takes it\r\n")
+        default: break
+        }
+      }
+    } catch {
+      return "vxctl: what vxd says makes no sense: are both of the same version?"
+    }
+    return nil
+  }
+
+  /// - Returns: whether to go on; nil at the end of the input.
+  private func readKeys() -> Bool? {
+    var bytes = [UInt8](repeating: 0, count: 1024)
+    let count = read(0, &bytes, bytes.count)
+    guard count > 0 else { return nil }
+    let keys = bytes[..<count]
+    // Only a terminal has an escape key: what is piped in goes through as it is.
+    if saved != nil, let place = keys.firstIndex(of: Self.escape) {
+      _ = send(ConsoleFrame(.data, Array(keys[..<place])))
+      return false
+    }
+    return send(ConsoleFrame(.data, Array(keys)))
+  }
+}
+
+/// Set by signals that end the program.
+nonisolated(unsafe) private var interrupted: sig_atomic_t = 0

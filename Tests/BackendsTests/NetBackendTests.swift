@@ -1,0 +1,351 @@
+import Backends
+import Devices
+import Engines
+import EventLoop
+import Glibc
+import SimulatedXen
+import TestSupport
+import Testing
+import Virtqueue
+
+/// A network device whose tap is a socket pair: a packet with its header by each read and write, as a tap has it.
+@Suite struct NetBackendTests {
+  private static let mac = MACAddress(value: 0x0016_3e00_0001)
+  private static let other: [UInt8] = [2, 0, 0, 0, 0, 9]
+
+  /// The other end of the tap.
+  private final class Wire {
+    let near: Int32
+    let far: Int32
+
+    init() {
+      var pair: [Int32] = [-1, -1]
+      guard socketpair(AF_UNIX, Int32(SOCK_SEQPACKET.rawValue), 0, &pair) == 0 else { fatalError("no socket pair") }
+      (near, far) = (pair[0], pair[1])
+      for end in pair { _ = fcntl(end, F_SETFL, O_NONBLOCK) }
+      var size: Int32 = 4 << 20
+      setsockopt(far, SOL_SOCKET, SO_SNDBUF, &size, 4)
+    }
+
+    deinit {
+      close(near)
+      close(far)
+    }
+
+    func send(_ bytes: [UInt8]) -> Bool { write(far, bytes, bytes.count) == bytes.count }
+
+    func receive(seconds: Int = 10) -> [UInt8]? {
+      var wait = pollfd(fd: far, events: Int16(POLLIN), revents: 0)
+      guard poll(&wait, 1, Int32(seconds * 1000)) == 1 else { return nil }
+      var bytes = [UInt8](repeating: 0, count: 70000)
+      let count = read(far, &bytes, bytes.count)
+      return count > 0 ? Array(bytes[..<count]) : nil
+    }
+  }
+
+  private func fixture(
+    _ wire: Wire, wanted: FeatureBits? = nil, queueSize: UInt16 = 64, _ change: (inout NetSettings) -> Void = { _ in }
+  ) throws -> DeviceFixture {
+    var settings = NetSettings(attachment: .created(bridge: nil), tapName: "none", mac: Self.mac)
+    change(&settings)
+    let (final, end) = (settings, wire.near)
+    return try DeviceFixture(deviceID: 1, wanted: wanted, queueSize: queueSize, queueCount: 3) {
+      surroundings, completion in
+      // Each backend has a descriptor of its own, as each opens the tap anew.
+      NetBackend.start(
+        final, surroundings, openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [dup(end)]) }
+      ) { completion($0.map { $0 }) }
+    }
+  }
+
+  private func frame(
+    to destination: [UInt8] = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff], from source: [UInt8], type: [UInt8] = [8, 0],
+    _ payload: [UInt8]
+  ) -> [UInt8] { destination + source + type + payload }
+
+  private let header = [UInt8](repeating: 0, count: 12)
+
+  private func transmit(_ fixture: DeviceFixture, _ packet: [UInt8]) {
+    fixture.put(packet, at: fixture.buffers)
+    _ = fixture.driver.add([.init(fixture.buffers, UInt32(packet.count), writable: false)], queue: 1)
+    fixture.driver.notify(queue: 1)
+  }
+
+  private func command(_ fixture: DeviceFixture, _ bytes: [UInt8]) -> UInt8? {
+    let address = fixture.buffers + 65536
+    fixture.put(bytes, at: address)
+    fixture.put([0xee], at: address + 16384)
+    _ = fixture.driver.add(
+      [.init(address, UInt32(bytes.count), writable: false), .init(address + 16384, 1, writable: true)], queue: 2)
+    fixture.driver.notify(queue: 2)
+    guard fixture.waitForUsed(2) != nil else { return nil }
+    return fixture.bytes(at: address + 16384, count: 1)[0]
+  }
+
+  private func drops(_ fixture: DeviceFixture, _ reason: DropReason) -> UInt64 {
+    fixture.account.all.reduce(0) { $0 + $1.counters.drops(reason).value }
+  }
+
+  private let ours = mac.bytes
+
+  // MARK: Sending
+
+  @Test func packetLeavesAsItWasWrittenInHowManyBuffersEver() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    let packet = header + frame(from: ours, (0..<1400).map { UInt8(truncatingIfNeeded: $0) })
+    transmit(fixture, packet)
+    #expect(wire.receive() == packet)
+    #expect(fixture.waitForUsed(1) != nil)
+    // In pieces whose borders lie anywhere.
+    fixture.put(packet, at: fixture.buffers)
+    let borders = [0, 5, 12, 13, 27, 200, packet.count]
+    let pieces = zip(borders, borders.dropFirst()).map { first, end in
+      SimulatedDriver.Buffer(fixture.buffers + UInt64(first), UInt32(end - first), writable: false)
+    }
+    _ = fixture.driver.add(pieces, indirect: true, queue: 1)
+    fixture.driver.notify(queue: 1)
+    #expect(wire.receive() == packet)
+    #expect(fixture.account.queue(1).counters.writes.value == 2)
+  }
+
+  @Test func foreignHardwareAddressIsDroppedAndCounted() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    transmit(fixture, header + frame(from: Self.other, [1, 2, 3]))
+    #expect(fixture.waitForUsed(1) != nil)
+    #expect(wire.receive(seconds: 0) == nil)
+    #expect(drops(fixture, .foreignMAC) == 1)
+  }
+
+  @Test func offloadsThatWereNotNegotiatedAreRefused() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire, wanted: [.netMAC, .netControlQueue])
+    defer { fixture.stop() }
+    for (flags, type): (UInt8, UInt8) in [(1, 0), (0, 1), (1, 4), (0, 9), (0, 0x80)] {
+      var packet = header + frame(from: ours, [1, 2, 3])
+      (packet[0], packet[1]) = (flags, type)
+      transmit(fixture, packet)
+      #expect(fixture.waitForUsed(1) != nil)
+    }
+    #expect(drops(fixture, .malformed) == 5)
+    #expect(wire.receive(seconds: 0) == nil)
+  }
+
+  @Test func packetsThatMakeNoSenseAreDroppedAndTheQueueGoesOn() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    transmit(fixture, header)
+    #expect(fixture.waitForUsed(1) != nil)
+    // Not in the guest's memory.
+    _ = fixture.driver.add([.init(1 << 40, 100, writable: false)], queue: 1)
+    fixture.driver.notify(queue: 1)
+    #expect(fixture.waitForUsed(1) != nil)
+    // A buffer for the device to write.
+    _ = fixture.driver.add([.init(fixture.buffers, 100, writable: true)], queue: 1)
+    fixture.driver.notify(queue: 1)
+    #expect(fixture.waitForUsed(1) != nil)
+    #expect(drops(fixture, .malformed) == 2 && drops(fixture, .badBuffer) == 1)
+    let packet = header + frame(from: ours, [7])
+    transmit(fixture, packet)
+    #expect(wire.receive() == packet)
+    #expect(fixture.faults.all.isEmpty)
+  }
+
+  @Test func rateLimitHoldsPacketsBackInTheGuestsQueue() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    var limits = RateLimits()
+    limits.writeOperations = 100
+    limits.burstMilliseconds = 10
+    fixture.backend.set(limits: limits)
+    let packet = header + frame(from: ours, [7])
+    fixture.put(packet, at: fixture.buffers)
+    let start = EventLoop.now()
+    for _ in 0..<40 {
+      _ = fixture.driver.add([.init(fixture.buffers, UInt32(packet.count), writable: false)], queue: 1)
+    }
+    fixture.driver.notify(queue: 1)
+    for _ in 0..<40 { #expect(wire.receive() == packet) }
+    #expect(EventLoop.now() - start > 300_000_000)
+  }
+
+  // MARK: Receiving
+
+  private func offer(_ fixture: DeviceFixture, count: Int, bytes: Int) {
+    for index in 0..<count {
+      _ = fixture.driver.add(
+        [.init(fixture.buffers + UInt64(index * bytes), UInt32(bytes), writable: true)], queue: 0)
+    }
+    fixture.driver.notify(queue: 0)
+  }
+
+  @Test func largePacketIsMergedOverAsManyBuffersAsItNeeds() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    offer(fixture, count: 60, bytes: 1536)
+    let packet = header + frame(from: Self.other, (0..<5000).map { UInt8(truncatingIfNeeded: $0 / 7) })
+    // Less than the largest packet is there: nothing may be lost by reading too early.
+    #expect(wire.send(packet))
+    var received: [UInt8] = []
+    for index in 0..<4 {
+      let used = fixture.waitForUsed(0)
+      #expect(used != nil)
+      received += fixture.bytes(at: fixture.buffers + UInt64(index * 1536), count: Int(used?.length ?? 0))
+    }
+    #expect(received.count == packet.count)
+    #expect(Array(received[..<10]) == Array(packet[..<10]) && Array(received[12...]) == Array(packet[12...]))
+    #expect(received[10] == 4 && received[11] == 0)
+  }
+
+  @Test func packetWaitsUntilThereAreBuffersForIt() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    let packet = header + frame(from: Self.other, Array(repeating: 3, count: 100))
+    #expect(wire.send(packet))
+    offer(fixture, count: 10, bytes: 1536)
+    #expect(fixture.waitForUsed(0, seconds: 0) == nil)
+    // Enough for the largest packet that may come.
+    for index in 10..<50 {
+      _ = fixture.driver.add([.init(fixture.buffers + UInt64(index * 1536), 1536, writable: true)], queue: 0)
+    }
+    fixture.driver.notifyIfWanted(queue: 0)
+    #expect(fixture.waitForUsed(0)?.length == UInt32(packet.count))
+  }
+
+  @Test func receiveFilterIsWhatTheDriverChose() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    offer(fixture, count: 60, bytes: 1536)
+    #expect(command(fixture, [0, 0, 0]) == 0)  // not promiscuous
+    #expect(command(fixture, [1, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 5, 1, 0, 0, 0, 0x33, 0x33, 0, 0, 0, 1]) == 0)
+    #expect(command(fixture, [2, 0, 7, 0]) == 0)  // VLAN 7
+    let tag: [UInt8] = [0x81, 0]
+    for (destination, type, passes): ([UInt8], [UInt8], Bool) in [
+      (ours, [8, 0], true), ([2, 0, 0, 0, 0, 5], [8, 0], true), ([2, 0, 0, 0, 0, 6], [8, 0], false),
+      ([0x33, 0x33, 0, 0, 0, 1], [8, 0], true), ([0x33, 0x33, 0, 0, 0, 2], [8, 0], false),
+      ([0xff, 0xff, 0xff, 0xff, 0xff, 0xff], [8, 0], true), (ours, tag + [0, 7, 8, 0], true),
+      (ours, tag + [0, 8, 8, 0], false),
+    ] {
+      let packet = header + frame(to: destination, from: Self.other, type: type, [1, 2, 3, 4, 5, 6])
+      let before = drops(fixture, .filtered)
+      #expect(wire.send(packet))
+      if passes {
+        #expect(fixture.waitForUsed(0)?.length == UInt32(packet.count), "\(destination) \(type)")
+      } else {
+        #expect(eventually { drops(fixture, .filtered) == before + 1 }, "\(destination) \(type)")
+      }
+    }
+  }
+
+  @Test(
+    arguments: [
+      [], [0], [0, 0], [0, 0, 2], [0, 9, 1], [1, 0, 255, 255, 255, 255], [1, 0, 1, 0, 0, 0, 1, 2],
+      [1, 1, 1, 2, 3, 4, 5, 6],
+      [2, 0, 0, 16], [4, 0, 1, 0], [5, 0, 0, 0, 0, 0, 0, 0, 0, 128], [99, 1, 2, 3],
+    ] as [[UInt8]]) func commandThatMakesNoSenseIsAnsweredWithAnError(bytes: [UInt8]) throws
+  {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    guard !bytes.isEmpty else { return }
+    #expect(command(fixture, bytes) == 1)
+    #expect(command(fixture, [0, 1, 1]) == 0)
+  }
+
+  // MARK: Life
+
+  @Test func anotherBackendGoesOnWithWhatTheDriverHasAndChose() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    offer(fixture, count: 60, bytes: 1536)
+    #expect(command(fixture, [0, 0, 0]) == 0)
+    let packet = header + frame(from: ours, [7])
+    transmit(fixture, packet)
+    #expect(wire.receive() == packet)
+    #expect(fixture.waitForUsed(1) != nil)
+    let incoming = header + frame(to: ours, from: Self.other, [1])
+    try fixture.exchange {
+      // While nobody serves: the driver goes on making packets, and the network too.
+      fixture.put(packet, at: fixture.buffers + 131072)
+      _ = fixture.driver.add([.init(fixture.buffers + 131072, UInt32(packet.count), writable: false)], queue: 1)
+      #expect(wire.send(header + frame(to: [2, 0, 0, 0, 0, 6], from: Self.other, [1])))
+      #expect(wire.send(incoming))
+    }
+    #expect(wire.receive() == packet)
+    #expect(fixture.waitForUsed(0)?.length == UInt32(incoming.count))
+    #expect(drops(fixture, .filtered) == 1)
+    // A driver that begins anew is promiscuous again, as one that cannot say otherwise.
+    #expect(fixture.driver.registers.read(0x106) & 2 == 2)  // announce
+    #expect(command(fixture, [3, 0]) == 0)
+    #expect(fixture.driver.registers.read(0x106) & 2 == 0)
+  }
+
+  @Test func linkThatIsDownStaysDownWithAnotherBackend() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    let backend = try #require(fixture.backend as? NetBackend)
+    #expect(fixture.driver.registers.read(0x106) & 1 == 1)
+    backend.set(isLinkUp: false)
+    #expect(fixture.driver.registers.read(0x106) & 1 == 0)
+    // The data thread learns of it a little later.
+    func isDropped() -> Bool {
+      let before = drops(fixture, .linkDown)
+      transmit(fixture, header + frame(from: ours, [1]))
+      return fixture.waitForUsed(1) != nil && drops(fixture, .linkDown) == before + 1
+    }
+    #expect(eventually { isDropped() })
+    while wire.receive(seconds: 0) != nil {}
+    try fixture.exchange()
+    #expect(isDropped())
+    #expect(fixture.driver.registers.read(0x106) & 1 == 0)
+    (fixture.backend as? NetBackend)?.set(isLinkUp: true)
+    #expect(eventually { !isDropped() })
+    while wire.receive(seconds: 0) != nil {}
+    let packet = header + frame(from: ours, [2])
+    transmit(fixture, packet)
+    #expect(wire.receive() == packet)
+  }
+
+  /// Chains of every shape, wherever their buffers lie, and packets of every size from outside.
+  @Test(arguments: 0..<30) func noChainOfAHostileGuestEndsMoreThanItsOwnDevice(seed: Int) throws {
+    var random = SeededGenerator(seed: UInt64(seed))
+    let wire = Wire()
+    let fixture = try fixture(wire, wanted: seed % 3 == 0 ? [.netMAC, .netControlQueue, .netControlReceive] : nil)
+    defer { fixture.stop() }
+    for _ in 0..<150 {
+      let queue = Int.random(in: 0...2, using: &random)
+      let buffers = (0..<Int.random(in: 1...6, using: &random)).map { _ -> SimulatedDriver.Buffer in
+        let addresses: [UInt64] = [fixture.buffers, 0, 1 << 40, UInt64.max - 8, fixture.buffers + 4090]
+        let lengths: [UInt32] = [0, 1, 11, 12, 26, 1514, 65562, UInt32.max]
+        return .init(
+          addresses.randomElement(using: &random) ?? 0, lengths.randomElement(using: &random) ?? 0,
+          writable: queue == 0 ? Int.random(in: 0...9, using: &random) > 0 : Int.random(in: 0...9, using: &random) == 0)
+      }
+      let noise = (0..<200).map { _ in UInt8.random(in: 0...255, using: &random) }
+      fixture.put(noise, at: fixture.buffers)
+      _ = fixture.driver.add(buffers, indirect: Bool.random(using: &random), queue: queue)
+      fixture.driver.notify(queue: queue)
+      if Int.random(in: 0...4, using: &random) == 0 {
+        _ = wire.send(Array(repeating: 5, count: Int.random(in: 1...3000, using: &random)))
+      }
+      while fixture.driver.takeUsed(queue: queue) != nil {}
+    }
+    // A reset is answered whatever has gone before, and the device serves again.
+    fixture.driver.reset()
+    try fixture.driver.start(deviceID: 1, wanted: fixture.backend.offeredFeatures, queueSize: 64, queueCount: 3)
+    while wire.receive(seconds: 0) != nil {}
+    let packet = header + frame(from: ours, [9])
+    transmit(fixture, packet)
+    #expect(wire.receive() == packet, "seed \(seed)")
+  }
+}

@@ -1,0 +1,138 @@
+package import Backends
+package import Devices
+package import EventLoop
+package import SimulatedXen
+import Synchronization
+package import Transport
+package import Virtqueue
+package import Xen
+
+/// A device of any type on the simulated Xen, with its driver and without a supervisor. Its saved state outlives its backends, so that
+/// they can be exchanged under the driver.
+package final class DeviceFixture {
+  package typealias Start = (
+    DeviceBackend.Surroundings, @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
+  ) -> [LoopThread]
+
+  package let domain: SimulatedDomain
+  package let pool: ForeignMappingPool
+  package let transport: MMIOTransport
+  package let driver: SimulatedDriver
+  package private(set) var backend: DeviceBackend
+  package let account = DeviceAccount()
+  package let rate = RateNode()
+  package let faults = Faults()
+  private var threads: [LoopThread]
+  private let start: Start
+  private let surroundings: DeviceBackend.Surroundings
+
+  /// What the device reported.
+  package final class Faults: Sendable {
+    private let list = Mutex<[DeviceFault]>([])
+    package var all: [DeviceFault] { list.withLock { $0 } }
+    func add(_ fault: DeviceFault) { list.withLock { $0.append(fault) } }
+  }
+
+  /// - Parameters:
+  ///   - wanted: features that the driver takes, of those that are offered; nil for all but ring formats.
+  ///   - queueCount: queues that it sets up.
+  package init(
+    deviceID: UInt32, wanted: FeatureBits? = nil, queueSize: UInt16 = 64, queueCount: Int,
+    consoleFolder: String? = nil, start: @escaping Start
+  ) throws {
+    domain = try SimulatedDomain(identifier: 9, memoryBytes: 32 << 20, vcpuCount: 1)
+    let hypervisor = SimulatedHypervisor()
+    hypervisor.add(domain)
+    let handle = try hypervisor.open(9)
+    pool = ForeignMappingPool(guest: handle, bucketShift: 16, budgetBytes: 1 << 30)
+    let kept = Mutex<DeviceState?>(nil)
+    let faults = faults
+    var surroundings = DeviceBackend.Surroundings(
+      name: "test", source: pool, rate: rate, account: account,
+      makeState: { shape throws(StartFault) in
+        if let known = kept.withLock({ $0 }) { return known }
+        do throws(Errno) {
+          let made = try DeviceState(shape: shape, place: .xenbus)
+          kept.withLock { $0 = made }
+          return made
+        } catch {
+          throw .host(error)
+        }
+      },
+      report: { if case .fault(let fault) = $0 { faults.add(fault) } })
+    surroundings.consoleFolder = consoleFolder
+    self.surroundings = surroundings
+    self.start = start
+    (backend, threads) = try Self.open(start, surroundings)
+    transport = MMIOTransport(
+      device: backend, line: SlotTable.slot(0).line(of: handle), state: backend.state, onStatus: { _ in })
+    driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
+    try driver.start(
+      deviceID: deviceID, wanted: wanted ?? backend.offeredFeatures, queueSize: queueSize, queueCount: queueCount)
+  }
+
+  private static func open(_ start: Start, _ surroundings: DeviceBackend.Surroundings) throws -> (
+    DeviceBackend, [LoopThread]
+  ) {
+    let latch = Latch()
+    let result = Mutex<Result<DeviceBackend, StartFault>?>(nil)
+    let threads = start(surroundings) { outcome in
+      result.withLock { $0 = outcome }
+      latch.open()
+    }
+    latch.wait()
+    guard let outcome = result.withLock({ $0 }) else { throw Errno(12) }
+    do {
+      return (try outcome.get(), threads)
+    } catch {
+      for thread in threads { thread.stopAndJoin() }
+      throw error
+    }
+  }
+
+  private func end() {
+    let latch = Latch()
+    backend.stop { latch.open() }
+    latch.wait()
+    for thread in threads { thread.stopAndJoin() }
+  }
+
+  /// Another backend takes the place of the present one, as after a death of vxd.
+  package func exchange(_ between: () -> Void = {}) throws {
+    transport.unplug()
+    end()
+    between()
+    (backend, threads) = try Self.open(start, surroundings)
+    transport.plug(backend)
+  }
+
+  package func stop() {
+    transport.remove()
+    end()
+    pool.close()
+  }
+
+  // MARK: Guest memory
+
+  /// Where tests put their buffers: behind the rings.
+  package var buffers: UInt64 { (driver.areaEnd + 4095) & ~4095 }
+
+  package func put(_ bytes: [UInt8], at address: UInt64) {
+    driver.memory.pointer(address).copyMemory(from: bytes, byteCount: bytes.count)
+  }
+
+  package func bytes(at address: UInt64, count: Int) -> [UInt8] {
+    Array(UnsafeRawBufferPointer(start: driver.memory.pointer(address), count: count))
+  }
+
+  /// Waits for the next used element of a queue, by interrupt.
+  package func waitForUsed(_ queue: Int, seconds: Int = 10) -> (head: UInt16, length: UInt32)? {
+    let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
+    while true {
+      if let used = driver.takeUsed(queue: queue) { return used }
+      if driver.armInterrupt(queue: queue) { continue }
+      guard EventLoop.now() < deadline, domain.waitForInterrupt(seconds: seconds) else { return nil }
+      _ = driver.acknowledgeInterrupt()
+    }
+  }
+}
