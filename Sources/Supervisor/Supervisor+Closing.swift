@@ -1,6 +1,7 @@
 import Backends
 import Engines
 import EventLoop
+import Glibc
 import Xen
 
 /// The end of devices, and what is written to Xenstore of them.
@@ -10,6 +11,7 @@ extension Supervisor {
     record.wantsClosedState = record.wantsClosedState || wantsClosedState
     guard record.phase != .closing else { return }
     record.phase = .closing
+    record.backend?.retire()
     tell(.deviceClosing, session, record)
     if record.key.kind.isInXenstore { closeSparesIfAlone(session) }
     publish(session)
@@ -57,8 +59,16 @@ extension Supervisor {
 
   /// What of a device outlives its backends, and ends with it.
   func removeTraces(_ record: DeviceRecord) {
-    guard case .network(let settings)? = record.entry?.form, case .created = settings.attachment else { return }
-    TapDevice.remove(settings.tapName)
+    switch record.entry?.form {
+    case .network(let settings):
+      if case .created = settings.attachment { TapDevice.remove(settings.tapName) }
+    case .console(let console):
+      guard let folder = settings.consoleFolder else { return }
+      for port in console.ports.indices {
+        unlink(ConsoleBackend.historyPath(folder, "\(record.key.domain)-\(record.name)", port: port))
+      }
+    default: break
+    }
   }
 
   func writeClosedState(_ record: DeviceRecord) {

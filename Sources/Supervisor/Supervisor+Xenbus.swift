@@ -342,15 +342,25 @@ extension Supervisor {
 
   /// The toolstack of another domain leaves the removal of an entry to its backend's domain: behind state 6, when that has been seen.
   /// So does libxl before 4.18 in dom0 with generic devices, which it does not know.
-  func removeEntryLater(_ key: DeviceKey) {
-    guard isDriverDomain || key.kind == .generic else { return }
+  func removeEntryLater(_ key: DeviceKey, tries: Int = 20) {
+    guard isDriverDomain || key.kind == .generic, tries > 0 else { return }
     loop.schedule(afterMilliseconds: 500) { [self] in
       assumeIsolated { supervisor in
         guard supervisor.known(key) == nil, let store = supervisor.store else { return }
         let isOver =
           store.read("\(key.path)/online") == "0" && store.read("\(key.path)/state") == XenbusState.closed.rawValue
         let isLeft = !supervisor.isDriverDomain && store.read("/local/domain/\(key.domain)/name") == nil
-        if supervisor.isDriverDomain ? isOver : isLeft { try? store.remove(key.path) }
+        if supervisor.isDriverDomain ? isOver : isLeft {
+          try? store.remove(key.path)
+          // As libxl does with what is empty then.
+          let parent = "backend/\(key.kind.rawValue)"
+          for path in ["\(parent)/\(key.domain)", parent] where store.list(path)?.isEmpty == true {
+            try? store.remove(path)
+          }
+        } else if !supervisor.isDriverDomain, store.read("\(key.path)/frontend") != nil {
+          // The toolstack is not done with the guest.
+          supervisor.removeEntryLater(key, tries: tries - 1)
+        }
       }
     }
   }

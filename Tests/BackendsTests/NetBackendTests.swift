@@ -120,6 +120,71 @@ import Virtqueue
     #expect(drops(fixture, .foreignMAC) == 1)
   }
 
+  /// Internet addresses that are locked: 10.0.0.2 and fd00::2.
+  @Test func onlyTheGuestsOwnAddressesLeaveIt() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire) {
+      $0.addresses = [InternetAddress(version4: 0x0a00_0002), InternetAddress(version6: 0xfd00 << 48, 2)]
+    }
+    defer { fixture.stop() }
+    let zeros = [UInt8](repeating: 0, count: 64)
+    func four(_ source: [UInt8], to target: [UInt8] = [10, 0, 0, 1], port: UInt8 = 80) -> [UInt8] {
+      [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 17, 0, 0] + source + target + [0, 68, 0, port] + zeros.prefix(16)
+    }
+    func six(_ source: [UInt8], next: UInt8 = 17, type: UInt8 = 0, target: [UInt8] = []) -> [UInt8] {
+      [0x60, 0, 0, 0, 0, 32, next, 64] + source + zeros.prefix(16) + [type, 0, 0, 0, 0, 0, 0, 0] + target + zeros
+    }
+    func arp(_ hardware: [UInt8], _ sender: [UInt8]) -> [UInt8] {
+      [0, 1, 8, 0, 6, 4, 0, 1] + hardware + sender + zeros.prefix(6) + [10, 0, 0, 1]
+    }
+    let own6: [UInt8] = [0xfd] + zeros.prefix(14) + [2]
+    let other6: [UInt8] = [0xfd] + zeros.prefix(14) + [3]
+    let link6: [UInt8] = [0xfe, 0x80] + zeros.prefix(6) + [0x02, 0x16, 0x3e, 0xff, 0xfe, 0, 0, 1]
+    let cases: [(type: [UInt8], payload: [UInt8], dropped: DropReason?)] = [
+      ([8, 0], four([10, 0, 0, 2]), nil), ([8, 0], four([10, 0, 0, 3]), .foreignIP),
+      ([8, 0], four([0, 0, 0, 0], to: [255, 255, 255, 255], port: 67), nil),
+      ([8, 0], four([0, 0, 0, 0], to: [255, 255, 255, 255], port: 53), .foreignIP),
+      ([8, 0], [0x45, 0, 0], .malformed), ([8, 6], arp(ours, [10, 0, 0, 2]), nil),
+      ([8, 6], arp(ours, [0, 0, 0, 0]), nil),
+      ([8, 6], arp(ours, [10, 0, 0, 3]), .foreignIP), ([8, 6], arp(Self.other, [10, 0, 0, 2]), .foreignMAC),
+      ([8, 6], [0, 1], .malformed), ([0x86, 0xdd], six(own6), nil), ([0x86, 0xdd], six(other6), .foreignIP),
+      ([0x86, 0xdd], six(link6), nil), ([0x86, 0xdd], six(Array(zeros.prefix(16))), nil),
+      ([0x86, 0xdd], six(own6, next: 58, type: 136, target: own6), nil),
+      ([0x86, 0xdd], six(own6, next: 58, type: 136, target: other6), .foreignIP), ([0x86, 0xdd], [0x60], .malformed),
+      ([0x81, 0, 0, 5, 8, 0], four([10, 0, 0, 2]), nil), ([0x81, 0, 0, 5, 8, 0], four([10, 0, 0, 3]), .foreignIP),
+      ([0x81, 0, 0, 5, 0x81, 0, 0, 5, 0x81, 0, 0, 5, 8, 0], four([10, 0, 0, 2]), .malformed),
+      ([0x12, 0x34], Array(zeros), .foreignIP),
+    ]
+    for (index, (type, payload, dropped)) in cases.enumerated() {
+      let packet = header + frame(from: ours, type: type, payload)
+      let before = dropped.map { drops(fixture, $0) }
+      transmit(fixture, packet)
+      #expect(fixture.waitForUsed(1) != nil)
+      if let dropped, let before {
+        #expect(drops(fixture, dropped) == before + 1, "case \(index)")
+        #expect(wire.receive(seconds: 0) == nil, "case \(index)")
+      } else {
+        #expect(wire.receive() == packet, "case \(index)")
+      }
+    }
+  }
+
+  /// More pieces than the pump has vectors for must not hold its thread.
+  @Test func manySmallBuffersAreServedAsFarAsTheyGo() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire, queueSize: 64)
+    defer { fixture.stop() }
+    for _ in 0..<40 {
+      let pieces = (0..<60).map { SimulatedDriver.Buffer(fixture.buffers + UInt64($0) * 32, 20, writable: true) }
+      _ = fixture.driver.add(pieces, indirect: true, queue: 0)
+    }
+    fixture.driver.notify(queue: 0)
+    let packet = header + frame(from: Self.other, Array(repeating: 3, count: 100))
+    #expect(wire.send(packet))
+    #expect(fixture.waitForUsed(0)?.length == UInt32(packet.count))
+    #expect(command(fixture, [0, 1, 1]) == 0)
+  }
+
   @Test func offloadsThatWereNotNegotiatedAreRefused() throws {
     let wire = Wire()
     let fixture = try fixture(wire, wanted: [.netMAC, .netControlQueue])

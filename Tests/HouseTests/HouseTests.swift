@@ -9,7 +9,7 @@ import Testing
     "Backends/EventLoop": ["CLinux", "Glibc"], "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
     "Backends/Xen": ["CXen", "Glibc"], "Backends/Assembly": ["Glibc"],
     "SimulatedXen": ["CLinux", "Glibc"], "ControlAPI": ["CJSON", "CLinux", "Glibc"],
-    "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["Glibc"],
+    "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],
   ]
 
   private static let root = "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/")

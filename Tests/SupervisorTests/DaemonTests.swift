@@ -82,7 +82,7 @@ import Testing
         }, "\(log())")
       let status = run(Self.products + "/vxctl", ["status", "--socket", socket])
       #expect(status.1 == 0)
-      #expect(status.0.contains("demo/xvde  connected"), "\(status.0)")
+      #expect(status.0.contains("demo/xvde  disk  connected"), "\(status.0)")
       let show = run(Self.products + "/vxctl", ["show", "demo/xvde", "--json", "--socket", socket])
       #expect(try JSONText.parse(Array(show.0.utf8))["counters"]?["failed"] == 0)
       let events = run(Self.products + "/vxctl", ["list", "nobody", "--socket", socket])
@@ -113,7 +113,7 @@ import Testing
       #expect(start.1 == 0, "\(start.0)")
       defer { _ = run("tmux", tmux + ["kill-server"]) }
       func screen() -> String { run("tmux", tmux + ["capture-pane", "-p", "-t", session]).0 }
-      #expect(eventually { screen().contains("demo/xvde  connected") }, "\(screen())")
+      #expect(eventually { screen().contains("demo/xvde  disk  connected") }, "\(screen())")
       // Work is seen: the guest writes ten blocks a second.
       #expect(
         eventually {

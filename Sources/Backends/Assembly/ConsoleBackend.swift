@@ -37,6 +37,11 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     "\(folder)/\(device)-\(port).sock"
   }
 
+  /// What a port remembers, in the same folder.
+  package static func historyPath(_ folder: String, _ device: String, port: Int) -> String {
+    "\(folder)/\(device)-\(port).history"
+  }
+
   package static func start(
     _ settings: ConsoleSettings, _ surroundings: Surroundings,
     completion: @escaping @Sendable (Result<ConsoleBackend, StartFault>) -> Void
@@ -63,7 +68,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
       let place = ConsolePort.Place(
         loop: thread.loop, counters: counters[first + 1],
         viewerPath: surroundings.consoleFolder.map { Self.viewerPath($0, surroundings.fileName, port: index) },
-        historyPath: surroundings.consoleFolder.map { "\($0)/\(surroundings.fileName)-\(index).history" },
+        historyPath: surroundings.consoleFolder.map { Self.historyPath($0, surroundings.fileName, port: index) },
         logLine: { logLine("port \(index): \($0)") })
       do throws(ConsoleFault) {
         channels.append(try ConsolePort(port, place))

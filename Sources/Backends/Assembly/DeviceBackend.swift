@@ -228,6 +228,9 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
 
   // MARK: End
 
+  /// The device ends for good: what outlives its backends is to go with this one. Overridden where there is such a thing.
+  package func retire() {}
+
   /// Ends the device: nothing touches guest memory any more when `completion` runs, and what it works with is closed when this object
   /// goes. Waits, on the device's threads, for what the kernel still works on. The caller joins the threads afterwards.
   package func stop(completion: @escaping @Sendable () -> Void) {

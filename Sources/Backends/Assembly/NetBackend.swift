@@ -141,6 +141,10 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce }
   }
 
+  package override func retire() {
+    if case .created = settings.attachment { tap.retire() }
+  }
+
   // MARK: For operators
 
   package var interface: String { tap.name }

@@ -217,7 +217,7 @@ driver_did() { xenstore-read "$driver/result" 2>/dev/null | grep -q "^$1 "; }
 
 # Runs a command in a guest that serves (vx.test=serve), over the pty of its port; its output is ours, and so is its exit code.
 in_guest() { # NAME COMMAND...
-  guest=$1
+  local guest=$1 number code line
   shift
   number=$(($(cat /run/guest-number 2>/dev/null || echo 0) + 1))
   echo $number >/run/guest-number

@@ -7,8 +7,8 @@ cat >/etc/vxd/profiles.json <<'JSON'
 JSON
 run_vxd_unprivileged
 start_vxd
-check "vxd runs as a user of its own with one capability" sh -c \
-  "grep -q '^Uid:.990' /proc/$(vxd_pid)/status && grep -q '^CapEff:.0000000000000002' /proc/$(vxd_pid)/status"
+check "vxd runs as a user of its own with two capabilities" sh -c \
+  "grep -q '^Uid:.990' /proc/$(vxd_pid)/status && grep -q '^CapEff:.0000000000001002' /proc/$(vxd_pid)/status"
 check "vxctl checks profiles" vxctl config check /etc/vxd/profiles.json
 remember_resources
 write_config alpha "vx.test=operate" "$(disk xvde /disks/alpha.img)"

@@ -15,6 +15,8 @@ extension NetPump {
     var bytes = 0
     var left = Self.batchLimit
     var turn = Turn.more
+    // The next chain has more pieces than there are vectors left: what is gathered has to do.
+    var isFull = false
     receiving: while left > 0 {
       let time = rate.delay(isWrite: false, at: now)
       guard time == 0 else {
@@ -28,6 +30,7 @@ extension NetPump {
           // A buffer that nothing fits into, or that is not there: back to the driver, behind those before it.
           guard count == 0 else {
             receiveQueue.putBack(chain.ticket)
+            isFull = true
             break
           }
           receiveQueue.counters.drops(.badBuffer).add(1)
@@ -39,7 +42,7 @@ extension NetPump {
         count &+= 1
       }
       // A ring that is smaller than the largest packet serves those that fit.
-      guard count > 0, bytes >= needed || count == min(receiveQueue.size, Self.chainLimit) else {
+      guard count > 0, bytes >= needed || isFull || count == min(receiveQueue.size, Self.chainLimit) else {
         turn = .noRoom
         insufficient = count
         break
@@ -66,6 +69,7 @@ extension NetPump {
       for index in gone..<vectorCount { vectors[index &- gone] = vectors[index] }
       count &-= used
       vectorCount &-= gone
+      isFull = false
       if left % Self.groupLimit == 0 { receiveQueue.publish(signals) }
     }
     while count > 0 {

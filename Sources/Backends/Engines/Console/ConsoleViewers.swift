@@ -50,7 +50,7 @@ final class ConsoleViewers {
       return
     }
     let client = Client()
-    client.stream = try? ConsoleStream(
+    let stream = try? ConsoleStream(
       adopting: raw, loop: loop,
       onInput: { [weak self, weak client] stream in
         // Held here: what is read may be the client's end.
@@ -61,10 +61,12 @@ final class ConsoleViewers {
       onEnd: { [weak self, weak client] _ in
         if let client { self?.leave(client) }
       })
+    guard let stream else { return }
+    client.stream = stream
     clients.append(client)
     // The newest of it, when it is more than a client's buffer.
     let remembered = (port?.remembered ?? []).suffix(ConsoleStream.bufferLimit - 4096)
-    _ = client.stream?.write(ConsoleFrame.data(remembered))
+    _ = stream.write(ConsoleFrame.data(remembered))
     port?.onChange()
   }
 

@@ -67,17 +67,20 @@ package final class TapDevice: Sendable {
       let header = clinux_tap_header(descriptor, Int32(NetConfiguration.headerBytes))
       guard header == 0 else { throw fail("the kernel has no virtio-net headers for it: \(Errno(header))") }
     }
-    queues = descriptors
-    canDetachQueues = count > 1
-    segmentsUDP =
+    let segmentsUDP =
       clinux_tap_offloads(descriptors[0], Offload.checksum | Offload.tso4 | Offload.tso6 | Offload.uso) == 0
     _ = clinux_tap_offloads(descriptors[0], 0)
-    guard case .created(let bridge) = attachment else { return }
-    do throws(TapFault) {
-      try Self.prepare(interface, descriptors[0], bridge, mtu)
-    } catch {
-      throw fail(error.message)
+    if case .created(let bridge) = attachment {
+      do throws(TapFault) {
+        try Self.prepare(interface, descriptors[0], bridge, mtu)
+      } catch {
+        throw fail(error.message)
+      }
     }
+    // The descriptors are the object's from here on: nothing throws any more.
+    queues = descriptors
+    canDetachQueues = count > 1
+    self.segmentsUDP = segmentsUDP
   }
 
   /// Of descriptors that behave as a tap's queues do; taken over.
@@ -144,7 +147,13 @@ package final class TapDevice: Sendable {
     for (index, queue) in queues.enumerated() { _ = clinux_tap_enable(queue, index < pairs ? 1 : 0) }
   }
 
-  /// Ends a tap that was made here, and its place in the bridge.
+  /// The interface ends with its last descriptor.
+  package func retire() {
+    NetworkInterface.leaveVirtualSwitch(name)
+    _ = clinux_tap_persist(queues[0], 0)
+  }
+
+  /// Ends a tap that was made here and that nobody serves, and its place in the bridge.
   package static func remove(_ name: String) {
     guard NetworkInterface.isTap(name) else { return }
     NetworkInterface.leaveVirtualSwitch(name)
