@@ -135,7 +135,7 @@ package struct DiskProfiles: Equatable, Sendable {
         switch member.name {
         case "guest": entry.pattern = try Self.pattern(member.value, field)
         case "limits": try entry.options.limits.change(member.value, field)
-        case "spareDisks": entry.options.spareDisks = Int(try Self.number(member.value, field, 0...16))
+        case "spareDisks": entry.options.spareDisks = Int(try OptionReader.number(member.value, field, 0...16))
         case "devices":
           var counts: [DeclaredDevice.DeviceType: Int] = [:]
           for (index, value) in try OptionReader.array(member.value, field).enumerated() {
@@ -188,14 +188,14 @@ package struct DiskProfiles: Equatable, Sendable {
   ) throws(ProfileFault) {
     var retryMilliseconds: UInt64 = 30_000
     if let seconds = options.first(where: { $0.name == "retrySeconds" }) {
-      retryMilliseconds = try number(seconds.value, "\(place).retrySeconds", 1...3600) * 1000
+      retryMilliseconds = try OptionReader.number(seconds.value, "\(place).retrySeconds", 1...3600) * 1000
     }
     for option in options {
       let field = "\(place).\(option.name)"
       switch option.name {
-      case "queues": settings.queues = Int(try number(option.value, field, 1...64))
-      case "threads": settings.threads = Int(try number(option.value, field, 1...64))
-      case "queueSize": settings.queueSize = UInt16(try number(option.value, field, 1...32768))
+      case "queues": settings.queues = Int(try OptionReader.number(option.value, field, 1...64))
+      case "threads": settings.threads = Int(try OptionReader.number(option.value, field, 1...64))
+      case "queueSize": settings.queueSize = UInt16(try OptionReader.number(option.value, field, 1...32768))
       // libxl wants a target that exists: it names a file then, and the address stands here.
       case "nbd":
         guard let address = option.value.stringValue else {
@@ -206,9 +206,9 @@ package struct DiskProfiles: Equatable, Sendable {
         } catch {
           throw ProfileFault(field: field, reason: error.message)
         }
-      case "packed": settings.packed = try flag(option.value, field)
-      case "inOrder": settings.inOrder = try flag(option.value, field)
-      case "direct": settings.direct = try flag(option.value, field)
+      case "packed": settings.packed = try OptionReader.flag(option.value, field)
+      case "inOrder": settings.inOrder = try OptionReader.flag(option.value, field)
+      case "direct": settings.direct = try OptionReader.flag(option.value, field)
       case "cache":
         let names = BlockCacheMode.allCases.map(\.rawValue).joined(separator: ", ")
         guard let mode = option.value.stringValue.flatMap(BlockCacheMode.init(rawValue:)) else {
@@ -218,45 +218,24 @@ package struct DiskProfiles: Equatable, Sendable {
       case "onError": settings.errors.onError = try action(option.value, field, retryMilliseconds)
       case "onNoSpace": settings.errors.onNoSpace = try action(option.value, field, retryMilliseconds)
       case "retrySeconds": break
-      case "reconnectSeconds": settings.reconnectMilliseconds = try number(option.value, field, 0...86_400) * 1000
-      case "stuckSeconds": settings.stuckMilliseconds = try number(option.value, field, 1...86_400) * 1000
-      case "limits": try settings.limits.change(option.value, field)
-      case "restart":
-        let names = RestartPolicy.Mode.allCases.map(\.rawValue).joined(separator: ", ")
-        guard let mode = option.value.stringValue.flatMap(RestartPolicy.Mode.init(rawValue:)) else {
-          throw ProfileFault(field: field, reason: "one of \(names) is wanted")
-        }
-        settings.restart.mode = mode
-      case "restartLimit": settings.restart.limit = Int(try number(option.value, field, 1...1000))
-      case "restartWindowSeconds": settings.restart.windowSeconds = try number(option.value, field, 1...86_400)
-      case "bounceMiB": settings.bounceBytes = Int(try number(option.value, field, 1...256)) << 20
+      case "reconnectSeconds":
+        settings.reconnectMilliseconds = try OptionReader.number(option.value, field, 0...86_400) * 1000
+      case "stuckSeconds": settings.stuckMilliseconds = try OptionReader.number(option.value, field, 1...86_400) * 1000
+      case "bounceMiB": settings.bounceBytes = Int(try OptionReader.number(option.value, field, 1...256)) << 20
       default:
-        throw ProfileFault(
-          field: field,
-          reason:
-            "there is no such option; nbd, queues, threads, queueSize, packed, inOrder, direct, cache, onError, onNoSpace, "
-            + "retrySeconds, reconnectSeconds, stuckSeconds, bounceMiB, limits, restart, restartLimit and restartWindowSeconds are"
-        )
+        guard try DeclaredDevice.applyCommon(option, to: &settings, place) else {
+          throw ProfileFault(
+            field: field,
+            reason:
+              "there is no such option; nbd, queues, threads, queueSize, packed, inOrder, direct, cache, onError, onNoSpace, "
+              + "retrySeconds, reconnectSeconds, stuckSeconds, bounceMiB, \(DeclaredDevice.commonNames) are"
+          )
+        }
       }
     }
     guard settings.packed || settings.queueSize.nonzeroBitCount == 1 else {
       throw ProfileFault(field: "\(place).queueSize", reason: "a split ring's size is a power of two")
     }
-  }
-
-  private static func number(
-    _ value: JSONValue, _ field: String, _ range: ClosedRange<Int64>
-  ) throws(ProfileFault) -> UInt64 {
-    guard let number = value.integerValue, range.contains(number) else {
-      throw ProfileFault(
-        field: field, reason: "a whole number from \(range.lowerBound) to \(range.upperBound) is wanted")
-    }
-    return UInt64(number)
-  }
-
-  private static func flag(_ value: JSONValue, _ field: String) throws(ProfileFault) -> Bool {
-    guard let flag = value.boolValue else { throw ProfileFault(field: field, reason: "true or false is wanted") }
-    return flag
   }
 
   private static func action(

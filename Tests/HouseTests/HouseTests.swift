@@ -5,8 +5,9 @@ import Testing
 @Suite struct HouseTests {
   /// C modules that each folder below Sources may import; the longest matching folder counts.
   private static let allowed: [String: Set<String>] = [
-    "Backends/Virtqueue": [], "Backends/Transport": [], "Backends/Devices": [],
-    "Backends/EventLoop": ["CLinux", "Glibc"], "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
+    "Backends/Virtqueue": [], "Backends/Transport": [], "Backends/Devices": ["Glibc"],
+    "Backends/EventLoop": ["CLinux", "Glibc"], "Backends/ConsoleLink": [],
+    "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
     "Backends/Xen": ["CXen", "Glibc"], "Backends/Assembly": ["Glibc"],
     "SimulatedXen": ["CLinux", "Glibc"], "ControlAPI": ["CJSON", "CLinux", "Glibc"],
     "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],

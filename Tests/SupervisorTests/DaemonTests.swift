@@ -113,7 +113,7 @@ import Testing
       #expect(start.1 == 0, "\(start.0)")
       defer { _ = run("tmux", tmux + ["kill-server"]) }
       func screen() -> String { run("tmux", tmux + ["capture-pane", "-p", "-t", session]).0 }
-      #expect(eventually { screen().contains("demo/xvde  disk  connected") }, "\(screen())")
+      #expect(eventually { screen().contains("demo/xvde  connected") }, "\(screen())")
       // Work is seen: the guest writes ten blocks a second.
       #expect(
         eventually {

@@ -83,16 +83,17 @@ for option in checksum tso mergeable; do
   turn=$((turn + 1))
 done
 
-step "100 MB over TCP while vxd is killed"
+# Not more: what makes and digests it is slow under emulation.
+step "24 MB over TCP while vxd is killed"
 in_guest one "dd if=/dev/urandom of=/tmp/block bs=1M count=1 2>/dev/null"
-content="for number in \$(seq 100); do echo \$number; cat /tmp/block; done"
+content="for number in \$(seq 24); do echo \$number; cat /tmp/block; done"
 # Its input stays open: at the end of that busybox's nc ends the connection.
 mkfifo /tmp/open
 exec 5<>/tmp/open
 (nc -l -p 5000 <&5 | md5sum >/tmp/received; mv /tmp/received /tmp/complete) &
 before=$(device_field one/net1 writtenBytes)
 in_guest one "( ($content) | nc 10.9.0.1 5000) >/dev/null 2>&1 &"
-moved() { [ "$(device_field one/net1 writtenBytes)" -gt $((before + 8000000)) ]; }
+moved() { [ "$(device_field one/net1 writtenBytes)" -gt $((before + 3000000)) ]; }
 check "the transfer is under way" wait_until 100 moved
 kill -9 "$(vxd_pid)"
 wait "$(vxd_pid)" 2>/dev/null
@@ -105,7 +106,7 @@ check "as it was" equal "$(cat /tmp/complete)" "$(in_guest one "($content) | md5
 step "link, MTU, VLANs, filters, locks"
 check "vxctl link down" vxctl link one/net1 down
 carrier() { in_guest one "grep -q $1 /sys/class/net/$(interface one 00:16:3e:00:00:01)/carrier"; }
-check "the guest sees it" wait_until 20 carrier 0
+check "the guest sees it" wait_until 60 carrier 0
 check "nothing gets through" not ping -c 1 -W 2 10.9.0.2
 check "vxctl link up" vxctl link one/net1 up
 check "the guest sees that too" wait_until 20 carrier 1
