@@ -90,6 +90,7 @@ stop_vxd() {
 
 threads_of_vxd() { ls "/proc/$(vxd_pid)/task" | wc -l; }
 descriptors_of_vxd() { ls "/proc/$(vxd_pid)/fd" | wc -l; }
+no_descriptor_left() { wait_until 10 has_descriptors "$DESCRIPTORS" || { ls -l "/proc/$(vxd_pid)/fd"; return 1; }; }
 has_descriptors() { [ "$(descriptors_of_vxd)" = "$1" ]; }
 mappings_of_vxd() { grep -c -E 'privcmd|gntdev' "/proc/$(vxd_pid)/maps"; }
 
@@ -111,7 +112,7 @@ no_trace_left() { # every resource that guests cost is back at what remember_res
   check "the pools count no mapped page" equal "$(status_field mappedPages)" 0
   check "no thread is left" equal "$(threads_of_vxd)" "$THREADS"
   # That of the last question has to be noticed as closed first.
-  check "no descriptor is left" wait_until 10 has_descriptors "$DESCRIPTORS"
+  check "no descriptor is left" no_descriptor_left
   check "no watch is left" equal "$(status_field xenstoreWatches)" "$WATCHES"
   check "no backend node is left in Xenstore" not xenstore-exists /local/domain/0/backend/virtio_disk
 }

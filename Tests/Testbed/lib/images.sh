@@ -28,6 +28,8 @@ copy_modules() { # IMAGE NAME... : kernel modules into /modules, without their f
 
 base_image() { # IMAGE : folders and busybox
   mkdir -p "$1"/{bin,sbin,lib,etc,proc,sys,dev,run,tmp,var/log,var/lib,root,lib64,usr}
+  # mktemp keeps others out of the root, and so out of everything.
+  chmod 755 "$1"
   install -m 755 "$PACKAGES_ROOT/bin/busybox" "$1/bin/busybox"
   ln -s busybox "$1/bin/sh"
   ln -s ../lib "$1/usr/lib"

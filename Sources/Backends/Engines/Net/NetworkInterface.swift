@@ -12,7 +12,13 @@ package enum NetworkInterface {
       && name.utf8.allSatisfy { $0 > 32 && $0 < 127 && $0 != UInt8(ascii: "/") && $0 != UInt8(ascii: ":") }
   }
 
-  package static func exists(_ name: String) -> Bool { isName(name) && access("\(folder)/\(name)", F_OK) == 0 }
+  /// Not by `access`, which asks for the real user without his capabilities.
+  private static func isThere(_ path: String) -> Bool {
+    var status = stat()
+    return stat(path, &status) == 0
+  }
+
+  package static func exists(_ name: String) -> Bool { isName(name) && isThere("\(folder)/\(name)") }
 
   package static func isTap(_ name: String) -> Bool { exists(name) && number("tun_flags", of: name) != nil }
 
@@ -31,8 +37,8 @@ package enum NetworkInterface {
 
   /// Adds an interface to a bridge; one that is there stays.
   static func add(_ name: String, to bridge: String) throws(TapFault) {
-    guard access("\(folder)/\(bridge)/bridge", F_OK) == 0 else { return try addToVirtualSwitch(name, bridge) }
-    if access("\(folder)/\(bridge)/brif/\(name)", F_OK) == 0 { return }
+    guard isThere("\(folder)/\(bridge)/bridge") else { return try addToVirtualSwitch(name, bridge) }
+    if isThere("\(folder)/\(bridge)/brif/\(name)") { return }
     let result = clinux_bridge_add(bridge, Int32(clamping: number("ifindex", of: name) ?? 0))
     guard result == 0 else {
       throw TapFault(message: "bridge: '\(name)' cannot be added to '\(bridge)': \(Errno(result))")
@@ -53,8 +59,8 @@ package enum NetworkInterface {
 
   static func leaveVirtualSwitch(_ name: String) {
     // Only those that have a switch as their master.
-    guard access("\(folder)/\(name)/master/ifindex", F_OK) == 0,
-      access("\(folder)/\(name)/master/bridge", F_OK) != 0
+    guard isThere("\(folder)/\(name)/master/ifindex"),
+      !isThere("\(folder)/\(name)/master/bridge")
     else { return }
     _ = run(["ovs-vsctl", "--timeout=10", "--if-exists", "del-port", name])
   }
