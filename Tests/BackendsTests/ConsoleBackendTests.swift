@@ -249,7 +249,7 @@ import Virtqueue
     #expect(fixture.bytes(at: place(fixture, 0), count: 5) == Array("root\n".utf8))
     let size = ConsoleFrame(.size, [0, 100, 0, 30]).encoded
     #expect(Glibc.write(second, size, size.count) == size.count)
-    #expect(message(fixture, mailbox) == [0, 0, 0, 0, 5, 0, 1, 0, 30, 0, 100, 0])
+    #expect(message(fixture, mailbox) == [0, 0, 0, 0, 5, 0, 1, 0, 100, 0, 30, 0])
     close(first)
     close(second)
   }

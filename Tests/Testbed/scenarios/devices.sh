@@ -34,6 +34,7 @@ in_guest one "(seq 1 100000 | nc -l -p 5000) >/dev/null 2>&1 &"
 mkfifo /tmp/open
 exec 5<>/tmp/open
 check "TCP from the guest" equal "$(nc 10.9.0.2 5000 <&5 | md5sum)" "$(seq 1 100000 | md5sum)"
+exec 5>&-
 check "vxctl link down" vxctl link one/net0 down
 check "the guest sees it" wait_until 20 in_guest one "grep -q 0 /sys/class/net/eth0/carrier"
 check "vxctl link up" vxctl link one/net0 up

@@ -87,8 +87,8 @@ extension ConsolePump {
       ports[0].toldSize = size
       onSize(size)
       if isMultiport {
-        // Rows first: Linux reads them so, whatever virtio 1.2, 5.3.6.2.2 says.
-        let bytes = [size.rows, size.columns].flatMap { [UInt8($0 & 255), UInt8($0 >> 8)] }
+        // Columns first (virtio 1.2, 5.3.6.2.2); Linux before 6.16 and its stable branches read it the other way round.
+        let bytes = [size.columns, size.rows].flatMap { [UInt8($0 & 255), UInt8($0 >> 8)] }
         say(index, Event.resize, 1, bytes)
       }
     }

@@ -95,6 +95,8 @@ before=$(device_field one/net1 writtenBytes)
 in_guest one "( ($content) | nc 10.9.0.1 5000) >/dev/null 2>&1 &"
 moved() { [ "$(device_field one/net1 writtenBytes)" -gt $((before + 3000000)) ]; }
 check "the transfer is under way" wait_until 100 moved
+# Not inherited by the next vxd, whose descriptors are counted.
+exec 5>&-
 kill -9 "$(vxd_pid)"
 wait "$(vxd_pid)" 2>/dev/null
 check "the taps stay in the bridge while nobody serves them" equal "$(ls /sys/class/net/br0/brif | wc -l)" 2
