@@ -134,12 +134,14 @@ import Virtqueue
     var sent: [UInt8] = []
     var received: [UInt8] = []
     var random = SeededGenerator(seed: 7)
+    let noise = (0..<8192).map { _ in UInt8.random(in: 0...255, using: &random) }
     var chains = 0
     var taken = 0
     // Far more than all buffers on the way hold; the reader begins late.
-    while received.count < 2_000_000 {
-      while chains - taken < 8, sent.count < 2_000_000 {
-        let bytes = (0..<4096).map { _ in UInt8.random(in: 0...255, using: &random) }
+    while received.count < 500_000 {
+      while chains - taken < 8, sent.count < 500_000 {
+        let start = Int.random(in: 0..<4096, using: &random)
+        let bytes = Array(noise[start..<start + 4096])
         fixture.put(bytes, at: place(fixture, 5, chains % 8))
         _ = fixture.driver.add([.init(place(fixture, 5, chains % 8), 4096, writable: false)], queue: 5)
         fixture.driver.notify(queue: 5)
@@ -291,7 +293,7 @@ import Virtqueue
     #expect(eventually { contents("emergency.log") == "panic" })
   }
 
-  @Test(arguments: 0..<30) func noMessageOrChainOfAHostileGuestEndsMoreThanItsOwnDevice(seed: Int) throws {
+  @Test(arguments: 0..<12) func noMessageOrChainOfAHostileGuestEndsMoreThanItsOwnDevice(seed: Int) throws {
     var random = SeededGenerator(seed: UInt64(seed))
     let fixture = try fixture([console(), channel()])
     defer { fixture.stop() }

@@ -76,7 +76,11 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
                 tap.use(pairs: choices.pairs)
                 for other in crew.others { other.change { $0.set(choices) } }
               },
-              onAnnounced: { Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce } }),
+              onAnnounced: {
+                Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce }
+                // Where the driver reads a copy of the space, that is to follow.
+                crew.backend?.announceConfiguration()
+              }),
             index: index,
             queues: own.enumerated().map {
               .init(maximumSize: $0.offset == 2 ? sizes.last ?? 64 : sizes[0], counters: $0.element)
@@ -94,14 +98,20 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
       Parts(
         profile: profile, configuration: configuration, mode: "tap \(tap.name)", threads: threads, workers: pairs,
         routes: routes, rate: surroundings.rate, state: state, counters: counters))
+    crew.set(backend: self)
   }
 
   private static let controlRoute = Route(worker: 0, queue: 2)
 
-  /// The workers that the first one passes the driver's choices to; they do not keep each other.
+  /// The workers that the first one passes the driver's choices to, and the backend; they do not keep each other.
   private final class Crew: Sendable {
     private struct Member: Sendable { weak let worker: DeviceWorker<NetPump>? }
+    private struct Whole: Sendable { weak let backend: NetBackend? }
     private let members = Mutex<[Member]>([])
+    private let whole = Mutex(Whole(backend: nil))
+
+    func set(backend: NetBackend) { whole.withLock { $0 = Whole(backend: backend) } }
+    var backend: NetBackend? { whole.withLock { $0.backend } }
 
     func set(others: [DeviceWorker<NetPump>]) { members.withLock { $0 = others.map { Member(worker: $0) } } }
     var others: [DeviceWorker<NetPump>] { members.withLock { $0.compactMap(\.worker) } }
