@@ -65,11 +65,13 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
         run()
       })
     for (index, descriptor) in (pump?.descriptors ?? []).enumerated() {
+      let action = { [unowned self] in
+        pump?.acknowledge(index)
+        run()
+      }
       tokens.append(
-        try thread.loop.onEdge(descriptor) { [unowned self] in
-          pump?.acknowledge(index)
-          run()
-        })
+        Pump.listensForEdges
+          ? try thread.loop.onEdge(descriptor, action) : try thread.loop.onReadable(descriptor, action))
     }
   }
 

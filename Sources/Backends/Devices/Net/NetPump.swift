@@ -23,6 +23,8 @@ package struct NetPump: DevicePump, ~Copyable {
   }
 
   package let descriptors: [Int32]
+  /// A tap stays readable while the driver has no buffers.
+  package static var listensForEdges: Bool { true }
   let tap: Int32
   let settings: NetPumpSettings
   let rate: RateNode

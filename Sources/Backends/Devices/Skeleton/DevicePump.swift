@@ -6,9 +6,11 @@ package import Virtqueue
 /// The skeleton (`DeviceWorker` in Assembly) owns the thread, the wake-ups, the timer, the channels and the life cycle, and calls this.
 /// Queues are numbered from 0 within the pump. Everything here is called on the data thread.
 package protocol DevicePump: ~Copyable, SendableMetatype {
-  /// Descriptors that wake the pump besides the driver's notifications: an engine's completions, a tap. They stay the same. Told once
-  /// for each change: `run` takes all there is, or asks to be called again, or waits for the driver.
+  /// Descriptors that wake the pump besides the driver's notifications: an engine's completions, a tap. They stay the same.
   var descriptors: [Int32] { get }
+  /// Whether it is told of a descriptor once for each change of it, rather than for as long as it is readable: for a pump that leaves
+  /// something there while it waits for the driver. It takes all there is otherwise, or asks to be called again.
+  static var listensForEdges: Bool { get }
   /// One of `descriptors` is readable; `run` follows.
   mutating func acknowledge(_ descriptor: Int)
   /// The driver's queue goes live.
@@ -69,6 +71,7 @@ package struct QueueActivation {
 
 extension DevicePump where Self: ~Copyable {
   package var descriptors: [Int32] { [] }
+  package static var listensForEdges: Bool { false }
   package mutating func acknowledge(_ descriptor: Int) {}
   package mutating func end(_ queue: Int) {}
   package mutating func markBroken(_ queue: Int) {}
