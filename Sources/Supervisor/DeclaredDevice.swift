@@ -20,14 +20,17 @@ struct DeclaredDevice: Equatable, Sendable {
     case console
     case entropy
 
-    /// What names of such devices begin with.
-    var prefix: String {
+    /// What it is in the toolstack's entries.
+    var generic: ToolstackDevice.GenericType {
       switch self {
-      case .network: "net"
-      case .console: "console"
-      case .entropy: "rng"
+      case .network: .network
+      case .console: .console
+      case .entropy: .entropy
       }
     }
+
+    /// What names of such devices begin with.
+    var prefix: String { generic.rawValue }
 
     var kind: DeviceKey.Kind {
       switch self {
@@ -39,12 +42,9 @@ struct DeclaredDevice: Equatable, Sendable {
 
     /// The type of a generic device of libxl's, `virtio,device` and the virtio number in hexadecimal.
     init?(toolstack type: String) {
-      switch type.lowercased() {
-      case "virtio,device1": self = .network
-      case "virtio,device3": self = .console
-      case "virtio,device4": self = .entropy
-      default: return nil
-      }
+      let generic = ToolstackDevice.GenericType(entryType: type.lowercased())
+      guard let known = Self.allCases.first(where: { $0.generic == generic }) else { return nil }
+      self = known
     }
   }
 

@@ -41,8 +41,11 @@ struct Console: ParsableCommand {
       path = found["path"]?.stringValue
     }
     guard let path, !connection.json else { return }
-    guard let session = ConsoleSession(path: path) else {
-      say("vxctl: '\(path)' cannot be connected to: \(Errno.last)\n       run this as root, where vxd runs\n")
+    let session: ConsoleSession
+    do throws(Errno) {
+      session = ConsoleSession(try UnixSocket.connect(path))
+    } catch {
+      say("vxctl: '\(path)' cannot be connected to: \(error)\n       run this as root, where vxd runs\n")
       throw ExitCode(2)
     }
     let outcome = session.run(readOnly: readOnly, takes: take, seconds: seconds, size: size)
@@ -97,10 +100,8 @@ private final class ConsoleSession {
   private var reader = ConsoleFrameReader()
   private var saved: termios?
 
-  init?(path: String) {
-    descriptor = clinux_connect_unix(path)
-    guard descriptor >= 0 else { return nil }
-  }
+  /// - Parameter descriptor: connected; taken over.
+  init(_ descriptor: Int32) { self.descriptor = descriptor }
 
   deinit {
     restore()

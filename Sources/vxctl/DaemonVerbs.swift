@@ -1,5 +1,6 @@
 import ArgumentParser
 import ControlAPI
+import EventLoop
 import Glibc
 
 /// Reads a file, or standard input for "-".

@@ -66,18 +66,7 @@ import Virtqueue
     return fixture.bytes(at: place(fixture, 2, mailbox.next), count: Int(used.length))
   }
 
-  private func connect(_ path: String) -> Int32 {
-    var address = sockaddr_un()
-    address.sun_family = sa_family_t(AF_UNIX)
-    withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: path.utf8) }
-    let end = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0)
-    let result = withUnsafePointer(to: &address) { pointer in
-      pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-        Glibc.connect(end, $0, socklen_t(MemoryLayout<sockaddr_un>.size))
-      }
-    }
-    return result == 0 ? end : -1
-  }
+  private func connect(_ path: String) -> Int32 { (try? UnixSocket.connect(path)) ?? -1 }
 
   private func receive(_ end: Int32, count: Int, seconds: Int = 10) -> [UInt8] {
     var all: [UInt8] = []

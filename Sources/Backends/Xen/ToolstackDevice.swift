@@ -25,12 +25,18 @@ package struct ToolstackDevice {
     case console = "console"
     case entropy = "rng"
 
-    package var virtioNumber: Int {
+    /// libxl's `type` of it: the virtio number is hexadecimal.
+    package var entryType: String {
       switch self {
-      case .network: 1
-      case .console: 3
-      case .entropy: 4
+      case .network: "virtio,device1"
+      case .console: "virtio,device3"
+      case .entropy: "virtio,device4"
       }
+    }
+
+    package init?(entryType: String) {
+      guard let type = Self.allCases.first(where: { $0.entryType == entryType }) else { return nil }
+      self = type
     }
   }
 
@@ -62,8 +68,7 @@ package struct ToolstackDevice {
   /// The name that operators use.
   package var name: String {
     guard kind == .generic else { return Self.name(device) }
-    let text = store.read("\(library)/type") ?? ""
-    let type = GenericType.allCases.first { text == "virtio,device\($0.virtioNumber)" }
+    let type = store.read("\(library)/type").flatMap(GenericType.init(entryType:))
     return "\(type?.rawValue ?? "virtio")\(device)"
   }
 
@@ -175,7 +180,7 @@ package struct ToolstackDevice {
     }
     var keys = [
       ("frontend", frontend), ("frontend-id", "\(guest)"), ("online", "1"), ("state", "1"),
-      ("type", "virtio,device\(type.virtioNumber)"), ("transport", "mmio"), ("base", "0"), ("irq", "0"),
+      ("type", type.entryType), ("transport", "mmio"), ("base", "0"), ("irq", "0"),
       ("grant_usage", "1"),
     ]
     if let options { keys.append(("vx-options", options)) }

@@ -44,7 +44,7 @@ final class RemoteGuestHandle: GuestHandle, @unchecked Sendable {
     let raw = RemotePacket.makeSocket()
     guard raw >= 0 else { throw Errno.last }
     socket = OwnedDescriptor(adopting: raw)
-    try RemotePacket.withAddress(path) { connect(raw, $0, $1) }
+    try UnixSocket.withAddress(path) { connect(raw, $0, $1) }
     guard RemotePacket(.open, first: UInt64(domain)).send(raw) else { throw Errno(EPIPE) }
     var isOver = false
     guard let (reply, payload) = RemotePacket.receive(raw, wait: true, isOver: &isOver) else { throw Errno(EPIPE) }

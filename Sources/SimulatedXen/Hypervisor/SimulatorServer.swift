@@ -30,7 +30,7 @@ package final class SimulatorServer: @unchecked Sendable {
     let raw = RemotePacket.makeSocket()
     guard raw >= 0 else { throw Errno.last }
     listener = OwnedDescriptor(adopting: raw)
-    try RemotePacket.withAddress(path) { bind(raw, $0, $1) }
+    try UnixSocket.withAddress(path) { bind(raw, $0, $1) }
     guard listen(raw, 64) == 0 else { throw Errno.last }
     thread = try LoopThread(name: "sim-xen")
     thread.loop.enqueue { [self] in

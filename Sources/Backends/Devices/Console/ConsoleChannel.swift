@@ -16,8 +16,6 @@ package protocol ConsoleChannel: AnyObject {
   var dropsOutput: Bool { get }
   /// The size of the terminal, when there is one.
   var size: TerminalSize? { get }
-  /// The guest opened or closed the port.
-  func guestOpened(_ isOpen: Bool)
   /// Ends it.
   func close()
 }

@@ -63,7 +63,6 @@ extension ConsolePump {
   mutating func setOpen(_ index: Int, _ isOpen: Bool) {
     guard ports[index].isGuestOpen != isOpen else { return }
     ports[index].isGuestOpen = isOpen
-    ports[index].channel.guestOpened(isOpen)
     guard let notes, notes.count >= 16 else { return }
     var open: UInt64 = 0
     for port in 0..<portCount where ports[port].isGuestOpen { open |= 1 << UInt64(port) }

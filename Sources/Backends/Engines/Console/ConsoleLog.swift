@@ -7,7 +7,6 @@ final class ConsoleLog {
   private var descriptor: Int32 = -1
   private var size: UInt64 = 0
   private var isLineStart = true
-  private(set) var failed: UInt64 = 0
 
   init(_ settings: ConsoleLogSettings) throws(Errno) {
     self.settings = settings
@@ -22,7 +21,7 @@ final class ConsoleLog {
     size = fstat(descriptor, &status) == 0 ? UInt64(max(0, status.st_size)) : 0
   }
 
-  /// Writes; what the file system does not take is counted and forgotten.
+  /// Writes; what the file system does not take is lost.
   func write(_ bytes: UnsafeRawBufferPointer) {
     guard settings.hasTimestamps else { return put(bytes) }
     var text: [UInt8] = []
@@ -36,13 +35,9 @@ final class ConsoleLog {
 
   private func put(_ bytes: UnsafeRawBufferPointer) {
     if size &+ UInt64(bytes.count) > settings.bytesLimit, size > 0 { rotate() }
-    guard descriptor >= 0 else {
-      failed &+= UInt64(bytes.count)
-      return
-    }
+    guard descriptor >= 0 else { return }
     let count = Glibc.write(descriptor, bytes.baseAddress, bytes.count)
     if count > 0 { size &+= UInt64(count) }
-    if count < bytes.count { failed &+= UInt64(bytes.count - max(count, 0)) }
   }
 
   /// FILE becomes FILE.1, and so on up to the last that is kept.

@@ -46,14 +46,12 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private var input: [UInt8] = []
   private var line: [UInt8] = []
   private var timer: UInt64 = 0
-  private var isGuestOpen = false
   private var isClosed = false
   /// The pump is to look at the port again.
   package var onChange: () -> Void = {}
   package private(set) var size: TerminalSize?
 
   /// Opens every end.
-  ///
   package init(_ settings: ConsolePortSettings, _ place: Place) throws(ConsoleFault) {
     self.settings = settings
     self.place = place
@@ -135,8 +133,6 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     return count
   }
 
-  package func guestOpened(_ isOpen: Bool) { isGuestOpen = isOpen }
-
   package func close() {
     guard !isClosed else { return }
     isClosed = true
@@ -204,7 +200,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private func connect() {
     timer = 0
     guard case .connect(let path) = settings.socket, !isClosed else { return }
-    if let raw = UnixStream.connect(path) {
+    if let raw = try? UnixSocket.connect(path, nonBlocking: true) {
       stream = try? makeStream(raw) { [weak self] _ in
         self?.stream = nil
         self?.onChange()

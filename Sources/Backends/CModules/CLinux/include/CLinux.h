@@ -43,8 +43,6 @@ int clinux_accept(int fd);
 int clinux_open_pty(char *name, uint32_t capacity);
 /// The size of the terminal behind a descriptor; 0 or an errno.
 int clinux_window_size(int fd, uint16_t *columns, uint16_t *rows);
-/// A connection to a Unix stream socket, waiting for it; -1 and errno on failure.
-int clinux_connect_unix(const char *path);
 /// The flag SOCK_CLOEXEC, an enumerator in glibc.
 int clinux_socket_cloexec(void);
 /// The flag O_DIRECT, which only GNU's headers show.

@@ -1,5 +1,4 @@
-package import EventLoop
-import Glibc
+package import Glibc
 
 /// Unix stream sockets by path.
 package enum UnixSocket {
@@ -12,7 +11,8 @@ package enum UnixSocket {
     return address
   }
 
-  private static func withAddress(
+  /// Calls `body`, which answers as `bind` and `connect` do, with the address of a path.
+  package static func withAddress(
     _ path: String, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
   ) throws(Errno) {
     var address = try address(path)
@@ -22,10 +22,17 @@ package enum UnixSocket {
     guard result == 0 else { throw Errno.last }
   }
 
-  /// A blocking connection.
-  package static func connect(_ path: String) throws(Errno) -> Int32 {
-    let raw = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+  /// A stream socket without a name.
+  package static func make(nonBlocking: Bool = false) throws(Errno) -> Int32 {
+    let raw = socket(
+      AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | (nonBlocking ? SOCK_NONBLOCK.rawValue : 0)), 0)
     guard raw >= 0 else { throw Errno.last }
+    return raw
+  }
+
+  /// A connection: waited for, unless it is non-blocking, which a listener whose queue is full refuses.
+  package static func connect(_ path: String, nonBlocking: Bool = false) throws(Errno) -> Int32 {
+    let raw = try make(nonBlocking: nonBlocking)
     do throws(Errno) {
       try withAddress(path) { Glibc.connect(raw, $0, $1) }
     } catch {
@@ -42,8 +49,7 @@ package enum UnixSocket {
       throw Errno(EADDRINUSE)
     }
     unlink(path)
-    let raw = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue), 0)
-    guard raw >= 0 else { throw Errno.last }
+    let raw = try make(nonBlocking: true)
     // The mode must hold from the socket's first moment on.
     let mask = umask(0o777 & ~mode)
     defer { umask(mask) }
