@@ -38,7 +38,7 @@ package struct ControlAccess: Equatable, Sendable {
   }
 
   /// The role of a socket's peer.
-  func role(of descriptor: Int32) -> ControlRole {
+  package func role(of descriptor: Int32) -> ControlRole {
     var (process, user, group): (UInt32, UInt32, UInt32) = (0, 0, 0)
     guard clinux_peer_credentials(descriptor, &process, &user, &group) == 0 else { return .view }
     var groups = [UInt32](repeating: 0, count: 256)

@@ -12,8 +12,9 @@ import Xen
 ///                  "ports": [{"name": "org.qemu.guest_agent.0", "socket": {"listen": "/run/vxd/db1-agent.sock"}}]},
 ///                 {"type": "entropy"}]
 ///
-/// Its name counts within its type (net0, console0, rng0). vxd makes it with the guest, unless `create` is false: then these are the
-/// options of the device of that name which the toolstack makes (`virtio = [ "type=virtio,device1,..." ]`).
+/// Its name counts within its type (net0, console0, rng0), and vxd makes it with the guest. Devices with `"create": false` are options of
+/// those that the toolstack makes: the first of them belongs to the first of `virtio = [ "type=virtio,device1,...", ... ]`, and so on,
+/// whose place in that list is the number in their name (net0, console1).
 struct DeclaredDevice: Equatable, Sendable {
   enum DeviceType: String, CaseIterable, Sendable {
     case network
@@ -49,10 +50,13 @@ struct DeclaredDevice: Equatable, Sendable {
   }
 
   var type: DeviceType
-  var name: String
+  /// Of vxd's devices of this type, or in the toolstack's list.
+  var number: UInt32
   var isCreated = true
   /// Checked.
   var options: [JSONValue.Member]
+
+  var name: String { "\(type.prefix)\(number)" }
 
   /// For whom a device is made.
   struct Owner {
@@ -63,17 +67,16 @@ struct DeclaredDevice: Equatable, Sendable {
     var tapSuffix: String
   }
 
-  /// - Parameter counts: devices of each type so far, for names.
-  init(_ value: JSONValue, _ field: String, counts: inout [DeviceType: Int]) throws(ProfileFault) {
+  /// - Parameter others: those before it in the guest's list, for its number.
+  init(_ value: JSONValue, _ field: String, after others: [DeclaredDevice]) throws(ProfileFault) {
     guard let members = value.objectValue else { throw ProfileFault(field: field, reason: "an object is wanted") }
     let names = DeviceType.allCases.map(\.rawValue).joined(separator: ", ")
     guard let type = value["type"]?.stringValue.flatMap(DeviceType.init(rawValue:)) else {
       throw ProfileFault(field: "\(field).type", reason: "one of \(names) is wanted")
     }
     self.type = type
-    name = "\(type.prefix)\(counts[type] ?? 0)"
-    counts[type, default: 0] += 1
     options = []
+    number = 0
     for member in members {
       switch member.name {
       case "type": break
@@ -81,14 +84,19 @@ struct DeclaredDevice: Equatable, Sendable {
       default: options.append(member)
       }
     }
+    number = UInt32(others.count { $0.isCreated == isCreated && (!isCreated || $0.type == type) })
+    if let other = others.first(where: { $0.type == type && $0.isCreated != isCreated && $0.number == number }) {
+      throw ProfileFault(
+        field: field, reason: "\(other.name) would be the name of two devices, one of vxd's and one of the toolstack's")
+    }
     // For a guest of no meaning, so that a mistake shows now and not when a guest comes.
     _ = try form(Owner(guest: "", uuid: nil, domain: 0, tapSuffix: "0"), field)
   }
 
   /// Of a device that the toolstack made, with the options that its entry carries.
-  init(_ type: DeviceType, name: String, options: [JSONValue.Member]) {
+  init(_ type: DeviceType, number: UInt32, options: [JSONValue.Member]) {
     self.type = type
-    self.name = name
+    self.number = number
     self.options = options
   }
 

@@ -137,9 +137,9 @@ package struct DiskProfiles: Equatable, Sendable {
         case "limits": try entry.options.limits.change(member.value, field)
         case "spareDisks": entry.options.spareDisks = Int(try OptionReader.number(member.value, field, 0...16))
         case "devices":
-          var counts: [DeclaredDevice.DeviceType: Int] = [:]
           for (index, value) in try OptionReader.array(member.value, field).enumerated() {
-            entry.options.devices.append(try DeclaredDevice(value, "\(field)[\(index)]", counts: &counts))
+            let device = try DeclaredDevice(value, "\(field)[\(index)]", after: entry.options.devices)
+            entry.options.devices.append(device)
           }
         default:
           throw ProfileFault(

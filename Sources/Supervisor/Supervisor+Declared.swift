@@ -10,18 +10,14 @@ extension Supervisor {
     // Of a guest that is no more, only the traces are looked after.
     guard store?.read("/local/domain/\(session.domain)/name") != nil else { return }
     openSpares(session)
-    for (key, device) in declared(session) where device.isCreated && session.devices[key] == nil {
+    for (key, _) in declared(session) where session.devices[key] == nil {
       open(key, [:], of: session)
     }
   }
 
   private func declared(_ session: GuestSession) -> [(DeviceKey, DeclaredDevice)] {
-    var counts: [DeclaredDevice.DeviceType: UInt32] = [:]
-    return profiles.options(guest: session.name, uuid: session.uuid).devices.map { device in
-      defer { counts[device.type, default: 0] += 1 }
-      return (
-        DeviceKey(kind: device.type.kind, domain: session.domain, device: counts[device.type] ?? 0), device
-      )
+    profiles.options(guest: session.name, uuid: session.uuid).devices.filter(\.isCreated).map { device in
+      (DeviceKey(kind: device.type.kind, domain: session.domain, device: device.number), device)
     }
   }
 
@@ -52,9 +48,14 @@ extension Supervisor {
     throws(EntryFault)
   {
     guard let type = DeclaredDevice.DeviceType(toolstack: keys["type"] ?? "") else { return }
-    let name = entry.name
-    let known = profiles.options(guest: session.name, uuid: session.uuid).devices.first { $0.name == name }
-    var device = known ?? DeclaredDevice(type, name: name, options: [])
+    let known = profiles.options(guest: session.name, uuid: session.uuid).devices.first {
+      !$0.isCreated && $0.number == key.device
+    }
+    if let known, known.type != type {
+      throw EntryFault(
+        "type", "this is of type \(type.rawValue), and the profile has a \(known.type.rawValue) device in its place")
+    }
+    var device = known ?? DeclaredDevice(type, number: key.device, options: [])
     if let text = keys["vx-options"] {
       let value: JSONValue
       do throws(JSONText.Fault) {

@@ -89,6 +89,7 @@ extension Supervisor {
       report: { [self] report in onLoop { $0.reported(key, identity, ticket, report) } })
     surroundings.fileName = "\(key.domain)-\(entry.name)"
     surroundings.consoleFolder = settings.consoleFolder
+    surroundings.mayAttach = settings.mayAttachConsoles
     let (log, guest, device) = (log, session.name, entry.name)
     surroundings.logLine = { line in
       log.info("\(guest)/\(device): \(line)", metadata: ["GUEST": "\(guest)", "DEVICE": "\(device)"])
@@ -284,6 +285,13 @@ extension Supervisor {
       tell(.deviceResumed, session, record)
     case .storeLost(let reason): tell(.deviceStoreLost, session, record, reason: reason)
     case .storeBack: tell(.deviceStoreBack, session, record)
+    case .portsOpen(let mask):
+      guard let console = record.backend as? ConsoleBackend else { return }
+      let open = console.settings.ports.enumerated().filter { ConsolePortBoard.bit(mask, $0.offset) }
+      let names = open.map { $0.element.name.isEmpty ? "\($0.offset)" : $0.element.name }
+      return tell(
+        .devicePorts, session, record,
+        reason: names.isEmpty ? "the guest has none open" : "the guest has open: \(names.joined(separator: ", "))")
     }
     publish(session)
   }

@@ -89,6 +89,7 @@ extension SupervisorControl {
       let ports = console.settings.ports.enumerated().map { index, port -> JSONValue in
         [
           "port": .count(index), "name": .string(port.name), "console": .bool(port.isConsole),
+          "guestOpen": .bool(console.board.isGuestOpen(index)), "hostOpen": .bool(console.board.isHostOpen(index)),
           "overflow": .string(port.overflow.rawValue), "pty": port.pty.map { .string($0) } ?? .null,
           "log": port.log.map { .string($0.path) } ?? .null,
         ]

@@ -31,11 +31,18 @@ package struct SupervisorEvent: Sendable {
     case deviceUnstuck = "device.unstuck"
     case deviceResized = "device.resized"
     case deviceNotResized = "device.notResized"
+    /// A program in the guest has opened or closed ports of a console device.
+    case devicePorts = "device.ports"
     case deviceClosing = "device.closing"
     case deviceGone = "device.gone"
 
     /// Whether a guest can bring it about as often as it likes.
-    var isGuestsDoing: Bool { self == .deviceConnected || self == .deviceReset || self == .deviceFaulted }
+    var isGuestsDoing: Bool {
+      switch self {
+      case .deviceConnected, .deviceReset, .deviceFaulted, .devicePorts: true
+      default: false
+      }
+    }
 
     /// Whether it deserves an operator's attention.
     package var isTrouble: Bool {

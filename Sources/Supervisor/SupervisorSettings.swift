@@ -20,6 +20,8 @@ package struct SupervisorSettings: Sendable {
   package var stateFolder: StateFolder?
   /// Where `vxctl console` finds the ports of consoles; nil for nowhere.
   package var consoleFolder: String?
+  /// Whether the peer of a socket may see and use consoles.
+  package var mayAttachConsoles: @Sendable (_ descriptor: Int32) -> Bool = { _ in true }
   /// Faults of a guest's driver on one device within the window of its restart policy; one more, and the device is quarantined.
   package var faultLimit = 50
   /// Pauses between two tries to start a device that was never served.

@@ -126,7 +126,10 @@ private final class ConsoleSession {
     let bytes = frame.encoded
     var done = 0
     while done < bytes.count {
-      let count = bytes.withUnsafeBytes { write(descriptor, $0.baseAddress.map { $0 + done }, bytes.count - done) }
+      // Without SIGPIPE, whose default would leave the terminal as it is.
+      let count = bytes.withUnsafeBytes {
+        Glibc.send(descriptor, $0.baseAddress.map { $0 + done }, bytes.count - done, Int32(MSG_NOSIGNAL))
+      }
       if count > 0 { done += count } else if errno != EINTR { return false }
     }
     return true
@@ -138,7 +141,7 @@ private final class ConsoleSession {
     signal(SIGWINCH) { _ in }
     for number in [SIGTERM, SIGHUP] { signal(number) { _ in interrupted = 1 } }
     if !readOnly {
-      guard send(ConsoleFrame(.write, [takes ? 1 : 0])) else { return "vxctl: vxd has closed the connection" }
+      guard send(ConsoleFrame(.write, [takes ? 1 : 0])) else { return lastWords() }
       makeRaw()
       if saved != nil { say("Connected; Ctrl-] ends this.\r\n") }
     }
@@ -148,7 +151,7 @@ private final class ConsoleSession {
     while interrupted == 0 {
       if !readOnly, let now = size ?? WindowSize.current, now != shown {
         shown = now
-        guard send(now.frame) else { return nil }
+        guard send(now.frame) else { return lastWords() }
       }
       var timeout: Int32 = -1
       if let end {
@@ -181,6 +184,13 @@ private final class ConsoleSession {
     return nil
   }
 
+  /// Why vxd has closed the connection, as far as it said so.
+  private func lastWords() -> String {
+    restore()
+    let words = receive() ?? ""
+    return words.isEmpty ? "vxctl: vxd has closed the connection" : words
+  }
+
   /// - Returns: nil to go on; else why not, empty for no reason at all.
   private func receive() -> String? {
     var bytes = [UInt8](repeating: 0, count: 8192)
@@ -193,6 +203,9 @@ private final class ConsoleSession {
         case .data: frame.bytes.withUnsafeBytes { _ = write(1, $0.baseAddress, $0.count) }
         case .mode where frame.bytes.first == 0:
           say("vxctl: somebody else has the keyboard; --take takes it\r\n")
+        case .mode where frame.bytes.first == 2:
+          return "vxctl: you may not attach to consoles\n"
+            + "       call it as root, or be in a group of vxd's --operate-group"
         default: break
         }
       }

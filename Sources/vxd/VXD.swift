@@ -65,6 +65,8 @@ enum VXD {
         settings.stateFolder = try StateFolder(path: options.state)
         guard mkdir(options.consoleFolder, 0o750) == 0 || errno == EEXIST else { throw Errno.last }
         settings.consoleFolder = options.consoleFolder
+        let access = options.access
+        settings.mayAttachConsoles = { access.role(of: $0) >= .operate }
       } catch {
         throw OptionFault("--state \(options.state): \(error)")
       }

@@ -110,8 +110,27 @@ import Virtqueue
     #expect(Glibc.write(client, request, request.count) == request.count)
     #expect(fixture.waitForUsed(4)?.length == UInt32(request.count))
     #expect(fixture.bytes(at: place(fixture, 4), count: request.count) == request)
+    let board = try #require((fixture.backend as? ConsoleBackend)?.board)
+    #expect(board.isHostOpen(0) && board.isHostOpen(1))
+    #expect(eventually { fixture.faults.portsOpen == 0b11 })
     close(client)
     #expect(message(fixture, mailbox) == [1, 0, 0, 0, 6, 0, 0, 0])
+    #expect(eventually { !board.isHostOpen(1) })
+    say(fixture, port: 1, 6, 0)
+    #expect(eventually { fixture.faults.portsOpen == 0b01 && board.isGuestOpen(0) && !board.isGuestOpen(1) })
+  }
+
+  @Test func guestThatOpensAndClosesAllTheTimeIsReportedOnceInAWhile() throws {
+    let fixture = try fixture([console(), channel()])
+    defer { fixture.stop() }
+    boot(fixture, Mailbox())
+    #expect(eventually { fixture.faults.portsOpen == 0b11 })
+    let before = fixture.faults.portReports
+    let start = EventLoop.now()
+    for turn in 0..<201 { say(fixture, port: 1, 6, turn & 1 == 0 ? 0 : 1) }
+    #expect(eventually { fixture.faults.portsOpen == 0b01 })
+    // One in a tenth of a second, and those at both ends.
+    #expect(fixture.faults.portReports - before <= 2 + Int((EventLoop.now() - start) / 100_000_000))
   }
 
   @Test func channelWaitsForItsReaderAndLosesNothing() throws {
@@ -243,6 +262,22 @@ import Virtqueue
     #expect(message(fixture, mailbox) == [0, 0, 0, 0, 5, 0, 1, 0, 100, 0, 30, 0])
     close(first)
     close(second)
+  }
+
+  @Test func whoMayNotAttachIsToldSoAndSeesNothing() throws {
+    let settings = ConsoleSettings(ports: [console()])
+    let fixture = try DeviceFixture(deviceID: 3, queueSize: 32, queueCount: 4, consoleFolder: folder.path) {
+      var surroundings = $0
+      surroundings.mayAttach = { _ in false }
+      let completion = $1
+      return ConsoleBackend.start(settings, surroundings) { completion($0.map { $0 }) }
+    }
+    defer { fixture.stop() }
+    write(fixture, Array("secret".utf8))
+    #expect(fixture.waitForUsed(1) != nil)
+    let end = connect("\(folder.path)/device-0.sock")
+    defer { close(end) }
+    #expect(receive(end, count: 100) == ConsoleFrame(.mode, [2]).encoded)
   }
 
   @Test func anotherBackendKnowsThePortsAndRemembers() throws {

@@ -27,6 +27,7 @@ import Virtqueue
         case .held(let queue, let result): "held \(queue) \(result)"
         case .resumed(let queue): "resumed \(queue)"
         case .storeLost(let reason): "lost \(reason)"
+        case .portsOpen(let mask): "ports \(mask)"
         case .storeBack: "back"
         case .storeGone(let result): "gone \(result)"
         }

@@ -52,18 +52,27 @@ import Xen
     try world.start(
       profiles: #"""
         {"version": 1, "guests": [{"guest": "web*", "devices": [
-          {"type": "console", "create": false, "historyBytes": 100, "ports": [{"name": "a"}]}]}]}
+          {"type": "console", "create": false, "historyBytes": 100, "ports": [{"name": "a"}]},
+          {"type": "entropy"},
+          {"type": "entropy", "create": false, "limits": {"readOps": 50}, "restart": "never"},
+          {"type": "network", "create": false},
+          {"type": "console", "create": false}]}]}
         """#)
     _ = try world.domain(5, name: "web1")
     try world.toolstack.attachGeneric(type: "virtio,device3", device: 0, to: 5)
     try world.toolstack.attachGeneric(
-      type: "virtio,device4", device: 1, to: 5, options: #"{"limits": {"readBytes": 4096}}"#)
+      type: "virtio,device4", device: 1, to: 5, options: #"{"restart": "always"}"#)
     try world.toolstack.attachGeneric(type: "virtio,device1", device: 2, to: 5, options: #"{"mac": "nonsense"}"#)
     #expect(eventually { world.state("web1", "console0") == "ready" && world.state("web1", "rng1") == "ready" })
     #expect(world.device("web1", "console0")["ports"]?.arrayValue?.count == 2)
-    #expect(world.device("web1", "rng1")["limits"]?["readBytes"] == 4096)
+    #expect(world.device("web1", "rng1")["limits"]?["readOps"] == 50)
+    #expect(world.device("web1", "rng1")["restartPolicy"] == "always")
+    #expect(world.state("web1", "rng0") == "ready")
     #expect(eventually { world.state("web1", "net2") == "failed" })
     #expect(world.device("web1", "net2")["reason"]?.stringValue?.contains("vx-options.mac") == true)
+    try world.toolstack.attachGeneric(type: "virtio,device4", device: 3, to: 5)
+    #expect(eventually { world.state("web1", "rng3") == "failed" })
+    #expect(world.device("web1", "rng3")["reason"]?.stringValue?.contains("has a console device") == true)
   }
 
   @Test(arguments: [

@@ -29,8 +29,22 @@ package final class DeviceFixture {
   /// What the device reported.
   package final class Faults: Sendable {
     private let list = Mutex<[DeviceFault]>([])
+    private let ports = Atomic<UInt64>(0)
     package var all: [DeviceFault] { list.withLock { $0 } }
-    func add(_ fault: DeviceFault) { list.withLock { $0.append(fault) } }
+    private let reports = Atomic<Int>(0)
+    package var portReports: Int { reports.load(ordering: .relaxed) }
+    /// Ports of a console that the guest has open, as was reported last.
+    package var portsOpen: UInt64 { ports.load(ordering: .relaxed) }
+
+    func add(_ report: DeviceReport) {
+      switch report {
+      case .fault(let fault): list.withLock { $0.append(fault) }
+      case .portsOpen(let mask):
+        ports.store(mask, ordering: .relaxed)
+        reports.add(1, ordering: .relaxed)
+      default: break
+      }
+    }
   }
 
   /// - Parameters:
@@ -59,7 +73,7 @@ package final class DeviceFixture {
           throw .host(error)
         }
       },
-      report: { if case .fault(let fault) = $0 { faults.add(fault) } })
+      report: { faults.add($0) })
     surroundings.consoleFolder = consoleFolder
     self.surroundings = surroundings
     self.start = start

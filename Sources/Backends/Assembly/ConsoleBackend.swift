@@ -29,6 +29,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
   package let settings: ConsoleSettings
   /// The device in names of files.
   package let fileName: String
+  package let board: ConsolePortBoard
   private let worker: DeviceWorker<ConsolePump>
   private static let queueSize: UInt16 = 64
 
@@ -69,7 +70,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
         loop: thread.loop, counters: counters[first + 1],
         viewerPath: surroundings.consoleFolder.map { Self.viewerPath($0, surroundings.fileName, port: index) },
         historyPath: surroundings.consoleFolder.map { Self.historyPath($0, surroundings.fileName, port: index) },
-        logLine: { logLine("port \(index): \($0)") })
+        mayAttach: surroundings.mayAttach, logLine: { logLine("port \(index): \($0)") })
       do throws(ConsoleFault) {
         channels.append(try ConsolePort(port, place))
       } catch {
@@ -83,15 +84,18 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     }
     let speaker = Speaker()
     let made = parts
+    let board = ConsolePortBoard()
+    let report = surroundings.report
     let worker = try Self.make { () throws in
       try DeviceWorker(
         ConsolePump(
           ports: made, controlCounters: (counters[2], counters[3]), source: surroundings.source,
-          rate: surroundings.rate, notes: state?.notes,
+          rate: surroundings.rate, notes: state?.notes, board: board,
           onSize: { size in
             configuration.update { ConsoleConfiguration.set(size, in: &$0) }
             speaker.backend?.announceConfiguration()
-          }),
+          },
+          onOpen: { report(.portsOpen($0)) }),
         index: 0, queues: counters.map { .init(maximumSize: Self.queueSize, counters: $0) }, thread: thread,
         source: surroundings.source, report: surroundings.report)
     }
@@ -99,6 +103,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     self.settings = settings
     fileName = surroundings.fileName
     self.worker = worker
+    self.board = board
     try super.init(
       Parts(
         profile: profile, configuration: configuration, mode: "\(count) ports", threads: [thread], workers: [worker],

@@ -51,6 +51,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     package var fileName = "device"
     /// Where sockets and memories of console ports are; nil for none.
     package var consoleFolder: String?
+    /// Whether the peer of a socket may see and use consoles.
+    package var mayAttach: @Sendable (_ descriptor: Int32) -> Bool = { _ in true }
     /// Takes a line that the guest wrote, for the daemon's log.
     package var logLine: @Sendable (String) -> Void = { _ in }
 

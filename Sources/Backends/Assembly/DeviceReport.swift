@@ -15,6 +15,8 @@ package enum DeviceReport: Sendable {
   /// What the device works with (an image, a tap) is gone for good (a negated errno): it has stopped, and what it had waits in the
   /// guest's queues.
   case storeGone(Int)
+  /// Which ports of a console device the guest has open now: bit n is port n.
+  case portsOpen(UInt64)
 }
 
 /// Why a backend cannot start.

@@ -8,7 +8,7 @@ package struct ConsoleFrame: Equatable, Sendable {
     case size = 0x73
     /// To the port: wants to write; one byte: 1 to take that from whoever has it.
     case write = 0x77
-    /// From the port: one byte, 1 when this client may write from now on, 0 when it may not (any more).
+    /// From the port: one byte, 1 when this client may write from now on, 0 when it may not (any more), 2 when it may not even watch.
     case mode = 0x6d
   }
 

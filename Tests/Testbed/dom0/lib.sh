@@ -154,7 +154,16 @@ on_poweroff = "destroy"
 on_reboot = "destroy"
 on_crash = "destroy"
 disk = [ $disks ]
+$(virtio_line)
 CONFIG
+}
+
+# Generic devices of the guest's, in GUEST_VIRTIO by their type's number: libxl's since 4.18.
+virtio_line() {
+  [ -n "${GUEST_VIRTIO:-}" ] || return
+  printf 'virtio = ['
+  for type in $GUEST_VIRTIO; do printf ' "type=virtio,device%s,transport=mmio",' "$type"; done
+  echo ' ]'
 }
 
 # A PV or PVH guest whose disks come over Xenbus.
@@ -177,6 +186,7 @@ on_poweroff = "destroy"
 on_reboot = "restart"
 on_crash = "destroy"
 disk = [ $disks ]
+$(virtio_line)
 CONFIG
 }
 

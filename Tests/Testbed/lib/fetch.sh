@@ -1,39 +1,115 @@
 # Downloads Debian's Xen, kernel and tools into the cache, and unpacks them there. Nothing is installed on this machine.
 # The folder's name is a digest of the package versions, so a new security update gets a folder of its own.
 
-# xen-utils-common is only a wrapper around xen-utils-4.17 and is left out.
-TESTBED_PACKAGES="xen-hypervisor-4.17-amd64 xen-utils-4.17 xenstore-utils libxenmisc4.17 libxenhypfs1 libxenstore4
-  libxentoolcore1 libxentoollog1 libxencall1 libxendevicemodel1 libxenevtchn1 libxenforeignmemory1 libxengnttab1
-  qemu-system-common qemu-utils busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs syslinux mtools
-  iperf3 libiperf0 libsctp1 libssl3 qemu-guest-agent libglib2.0-0 libpcre2-8-0 libnuma1 liburing2"
+# What differs between the releases of Debian that the testbed boots. xen-utils-common is only a wrapper around xen-utils-4.17 and is
+# left out of bookworm's list; trixie's comes whole, with all that these packages depend on, since this machine cannot run its programs.
+choose_release() { # NAME : sets RELEASE, XEN_VERSION, LINUX_VERSION, RELEASE_PACKAGES
+  RELEASE=$1
+  RELEASE_PACKAGES="xenstore-utils libxenhypfs1 libxenstore4 libxentoolcore1 libxentoollog1 libxencall1 libxendevicemodel1 libxenevtchn1
+    libxenforeignmemory1 libxengnttab1 qemu-system-common qemu-utils busybox-static qemu-system-xen qemu-system-data seabios e2fsprogs
+    syslinux mtools iperf3 libiperf0 libsctp1 qemu-guest-agent"
+  case $RELEASE in
+    bookworm)
+      XEN_VERSION=4.17
+      LINUX_VERSION=6.1
+      RELEASE_PACKAGES+=" libssl3 libglib2.0-0 libpcre2-8-0 libnuma1 liburing2"
+      ;;
+    trixie)
+      XEN_VERSION=4.20
+      LINUX_VERSION=6.12
+      RELEASE_PACKAGES+=" util-linux zstd dash coreutils sed grep mawk findutils diffutils make gcc libaio1t64 libjson-c5 libsystemd0 libstdc++6 openvswitch-switch"
+      ;;
+    *) die "the testbed knows no Debian release '$RELEASE': bookworm and trixie" ;;
+  esac
+  RELEASE_PACKAGES+=" xen-hypervisor-$XEN_VERSION-amd64 xen-utils-$XEN_VERSION libxenmisc$XEN_VERSION"
+}
 
 fetch_packages() { # sets PACKAGES_ROOT
-  local kernel version uris key folder
-  kernel=$(apt-cache depends linux-image-amd64 2>/dev/null | awk '/Depends: linux-image-6\.1/ {print $2; exit}')
-  [ -n "$kernel" ] || die "apt knows no linux-image-6.1 package: run 'apt-get update' on Debian 12 (bookworm) first"
-  version=${kernel#linux-image-}
-  kernel="$kernel linux-headers-$version linux-headers-${version%-amd64}-common linux-kbuild-6.1"
-  # shellcheck disable=SC2086
-  uris=$(apt-get download --print-uris $TESTBED_PACKAGES $kernel 2>"$CACHE/apt.err") ||
-    die "apt cannot find a package of the testbed: $(tail -n 1 "$CACHE/apt.err") (run 'apt-get update')"
-  key=$(printf '%s\n' "$uris" | awk '{print $2}' | sort | sha256sum | cut -c1-16)
-  folder=$CACHE/packages-$key
+  "packages_of_$RELEASE"
+  local folder key
+  key=$(awk '{print $2}' "$CACHE/uris" | sort | sha256sum | cut -c1-16)
+  folder=$CACHE/packages-$RELEASE-$key
   PACKAGES_ROOT=$folder/root
   [ -e "$folder/complete" ] && return
-  say "downloading Debian's Xen and kernel packages into $folder (about 85 MB)"
-  rm -rf "$folder"
-  mkdir -p "$folder/debs" "$PACKAGES_ROOT"
-  # shellcheck disable=SC2086
-  (cd "$folder/debs" && apt-get download $TESTBED_PACKAGES $kernel >"$folder/apt.log" 2>&1) ||
-    die "the download failed (is there a network?): $(grep -m 1 '^E:' "$folder/apt.log")"
+  say "downloading Debian's Xen and kernel packages into $folder ($(awk '{bytes += $3} END {print int(bytes / 1e6)}' "$CACHE/uris") MB)"
+  # What the lists of packages of other days left.
+  rm -rf "$CACHE/packages-$RELEASE"-*
+  mkdir -p "$folder/debs/partial" "$PACKAGES_ROOT"
+  "download_$RELEASE" "$folder" || die "the download failed (is there a network?): $(grep -m 1 '^E:' "$folder/apt.log")"
   local deb
   for deb in "$folder"/debs/*.deb; do
     dpkg -x "$deb" "$PACKAGES_ROOT" || die "cannot unpack $deb (is the disk full?)"
   done
   rm -rf "$folder/debs"
+  "finish_$RELEASE"
+  touch "$folder/complete"
+}
+
+kernel_packages() { # APT-CACHE... : of the release's present kernel
+  local kernel version
+  kernel=$("$@" depends linux-image-amd64 2>/dev/null | awk "/Depends: linux-image-$LINUX_VERSION/ {print \$2; exit}")
+  [ -n "$kernel" ] || die "apt knows no linux-image-$LINUX_VERSION package: run 'apt-get update' on Debian 12 (bookworm) first"
+  version=${kernel#linux-image-}
+  echo "$kernel linux-headers-$version linux-headers-${version%-amd64}-common"
+}
+
+# Bookworm: with this machine's apt. Its libraries are used where a program needs one that is not in the list.
+packages_of_bookworm() {
+  local kernel
+  kernel=$(kernel_packages apt-cache) || exit 1
+  RELEASE_PACKAGES+=" $kernel linux-kbuild-6.1"
+  # shellcheck disable=SC2086
+  apt-get download --print-uris $RELEASE_PACKAGES >"$CACHE/uris" 2>"$CACHE/apt.err" ||
+    die "apt cannot find a package of the testbed: $(tail -n 1 "$CACHE/apt.err") (run 'apt-get update')"
+}
+download_bookworm() { # FOLDER
+  # shellcheck disable=SC2086
+  (cd "$1/debs" && apt-get download $RELEASE_PACKAGES >"$1/apt.log" 2>&1)
+}
+finish_bookworm() {
   # The headers find their common part by its place in the system.
   sed -i "s,/usr/src,$PACKAGES_ROOT/usr/src," "$PACKAGES_ROOT"/usr/src/linux-headers-*-amd64/Makefile
-  touch "$folder/complete"
+}
+
+# Trixie: with an apt of its own, for a system where nothing is installed yet. This machine's sources stay as they are.
+TRIXIE_APT="-o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=$CACHE/apt-trixie/parts -o Dir::Etc::main=/dev/null
+  -o Dir::Etc::parts=$CACHE/apt-trixie/none -o Dir::State=$CACHE/apt-trixie -o Dir::State::status=$CACHE/apt-trixie/status
+  -o Dir::Cache=$CACHE/apt-trixie -o APT::Install-Recommends=false"
+packages_of_trixie() {
+  local state=$CACHE/apt-trixie kernel
+  mkdir -p "$state/parts" "$state/none" "$state/lists/partial"
+  : >"$state/status"
+  for entry in "debian trixie" "debian trixie-updates" "debian-security trixie-security"; do
+    # shellcheck disable=SC2086
+    set -- $entry
+    printf 'Types: deb\nURIs: http://deb.debian.org/%s\nSuites: %s\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' \
+      "$1" "$2" >"$state/parts/$2.sources"
+  done
+  # shellcheck disable=SC2086
+  apt-get $TRIXIE_APT update >"$CACHE/apt.err" 2>&1 || die "trixie's lists of packages cannot be read: $(grep -m 1 '^[EW]:' "$CACHE/apt.err")"
+  # shellcheck disable=SC2086
+  kernel=$(kernel_packages apt-cache $TRIXIE_APT) || exit 1
+  RELEASE_PACKAGES+=" $kernel"
+  # shellcheck disable=SC2086
+  apt-get $TRIXIE_APT -qq --print-uris install $RELEASE_PACKAGES >"$CACHE/uris" 2>"$CACHE/apt.err" ||
+    die "apt cannot find a package of the testbed: $(tail -n 1 "$CACHE/apt.err")"
+}
+download_trixie() { # FOLDER
+  local name
+  # As base-files has them; the packages' content follows the links.
+  mkdir -p "$PACKAGES_ROOT"/usr/{bin,sbin,lib,lib64}
+  for name in bin sbin lib lib64; do ln -s "usr/$name" "$PACKAGES_ROOT/$name"; done
+  # shellcheck disable=SC2086
+  apt-get $TRIXIE_APT -o Dir::Cache::archives="$1/debs" -o APT::Sandbox::User=root --download-only -y install $RELEASE_PACKAGES >"$1/apt.log" 2>&1
+}
+finish_trixie() {
+  # What the packages' scripts would have made, as far as building a module in there needs it.
+  mkdir -p "$PACKAGES_ROOT"/{proc,dev,tmp}
+  [ -e "$PACKAGES_ROOT/bin/sh" ] || ln -s dash "$PACKAGES_ROOT/bin/sh"
+  [ -e "$PACKAGES_ROOT/bin/awk" ] || ln -s mawk "$PACKAGES_ROOT/bin/awk"
+  [ -e "$PACKAGES_ROOT/dev/null" ] || mknod -m 666 "$PACKAGES_ROOT/dev/null" c 1 3 || die "cannot make /dev/null in $PACKAGES_ROOT: be root"
+  # vxd is built on bookworm, where the library has its name of before the change to 64-bit times. On amd64 it is the same library.
+  ln -s libaio.so.1t64 "$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu/libaio.so.1"
 }
 
 # fio for the guest, built from Debian's source: the package brings 70 MB of libraries for clusters that no guest here has.

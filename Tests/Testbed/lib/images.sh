@@ -1,10 +1,21 @@
 # Builds the images that the testbed boots: dom0's and the guest's, both a cpio archive that Linux unpacks into memory.
 # They are cached by the content that they are made from.
 
+# What PROGRAM is linked to, in lines of ldd's. Another release's loader answers for its own programs, and for ours in its place.
+list_libraries() { # PROGRAM
+  case $RELEASE in
+    bookworm) LD_LIBRARY_PATH="$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu:$PACKAGES_ROOT/lib/x86_64-linux-gnu" ldd "$1" 2>/dev/null ;;
+    *)
+      "$PACKAGES_ROOT/lib64/ld-linux-x86-64.so.2" --library-path "$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu" --list "$1" 2>/dev/null |
+        grep -v '^[[:space:]]*/lib64/'
+      ;;
+  esac
+}
+
 copy_with_libraries() { # IMAGE PROGRAM DESTINATION : a program and what it is linked to
   local image=$1 program=$2 destination=$3 library
   install -D -m 755 "$program" "$image$destination"
-  LD_LIBRARY_PATH="$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu:$PACKAGES_ROOT/lib/x86_64-linux-gnu" ldd "$program" 2>/dev/null |
+  list_libraries "$program" |
     awk '/not found/ {print "missing:" $1} $2 == "=>" && $3 ~ /^\// {print $3} $1 ~ /^\// {print $1}' |
     while read -r library; do
       case $library in
@@ -15,14 +26,20 @@ copy_with_libraries() { # IMAGE PROGRAM DESTINATION : a program and what it is l
     done || exit 1
 }
 
-copy_modules() { # IMAGE NAME... : kernel modules into /modules, without their folders
+copy_modules() { # IMAGE NAME... : kernel modules into /modules, without their folders; what the kernel has built in is none
   local image=$1 name file
   shift
   mkdir -p "$image/modules"
   for name in "$@"; do
-    file=$(find "$PACKAGES_ROOT/lib/modules" -name "$name.ko" | head -n 1)
-    [ -n "$file" ] || die "the kernel package has no module $name"
-    cp "$file" "$image/modules/"
+    file=$(find "$PACKAGES_ROOT/lib/modules/" -name "$name.ko" -o -name "$name.ko.xz" | head -n 1)
+    case $file in
+      *.ko) cp "$file" "$image/modules/" ;;
+      *.xz) xz -dc "$file" >"$image/modules/$name.ko" ;;
+      *)
+        grep -q "/$name.ko$" "$PACKAGES_ROOT"/lib/modules/*/modules.builtin || die "the kernel package has no module $name"
+        touch "$image/modules/$name.builtin"
+        ;;
+    esac
   done
 }
 
@@ -33,6 +50,11 @@ base_image() { # IMAGE : folders and busybox
   install -m 755 "$PACKAGES_ROOT/bin/busybox" "$1/bin/busybox"
   ln -s busybox "$1/bin/sh"
   ln -s ../lib "$1/usr/lib"
+  [ "$RELEASE" = bookworm ] || {
+    install -D -m 755 "$PACKAGES_ROOT/lib64/ld-linux-x86-64.so.2" "$1/lib64/ld-linux-x86-64.so.2"
+    # glibc loads it when a thread is cancelled, as iperf3 does from 3.16 on.
+    install -m 755 "$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu/libgcc_s.so.1" "$1/lib/"
+  }
 }
 
 pack() { # FOLDER ARCHIVE
@@ -40,15 +62,19 @@ pack() { # FOLDER ARCHIVE
   mv "$2.part" "$2"
 }
 
-# The guest module, built against the headers of the kernel that the guests boot. Sets MODULE.
+# The guest module, built against the headers of the kernel that the guests boot, with the compiler of their release. Sets MODULE.
 build_guest_module() {
-  local folder
+  local folder=$PACKAGES_ROOT/tmp/module
   need_command gcc gcc
   need_command make make
-  folder=$(mktemp -d)
+  rm -rf "$folder"
+  mkdir -p "$folder"
   cp "$REPO"/deploy/guest-module/* "$folder/"
-  make -C "$PACKAGES_ROOT"/usr/src/linux-headers-6.1*-amd64 M="$folder" W=1 modules >"$IMAGES/module.log" 2>&1 ||
-    die "the guest module does not build: $(grep -m 3 -i error "$IMAGES/module.log")"
+  case $RELEASE in
+    bookworm) make -C "$PACKAGES_ROOT"/usr/src/linux-headers-"$LINUX_VERSION"*-amd64 M="$folder" W=1 modules ;;
+    # More warnings would want kernel-doc's Perl.
+    *) LC_ALL=C chroot "$PACKAGES_ROOT" /bin/sh -c "make -C /usr/src/linux-headers-$LINUX_VERSION*-amd64 M=/tmp/module modules" ;;
+  esac >"$IMAGES/module.log" 2>&1 || die "the guest module does not build: $(grep -m 3 -i error "$IMAGES/module.log")"
   ! grep -i -A 3 'warning:' "$IMAGES/module.log" || die "the guest module builds with warnings"
   MODULE=$IMAGES/virtio_xenbus.ko
   strip --strip-debug -o "$MODULE" "$folder/virtio_xenbus.ko"
@@ -79,10 +105,10 @@ build_guest_image() { # ARCHIVE
 build_boot_image() { # IMAGE GUEST_ARCHIVE
   local folder
   folder=$(mktemp -d)
-  ln -s "$PACKAGES_ROOT/usr/bin/mtools" "$folder/mcopy"
-  ln -s "$PACKAGES_ROOT/usr/bin/mtools" "$folder/mattrib"
-  ln -s "$PACKAGES_ROOT/usr/bin/mtools" "$folder/mformat"
-  ln -s "$PACKAGES_ROOT/usr/bin/mtools" "$folder/mmove"
+  ln -s "$TOOLS_ROOT/usr/bin/mtools" "$folder/mcopy"
+  ln -s "$TOOLS_ROOT/usr/bin/mtools" "$folder/mattrib"
+  ln -s "$TOOLS_ROOT/usr/bin/mtools" "$folder/mformat"
+  ln -s "$TOOLS_ROOT/usr/bin/mtools" "$folder/mmove"
   {
     printf 'default guest\nprompt 0\nlabel guest\n kernel vmlinuz\n initrd initrd.gz\n append '
     printf '#%.0s' $(seq 480)
@@ -93,7 +119,7 @@ build_boot_image() { # IMAGE GUEST_ARCHIVE
     export PATH="$folder:$PATH"
     mformat -i "$1" -T 65536 -h 16 -s 63 :: && mcopy -i "$1" "$IMAGES/vmlinuz" ::vmlinuz &&
       mcopy -i "$1" "$2" ::initrd.gz && mcopy -i "$1" "$folder/syslinux.cfg" ::syslinux.cfg &&
-      "$PACKAGES_ROOT/usr/bin/syslinux" --install "$1"
+      "$TOOLS_ROOT/usr/bin/syslinux" --install "$1"
   ) >"$folder/log" 2>&1 || die "cannot make the guest's boot disk: $(tail -n 3 "$folder/log")"
   LC_ALL=C grep -abo '########' "$1" | head -n 1 | cut -d: -f1 >"$1.offset"
   rm -rf "$folder"
@@ -107,20 +133,35 @@ build_driver_image() { # ARCHIVE
   for tool in xenstore-read xenstore-write xenstore-watch xenstore-ls; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"
   done
-  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop
+  copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
+  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop llc stp bridge tun
   cp "$TESTBED"/driver/* "$image/"
   chmod 755 "$image/init"
   pack "$image" "$1"
   rm -rf "$image"
 }
 
+# What is behind the loader in a kernel's image. It ends with the length of what it was, which unpackers complain about.
+unpack_kernel() { # IMAGE
+  local offset
+  case $RELEASE in
+    bookworm)
+      offset=$(LC_ALL=C grep -abo -P '\xFD7zXZ\x00' "$1" | head -n 1 | cut -d: -f1)
+      tail -c "+$((offset + 1))" "$1" | xz -dc 2>/dev/null
+      ;;
+    *)
+      offset=$(LC_ALL=C grep -abo -P '\x28\xB5\x2F\xFD' "$1" | head -n 1 | cut -d: -f1)
+      tail -c "+$((offset + 1))" "$1" | chroot "$PACKAGES_ROOT" /bin/zstd -dc 2>/dev/null
+      ;;
+  esac
+}
+
 # What PV and PVH guests boot from, for scenarios that say "# needs: xenbus": the kernel unpacked, which xl would need seconds for.
 build_xenbus_image() { # ARCHIVE GUEST_ARCHIVE
-  local image offset
+  local image
   image=$(mktemp -d)
   mkdir "$image/guest"
-  offset=$(LC_ALL=C grep -abo -P '\xFD7zXZ\x00' "$IMAGES/vmlinuz" | head -n 1 | cut -d: -f1)
-  tail -c "+$((offset + 1))" "$IMAGES/vmlinuz" | xz -dc >"$image/guest/vmlinux" 2>/dev/null
+  unpack_kernel "$IMAGES/vmlinuz" >"$image/guest/vmlinux"
   [ "$(head -c 4 "$image/guest/vmlinux" | tail -c 3)" = ELF ] || die "the kernel cannot be unpacked"
   cp "$2" "$image/guest/guest.cpio.gz"
   build_driver_image "$image/guest/driver.cpio.gz"
@@ -128,29 +169,43 @@ build_xenbus_image() { # ARCHIVE GUEST_ARCHIVE
   rm -rf "$image"
 }
 
+# Open vSwitch. Bookworm's list of packages is without what it depends on.
+add_virtual_switch() { # IMAGE
+  local tool
+  for tool in ovs-vsctl ovsdb-tool; do copy_with_libraries "$1" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"; done
+  copy_with_libraries "$1" "$PACKAGES_ROOT/usr/sbin/ovsdb-server" /sbin/ovsdb-server
+  copy_with_libraries "$1" "$PACKAGES_ROOT/usr/lib/openvswitch-switch/ovs-vswitchd" /sbin/ovs-vswitchd
+  install -D -m 644 "$PACKAGES_ROOT/usr/share/openvswitch/vswitch.ovsschema" "$1/usr/share/openvswitch/vswitch.ovsschema"
+  copy_modules "$1" nf_defrag_ipv4 nf_defrag_ipv6 crc32c_generic libcrc32c nf_conntrack nf_nat nf_conncount nsh psample openvswitch
+}
+
 build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
-  local image tool
+  local image tool setpriv
   image=$(mktemp -d)
   base_image "$image"
   for tool in xl xenstored xenconsoled xenconsole xen-init-dom0 libxl-save-helper lsevtchn; do
-    copy_with_libraries "$image" "$PACKAGES_ROOT/usr/lib/xen-4.17/bin/$tool" "/usr/lib/xen-4.17/bin/$tool"
+    copy_with_libraries "$image" "$PACKAGES_ROOT/usr/lib/xen-$XEN_VERSION/bin/$tool" "/usr/lib/xen-$XEN_VERSION/bin/$tool"
   done
   for tool in xenstore-ls xenstore-read xenstore-write xenstore-rm xenstore-list xenstore-exists xenstore-watch; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"
   done
-  ln -s ../lib/xen-4.17/bin/xl "$image/sbin/xl"
+  ln -s ../lib/xen-$XEN_VERSION/bin/xl "$image/sbin/xl"
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/libexec/xen-qemu-system-i386" /usr/libexec/xen-qemu-system-i386
   # util-linux is on every Debian system.
-  copy_with_libraries "$image" /usr/bin/setpriv /bin/setpriv
+  setpriv=$PACKAGES_ROOT/usr/bin/setpriv
+  [ -x "$setpriv" ] || setpriv=/usr/bin/setpriv
+  copy_with_libraries "$image" "$setpriv" /bin/setpriv
   for tool in qemu-storage-daemon qemu-img; do copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"; done
-  install -D "$PACKAGES_ROOT/usr/lib/xen-4.17/boot/hvmloader" "$image/usr/lib/xen-4.17/boot/hvmloader"
+  install -D "$PACKAGES_ROOT/usr/lib/xen-$XEN_VERSION/boot/hvmloader" "$image/usr/lib/xen-$XEN_VERSION/boot/hvmloader"
   install -D "$PACKAGES_ROOT/usr/share/seabios/bios-256k.bin" "$image/usr/share/seabios/bios-256k.bin"
   mkdir -p "$image/usr/share/qemu/keymaps"
   cp "$PACKAGES_ROOT/usr/share/qemu/kvmvapic.bin" "$image/usr/share/qemu/"
   cp "$PACKAGES_ROOT"/usr/share/qemu/keymaps/en-us "$image/usr/share/qemu/keymaps/"
   cp -L "$PACKAGES_ROOT"/usr/share/seabios/vgabios-stdvga.bin "$image/usr/share/seabios/"
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
-  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop tun llc stp bridge garp mrp 8021q
+  copy_modules "$image" xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs loop tun llc stp bridge garp mrp 8021q \
+    veth macvlan tap macvtap
+  [ "$RELEASE" = bookworm ] || add_virtual_switch "$image"
   mkdir -p "$image/guest"
   build_boot_image "$image/guest/boot.img" "$2"
   install -m 755 "$TESTBED/dom0/init" "$image/init"
@@ -158,20 +213,28 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   rm -rf "$image"
 }
 
-prepare_images() { # sets IMAGES
+prepare_images() { # [RELEASE] : sets IMAGES, and what choose_release sets
   need_command cpio cpio
+  need_command xz xz-utils
   mkdir -p "$CACHE" || die "cannot write to the cache folder $CACHE (set VXD_CACHE to another one)"
+  # Bookworm's packages are needed in any case: its programs run on this machine too.
+  choose_release bookworm
   fetch_packages
+  TOOLS_ROOT=$PACKAGES_ROOT
   fetch_fio
+  if [ "${1:-bookworm}" != bookworm ]; then
+    choose_release "$1"
+    fetch_packages
+  fi
   local key
   key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
-  IMAGES=$CACHE/images-$key
+  IMAGES=$CACHE/images-$RELEASE-$key
   [ -e "$IMAGES/complete" ] && return
   say "building the dom0 and guest images in $IMAGES"
-  rm -rf "$CACHE"/images-*
+  rm -rf "$CACHE/images-$RELEASE"-*
   mkdir -p "$IMAGES"
-  zcat "$PACKAGES_ROOT"/boot/xen-4.17-amd64.gz >"$IMAGES/xen" || die "cannot write to $IMAGES (is the disk full?)"
-  cp "$PACKAGES_ROOT"/boot/vmlinuz-6.1* "$IMAGES/vmlinuz"
+  zcat "$PACKAGES_ROOT/boot/xen-$XEN_VERSION-amd64.gz" >"$IMAGES/xen" || die "cannot write to $IMAGES (is the disk full?)"
+  cp "$PACKAGES_ROOT"/boot/vmlinuz-"$LINUX_VERSION"* "$IMAGES/vmlinuz"
   build_guest_module
   build_guest_image "$IMAGES/guest.cpio.gz"
   build_xenbus_image "$IMAGES/xenbus.cpio.gz" "$IMAGES/guest.cpio.gz"

@@ -12,6 +12,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   copy_with_libraries "$folder" "$BINARIES/vxctl" /bin/vxctl
   cp "$REPO/deploy/acpi/slots.aml" "$folder/etc/vxd/"
   cp "$TESTBED/dom0/lib.sh" "$folder/testbed-lib.sh"
+  echo "RELEASE=$RELEASE" >>"$folder/testbed-lib.sh"
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
   needs_xenbus "$2" || return 0
   mkdir -p "$folder/guest" "$folder/driver"
@@ -60,7 +61,7 @@ run_scenario() { # NAME SECONDS : true when every check of it held
 run_once() { # NAME SECONDS
   local name=$1 limit=$2 folder=$OUTPUT/$1 line started verdict=
   mkdir -p "$folder"
-  prepare_initrd "$TESTBED/scenarios/$name.sh" "$folder"
+  prepare_initrd "$TESTBED/scenarios/${name%@*}.sh" "$folder"
   started=$SECONDS
   say "scenario $name (limit $limit s, console in $folder/console.log)"
   : >"$folder/console.log"

@@ -1,29 +1,36 @@
 # limit: 700 s
+# also on: trixie
 # processors: 4
-# An HVM guest without a disk, whose console, network and entropy devices its profile declares, over virtio-mmio.
-for module in llc stp bridge tun; do insmod /modules/$module.ko; done
+# An HVM guest without a disk, with console, network and entropy devices over virtio-mmio. Its profile declares them; where libxl knows
+# such devices (4.18 and later, on trixie) the guest's configuration does, and the profile has their options.
+load_modules llc stp bridge tun
 brctl addbr br0
 ip addr add 10.9.0.1/24 dev br0
 ip link set br0 up
-cat >/etc/vxd/profiles.json <<'JSON'
+[ $RELEASE = bookworm ] && create=true || create=false
+cat >/etc/vxd/profiles.json <<JSON
 {"version": 1, "guests": [{"guest": "one", "devices": [
-  {"type": "network", "bridge": "br0", "mac": "00:16:3e:00:00:01"},
-  {"type": "console", "log": {"path": "/var/log/one-console.log", "timestamps": true}, "ports": [
+  {"type": "network", "create": $create, "bridge": "br0", "mac": "00:16:3e:00:00:01"},
+  {"type": "console", "create": $create, "log": {"path": "/var/log/one-console.log", "timestamps": true}, "ports": [
     {"name": "vx.command", "pty": "/run/one.command"},
     {"name": "org.qemu.guest_agent.0", "pty": "/run/one.agent"},
-    {"name": "vx.file", "pty": "/run/one.file"}]},
-  {"type": "entropy"}]}]}
+    {"name": "vx.file", "pty": "/run/one.file"}, {"name": "vx.open"}]},
+  {"type": "entropy", "create": $create}]}]}
 JSON
 run_vxd_unprivileged
 start_vxd
 check "vxctl checks the profiles" vxctl config check /etc/vxd/profiles.json
 remember_resources
+# net0, console0 and rng0; or net0, console1 and rng2, by their places.
+$create && CONSOLE=console0 || CONSOLE=console1
+$create || GUEST_VIRTIO="1 3 4"
 write_config one "vx.test=serve"
+grep '^virtio' /root/one.cfg | sed 's/^/| /'
 step "a guest without a disk, whose devices are its profile's"
 check "xl create" create one
 check "it serves over its console port" wait_console one "GUEST SERVES" 300
 vxctl list | sed 's/^/| /'
-check "three named ports" in_guest one "[ \$(ls /dev/virtio-ports | wc -l) = 3 ]"
+check "four named ports" in_guest one "[ \$(ls /dev/virtio-ports | wc -l) = 4 ]"
 check "random numbers" in_guest one "grep -q virtio /sys/class/misc/hw_random/rng_current && dd if=/dev/hwrng of=/tmp/random bs=1024 count=4 2>/dev/null && [ \$(tr -d '\000' </tmp/random | wc -c) -gt 4000 ]"
 
 step "the network"
@@ -72,6 +79,23 @@ IFS= read -r -t 60 answer <&7
 check "and tells the time" sh -c "echo '$answer' | grep -q '\"return\": [0-9]'"
 exec 7>&-
 
+step "who has a port open is seen on both sides"
+guest_has_open() { vxctl show one/$CONSOLE --json | tr -d ' \n' | grep -o "{[^{}]*\"$1\"[^{}]*}" | grep -q "\"guestOpen\":$2"; }
+host_has_open() { in_guest one "mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null; grep -q 'host_connected: $1' /sys/kernel/debug/virtio-ports/vport*p4"; }
+check "the guest's agent has its port open" guest_has_open org.qemu.guest_agent.0 true
+in_guest one "kill \$(cat /tmp/ga.pid)"
+check "and no more when it has ended" wait_until 20 guest_has_open org.qemu.guest_agent.0 false
+check "an event says so" grep -q "one/$CONSOLE: device.ports: the guest has open: .*vx.command" $VXD_LOG
+check "nobody has the other one" host_has_open 0
+mkfifo /tmp/hold
+vxctl console one vx.open </tmp/hold >/dev/null 2>&1 &
+console=$!
+exec 7>/tmp/hold
+check "until somebody has, which the guest sees" wait_until 20 host_has_open 1
+exec 7>&-
+kill $console
+check "and that he goes" wait_until 20 host_has_open 0
+
 step "a file in both directions, while the console is flooded"
 written=$(cat /var/log/one-console.log* | wc -c)
 in_guest one "(while :; do dmesg; done) >/dev/hvc1 2>/dev/null &"
@@ -91,7 +115,7 @@ step "kill -9 of vxd"
 kill -9 "$(vxd_pid)"
 wait "$(vxd_pid)" 2>/dev/null
 start_vxd
-check "all three are served again" wait_until 60 device_state_is one/console0 connected
+check "all three are served again" wait_until 60 device_state_is one/$CONSOLE connected
 check "the guest still serves" wait_until 60 in_guest one "true"
 check "is reached" wait_until 30 ping -c 1 -W 1 10.9.0.2
 check "and has random numbers" in_guest one "dd if=/dev/hwrng of=/dev/null bs=64 count=1"

@@ -63,10 +63,10 @@ extension ConsolePump {
   mutating func setOpen(_ index: Int, _ isOpen: Bool) {
     guard ports[index].isGuestOpen != isOpen else { return }
     ports[index].isGuestOpen = isOpen
+    guestOpen ^= 1 << UInt64(index)
+    board.set(guest: guestOpen)
     guard let notes, notes.count >= 16 else { return }
-    var open: UInt64 = 0
-    for port in 0..<portCount where ports[port].isGuestOpen { open |= 1 << UInt64(port) }
-    notes.storeBytes(of: open, as: UInt64.self)
+    notes.storeBytes(of: guestOpen, as: UInt64.self)
   }
 
   /// The driver of an earlier backend knows its ports, and does not speak of them again.

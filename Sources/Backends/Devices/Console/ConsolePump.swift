@@ -60,12 +60,21 @@ package struct ConsolePump: DevicePump, ~Copyable {
   let notes: UnsafeMutableRawBufferPointer?
   /// The terminal of port 0 has another size.
   let onSize: @Sendable (TerminalSize) -> Void
+  /// Which ports are open.
+  let board: ConsolePortBoard
+  var guestOpen: UInt64 = 0
+  private var toldGuestOpen: UInt64 = 0
+  private var toldTime: UInt64 = 0
+  /// The guest has opened or closed ports: all that it has open now, as a mask. Not more often than each `tellPause`.
+  private let onOpen: @Sendable (UInt64) -> Void
+  private static var tellPause: UInt64 { 100_000_000 }
   package private(set) var nextTime: UInt64 = 0
   private var now: UInt64 = 0
 
   package init(
     ports parts: [PortParts], controlCounters: (QueueCounters, QueueCounters), source: any GuestMemorySource,
-    rate: RateNode, notes: UnsafeMutableRawBufferPointer?, onSize: @escaping @Sendable (TerminalSize) -> Void
+    rate: RateNode, notes: UnsafeMutableRawBufferPointer?, board: ConsolePortBoard,
+    onSize: @escaping @Sendable (TerminalSize) -> Void, onOpen: @escaping @Sendable (UInt64) -> Void
   ) {
     memory = GuestMemoryView(source: source)
     toDriver = OrderedQueue(chainLimit: Self.chainLimit, counters: controlCounters.0)
@@ -73,6 +82,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
     self.rate = rate
     self.notes = notes
     self.onSize = onSize
+    self.board = board
+    self.onOpen = onOpen
     piece = .allocate(byteCount: Self.pieceBytes, alignment: 16)
     ports = .allocate(capacity: parts.count)
     for (index, part) in parts.enumerated() {
@@ -165,6 +176,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
         hasMore = try input(index, signals[Self.queue(index)]) || hasMore
         tell(index)
       }
+      tellOpen()
       let isBlocked = try sendMessages(signals[2])
       hasMore = fromDriver.enableNotifications() || hasMore
       if isBlocked { hasMore = toDriver.enableNotifications() || hasMore }
@@ -172,6 +184,22 @@ package struct ConsolePump: DevicePump, ~Copyable {
     } catch {
       throw .virtqueue(error)
     }
+  }
+
+  /// A guest may open and close as fast as it likes; who is told of it may take longer.
+  private mutating func tellOpen() {
+    var host: UInt64 = 0
+    for port in 0..<portCount where ports[port].channel.isOpen { host |= 1 << UInt64(port) }
+    board.set(host: host)
+    guard guestOpen != toldGuestOpen else { return }
+    let due = toldTime &+ Self.tellPause
+    guard now >= due || toldTime == 0 else {
+      nextTime = nextTime == 0 ? due : min(nextTime, due)
+      return
+    }
+    toldGuestOpen = guestOpen
+    toldTime = now
+    onOpen(guestOpen)
   }
 
   private static func queue(_ port: Int) -> Int { port == 0 ? 0 : 2 * port + 2 }

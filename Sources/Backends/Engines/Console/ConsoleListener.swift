@@ -9,8 +9,10 @@ final class ConsoleListener {
   private var token: EventLoop.Token?
   private let path: String
 
-  /// - Parameter onClient: gets each connection, which is its from then on.
-  init(path: String, loop: EventLoop, onClient: @escaping (Int32) -> Void) throws(Errno) {
+  /// - Parameters:
+  ///   - mode: who may connect.
+  ///   - onClient: gets each connection, which is its from then on.
+  init(path: String, mode: mode_t = 0o660, loop: EventLoop, onClient: @escaping (Int32) -> Void) throws(Errno) {
     self.path = path
     self.loop = loop
     let raw = try UnixSocket.make()
@@ -21,7 +23,7 @@ final class ConsoleListener {
       return bind(raw, address, length)
     }
     // Not by the mask of the process, as `UnixSocket.listen`: this is not the only thread that makes files.
-    guard chmod(path, 0o660) == 0, listen(raw, 16) == 0 else { throw Errno.last }
+    guard chmod(path, mode) == 0, listen(raw, 16) == 0 else { throw Errno.last }
     token = try loop.onReadable(raw) {
       let client = clinux_accept(raw)
       if client >= 0 { onClient(client) }

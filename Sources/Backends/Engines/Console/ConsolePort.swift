@@ -15,17 +15,20 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     /// Path of a socket for `vxctl console`, and of the file with what is remembered; nil for none.
     package var viewerPath: String?
     package var historyPath: String?
+    /// Whether the peer of a socket may be a client of `vxctl console`.
+    package var mayAttach: @Sendable (Int32) -> Bool
     /// Takes a line of output for the daemon's log.
     package var logLine: @Sendable (String) -> Void
 
     package init(
       loop: EventLoop, counters: QueueCounters, viewerPath: String?, historyPath: String?,
-      logLine: @escaping @Sendable (String) -> Void
+      mayAttach: @escaping @Sendable (Int32) -> Bool, logLine: @escaping @Sendable (String) -> Void
     ) {
       self.loop = loop
       self.counters = counters
       self.viewerPath = viewerPath
       self.historyPath = historyPath
+      self.mayAttach = mayAttach
       self.logLine = logLine
     }
   }
@@ -80,7 +83,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     }
     guard let path = place.viewerPath else { return }
     do throws(Errno) {
-      viewers = try ConsoleViewers(path: path, loop: place.loop, port: self)
+      viewers = try ConsoleViewers(path: path, loop: place.loop, port: self, mayAttach: place.mayAttach)
     } catch {
       throw ConsoleFault(message: "the socket for 'vxctl console' ('\(path)') cannot be made: \(error)")
     }

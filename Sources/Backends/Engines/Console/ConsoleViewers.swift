@@ -19,10 +19,21 @@ final class ConsoleViewers {
   private var clients: [Client] = []
   private weak var writer: Client?
 
-  init(path: String, loop: EventLoop, port: ConsolePort) throws(Errno) {
+  init(
+    path: String, loop: EventLoop, port: ConsolePort, mayAttach: @escaping @Sendable (Int32) -> Bool
+  ) throws(Errno) {
     self.loop = loop
     self.port = port
-    listener = try ConsoleListener(path: path, loop: loop) { [weak self] in self?.accept($0) }
+    // Who may attach is asked of each client, as on the control socket; whoever reaches that one is to reach this one.
+    listener = try ConsoleListener(path: path, mode: 0o666, loop: loop) { [weak self] client in
+      if mayAttach(client) {
+        self?.accept(client)
+      } else {
+        let refusal = ConsoleFrame(.mode, [2]).encoded
+        _ = Glibc.write(client, refusal, refusal.count)
+        Glibc.close(client)
+      }
+    }
   }
 
   var hasClients: Bool { !clients.isEmpty }
