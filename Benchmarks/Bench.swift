@@ -14,6 +14,9 @@ enum Bench {
     if CommandLine.arguments.dropFirst().first == "profile" {
       return try Profile.run(Array(CommandLine.arguments.dropFirst(2)))
     }
+    if CommandLine.arguments.dropFirst().first == "packets" {
+      return try PacketProfile.run(Array(CommandLine.arguments.dropFirst(2)))
+    }
     let isRates = CommandLine.arguments.dropFirst().first == "rates"
     let arguments = CommandLine.arguments.dropFirst(isRates ? 2 : 1)
     let path = arguments.first ?? "/dev/shm/vxd-bench-\(getpid()).img"

@@ -268,6 +268,53 @@ import Virtqueue
     #expect(received[10] == 4 && received[11] == 0)
   }
 
+  /// Many small packets make the device expect more of them; a large one among them is no smaller for that.
+  @Test(arguments: 0..<12) func packetsOfAllSizesArriveWholeAndInOrder(seed: Int) throws {
+    var random = SeededGenerator(seed: UInt64(seed))
+    let wire = Wire()
+    let fixture = try fixture(wire, queueSize: 256)
+    defer { fixture.stop() }
+    let size = [300, 1536, 2048, 4096][seed % 4]
+    var offered: [Int] = []
+    func offer(_ slot: Int) {
+      _ = fixture.driver.add(
+        [.init(fixture.buffers + UInt64(slot * size), UInt32(size), writable: true)], queue: 0)
+      offered.append(slot)
+    }
+    for slot in 0..<250 { offer(slot) }
+    fixture.driver.notify(queue: 0)
+    func next() -> [UInt8]? {
+      guard let used = fixture.waitForUsed(0) else { return nil }
+      let slot = offered.removeFirst()
+      let bytes = fixture.bytes(at: fixture.buffers + UInt64(slot * size), count: Int(used.length))
+      offer(slot)
+      fixture.driver.notifyIfWanted(queue: 0)
+      return bytes
+    }
+    for turn in 0..<80 {
+      let packets = (0..<Int.random(in: 1...4, using: &random)).map { index -> [UInt8] in
+        let bytes =
+          switch Int.random(in: 0..<10, using: &random) {
+          case 0: Int.random(in: 1400...60000, using: &random)
+          case 1: 1500
+          default: Int.random(in: 46...200, using: &random)
+          }
+        return header
+          + frame(from: Self.other, (0..<bytes).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ turn &+ index) })
+      }
+      for packet in packets { #expect(wire.send(packet)) }
+      for packet in packets {
+        var received = try #require(next(), "seed \(seed), turn \(turn)")
+        let count = Int(received[10]) | Int(received[11]) << 8
+        for _ in 1..<max(1, count) { received += try #require(next(), "seed \(seed), turn \(turn)") }
+        let isWhole = received.count == packet.count && received[12...] == packet[12...]
+        #expect(isWhole, "seed \(seed), turn \(turn): \(received.count) of \(packet.count) bytes")
+        guard isWhole else { return }
+      }
+    }
+    #expect(drops(fixture, .badBuffer) == 0)
+  }
+
   @Test func packetWaitsUntilThereAreBuffersForIt() throws {
     let wire = Wire()
     let fixture = try fixture(wire)

@@ -115,6 +115,11 @@ extension Virtqueue {
     return RingWord.acquire(driverArea.start, 2) != layout.nextAvailable
   }
 
+  var pendingCountSplit: Int {
+    guard let driverArea else { return 0 }
+    return Int(RingWord.acquire(driverArea.start, 2) &- layout.nextAvailable)
+  }
+
   mutating func disableNotificationsSplit() {
     guard !eventIndex, let deviceArea else { return }
     RingWord.store(1, deviceArea.start, 0)  // VIRTQ_USED_F_NO_NOTIFY

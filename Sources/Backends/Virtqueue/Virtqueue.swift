@@ -134,6 +134,9 @@ package struct Virtqueue: ~Copyable {
   /// Whether chains wait that have not been taken.
   package func hasPending() -> Bool { isPacked ? hasPendingPacked() : hasPendingSplit() }
 
+  /// Chains that wait, by the index of a split ring's driver, which nothing has checked: 0 to 65535. Of a packed ring it says nothing.
+  package var pendingCount: Int { isPacked ? 0 : pendingCountSplit }
+
   /// Tells the driver that notifications are not needed for now (virtio 1.2, 2.7.7 and 2.8.10).
   package mutating func disableNotifications() {
     if isPacked { disableNotificationsPacked() } else { disableNotificationsSplit() }

@@ -8,13 +8,21 @@ extension NetPump {
   mutating func transmit(_ signals: any TransportSignals) throws(VirtqueueFault) -> Turn {
     guard transmitQueue.isActive else { return .empty }
     var left = Self.batchLimit
+    var (packets, bytes): (UInt64, UInt64) = (0, 0)
+    // Once for the batch: counters are objects.
+    defer {
+      if packets > 0 {
+        transmitQueue.counters.writes.add(packets)
+        transmitQueue.counters.writtenBytes.add(bytes)
+      }
+    }
     while left > 0 {
       for _ in 0..<min(left, Self.groupLimit) {
         guard let chain = try transmitQueue.next(&memory) else {
           transmitQueue.publish(signals)
           return .empty
         }
-        let time = rate.delay(isWrite: true, at: now)
+        let time = isLimited ? rate.delay(isWrite: true, at: now) : 0
         guard time == 0 else {
           // The guest's own queue is where packets wait.
           transmitQueue.putBack(chain.ticket)
@@ -22,10 +30,17 @@ extension NetPump {
           wait(until: time)
           return .limited
         }
-        if let reason = send(chain) { transmitQueue.counters.drops(reason).add(1) }
-        guard goneResult == 0 else {
-          transmitQueue.putBack(chain.ticket)
-          return .empty
+        if let reason = send(chain) {
+          transmitQueue.counters.drops(reason).add(1)
+        } else {
+          guard goneResult == 0 else {
+            transmitQueue.putBack(chain.ticket)
+            return .empty
+          }
+          let frame = chain.readableBytes &- UInt64(NetConfiguration.headerBytes)
+          packets &+= 1
+          bytes &+= frame
+          if isLimited { rate.pay(isWrite: true, bytes: frame, at: now) }
         }
         transmitQueue.use(chain.ticket, length: 0)
         left &-= 1
@@ -47,7 +62,7 @@ extension NetPump {
     let copied = min(total, header + SourceLock.headBytes)
     var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
     guard (try? cursor.read(&memory, to: head, count: copied)) == copied else { return .badBuffer }
-    guard isHeaderSound(total &- header) else { return .malformed }
+    guard rules.allows(head, frameBytes: total &- header) else { return .malformed }
     if let reason = lock.refuses(head + header, copied &- header) { return reason }
     vectors[0] = iovec(iov_base: head, iov_len: copied)
     guard let count = gather(&cursor, total &- copied, from: 1) else { return .badBuffer }
@@ -63,36 +78,7 @@ extension NetPump {
       default: return .host
       }
     }
-    rate.pay(isWrite: true, bytes: UInt64(total &- header), at: now)
-    transmitQueue.counters.writes.add(1)
-    transmitQueue.counters.writtenBytes.add(UInt64(total &- header))
     return nil
-  }
-
-  /// Whether the copied header asks for what was negotiated only, and speaks of the packet that follows. What it means beyond that is
-  /// checked by the kernel.
-  private func isHeaderSound(_ frameBytes: Int) -> Bool {
-    let flags = head.load(as: UInt8.self)
-    let type = head.load(fromByteOffset: 1, as: UInt8.self)
-    if flags & 1 != 0 {  // VIRTIO_NET_HDR_F_NEEDS_CSUM
-      guard features.contains(.netChecksum) else { return false }
-      let start = Int(UInt16(littleEndian: head.load(fromByteOffset: 6, as: UInt16.self)))
-      let offset = Int(UInt16(littleEndian: head.load(fromByteOffset: 8, as: UInt16.self)))
-      guard start &+ offset &+ 2 <= frameBytes else { return false }
-    }
-    let needed: FeatureBits
-    switch type & 0x7f {
-    case 0: needed = []
-    case 1: needed = .netHostTSO4
-    case 3: needed = .netHostUFO
-    case 4: needed = .netHostTSO6
-    case 5: needed = .netHostUSO
-    default: return false
-    }
-    guard features.contains(needed), type & 0x80 == 0 || features.contains(.netHostECN) else { return false }
-    guard type & 0x7f != 0 else { return true }
-    let segment = UInt16(littleEndian: head.load(fromByteOffset: 4, as: UInt16.self))
-    return segment > 0 && flags & 1 != 0
   }
 
   /// Puts what the cursor is on into the vectors from an index on.

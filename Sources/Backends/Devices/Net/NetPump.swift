@@ -37,6 +37,15 @@ package struct NetPump: DevicePump, ~Copyable {
   /// What the driver chose; the control queue's pump changes it.
   var choices: NetChoices
   var features: FeatureBits = []
+  var rules = HeaderRules([])
+  /// Whether packets are spread over several of the driver's buffers.
+  var merges = false
+  /// Bytes of the largest packet that may come, with its header.
+  var largestPacket = 0
+  /// What a packet is expected to have: as much as a large one at once, and with small ones less and less.
+  var expectedBytes = 0
+  /// Whether anything limits the device at present.
+  var isLimited = false
   var isLinkUp: Bool
   /// A driver's choice for every pump of the device, and for the tap.
   let onChoices: @Sendable (NetChoices) -> Void
@@ -45,8 +54,11 @@ package struct NetPump: DevicePump, ~Copyable {
 
   let vectors: UnsafeMutablePointer<iovec>
   let head: UnsafeMutableRawPointer
-  /// The chains that the next packet may be received into, oldest first.
+  /// Chains that the next packets may be received into, oldest first.
   let window: UnsafeMutablePointer<ReceiveChain>
+  /// Takes what of a packet is larger than expected.
+  let spill: UnsafeMutableRawPointer
+  let spillBytes: Int
   /// Chains that were there when the driver's buffers did not suffice.
   var insufficient = 0
   package internal(set) var nextTime: UInt64 = 0
@@ -83,22 +95,29 @@ package struct NetPump: DevicePump, ~Copyable {
     controlQueue = OrderedQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
     lock = SourceLock(mac: settings.locksMAC ? settings.mac : nil, addresses: settings.lockedAddresses)
     filter = ReceiveFilter(choices)
-    vectors = .allocate(capacity: Self.vectorLimit)
+    // One more for the spill.
+    vectors = .allocate(capacity: Self.vectorLimit + 1)
     head = .allocate(byteCount: NetConfiguration.headerBytes + SourceLock.headBytes, alignment: 16)
     window = .allocate(capacity: Self.chainLimit)
     window.initialize(repeating: ReceiveChain(), count: Self.chainLimit)
+    spillBytes = NetConfiguration.receiveBytes(mtu: settings.mtu, isLarge: true)
+    spill = .allocate(byteCount: spillBytes, alignment: 16)
   }
 
   deinit {
     vectors.deallocate()
     head.deallocate()
     window.deallocate()
+    spill.deallocate()
   }
 
   // MARK: Life
 
   package mutating func activate(_ queue: Int, _ activation: QueueActivation) throws(DeviceFault) {
     features = activation.features
+    rules = HeaderRules(features)
+    merges = features.contains(.netMergeable)
+    setLargestPacket()
     filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
     switch queue {
     case Place.receive: try receiveQueue.activate(activation)
@@ -119,7 +138,14 @@ package struct NetPump: DevicePump, ~Copyable {
   /// Takes the driver's choices, its own or those that another pump's control queue brought.
   package mutating func set(_ choices: NetChoices) {
     self.choices = choices
+    setLargestPacket()
     filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
+  }
+
+  private mutating func setLargestPacket() {
+    let isLarge = !FeatureBits(rawValue: choices.offloads).isDisjoint(with: .netGuestLarge)
+    largestPacket = NetConfiguration.receiveBytes(mtu: settings.mtu, isLarge: isLarge)
+    expectedBytes = largestPacket
   }
 
   package mutating func set(isLinkUp: Bool) { self.isLinkUp = isLinkUp }
@@ -137,6 +163,7 @@ package struct NetPump: DevicePump, ~Copyable {
     now = MonotonicClock.now
     receiveQueue.counters.batchSince.store(now, ordering: .relaxed)
     nextTime = 0
+    isLimited = rate.isLimited
     let invalidations = memory.enter()
     defer {
       receiveQueue.counters.settle(memory)

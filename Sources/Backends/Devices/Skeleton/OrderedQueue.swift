@@ -7,8 +7,8 @@ package import Virtqueue
 /// taken and not answered is taken again. For split rings, which is what devices built on it offer.
 package struct OrderedQueue: ~Copyable {
   package let counters: QueueCounters
-  /// The driver's queue while it is live.
-  private var queue: Virtqueue?
+  /// The driver's queue while it is live. In a place of its own: what is in an optional is copied out and back for each call.
+  private let queue: UnsafeMutablePointer<Virtqueue>
   private let chainLimit: Int
   private let buffers: UnsafeMutablePointer<GuestBuffer>
 
@@ -17,9 +17,14 @@ package struct OrderedQueue: ~Copyable {
     self.chainLimit = chainLimit
     self.counters = counters
     buffers = .allocate(capacity: chainLimit)
+    queue = .allocate(capacity: 1)
   }
 
-  deinit { buffers.deallocate() }
+  deinit {
+    if size > 0 { queue.deinitialize(count: 1) }
+    queue.deallocate()
+    buffers.deallocate()
+  }
 
   package var isActive: Bool { size > 0 }
 
@@ -29,10 +34,12 @@ package struct OrderedQueue: ~Copyable {
   // MARK: Life
 
   package mutating func activate(_ activation: QueueActivation) throws(DeviceFault) {
+    deactivate()
     do throws(VirtqueueFault) {
-      queue = try Virtqueue(
-        layout: activation.layout, maximumSize: activation.maximumSize, chainLimit: chainLimit,
-        features: activation.features, source: activation.source, continuesFromRing: activation.adopts)
+      queue.initialize(
+        to: try Virtqueue(
+          layout: activation.layout, maximumSize: activation.maximumSize, chainLimit: chainLimit,
+          features: activation.features, source: activation.source, continuesFromRing: activation.adopts))
     } catch {
       throw .virtqueue(error)
     }
@@ -40,7 +47,8 @@ package struct OrderedQueue: ~Copyable {
   }
 
   package mutating func deactivate() {
-    queue = nil
+    guard size > 0 else { return }
+    queue.deinitialize(count: 1)
     size = 0
   }
 
@@ -48,26 +56,34 @@ package struct OrderedQueue: ~Copyable {
 
   /// Makes the rings usable for a batch, see `Virtqueue.prepare`; before every other call of it.
   package mutating func prepare(_ invalidations: UInt64) throws(VirtqueueFault) {
-    try queue?.prepare(invalidations: invalidations)
-    queue?.disableNotifications()
+    guard size > 0 else { return }
+    try queue.pointee.prepare(invalidations: invalidations)
+    queue.pointee.disableNotifications()
   }
 
   /// Takes the next chain; its buffers are good until the next call.
   package mutating func next(_ memory: inout GuestMemoryView) throws(VirtqueueFault) -> DescriptorChain? {
+    guard size > 0 else { return nil }
     var chain = DescriptorChain(buffers: buffers)
-    return try queue?.next(memory: &memory, into: &chain) == true ? chain : nil
+    return try queue.pointee.next(memory: &memory, into: &chain) ? chain : nil
   }
 
   /// Puts the chain that was taken last back; several in the reverse of their order.
-  package mutating func putBack(_ ticket: ChainTicket) { queue?.putBack(ticket) }
+  package mutating func putBack(_ ticket: ChainTicket) {
+    guard size > 0 else { return }
+    queue.pointee.putBack(ticket)
+  }
 
   /// Gives the oldest chain back to the driver, with the bytes that were written into it.
-  package mutating func use(_ ticket: ChainTicket, length: UInt32) { queue?.pushUsed(ticket, length: length) }
+  package mutating func use(_ ticket: ChainTicket, length: UInt32) {
+    guard size > 0 else { return }
+    queue.pointee.pushUsed(ticket, length: length)
+  }
 
   /// Publishes what was used, and interrupts the driver if it wants that.
   package mutating func publish(_ signals: any TransportSignals) {
-    guard queue?.hasUnpublished == true else { return }
-    if queue?.publish() == true {
+    guard size > 0, queue.pointee.hasUnpublished else { return }
+    if queue.pointee.publish() {
       counters.interrupts.add(1)
       signals.interruptForUsedBuffers()
     } else {
@@ -76,15 +92,18 @@ package struct OrderedQueue: ~Copyable {
   }
 
   /// Whether chains wait.
-  package var hasPending: Bool { mutating get { queue?.hasPending() == true } }
+  package var hasPending: Bool { size > 0 && queue.pointee.hasPending() }
+
+  /// Chains that the driver says wait: up to 65535, whatever the size of its ring.
+  package var pendingCount: Int { size > 0 ? queue.pointee.pendingCount : 0 }
 
   /// Ends a batch: asks for a notification of the next chain.
   ///
   /// - Returns: whether chains came meanwhile.
-  package mutating func enableNotifications() -> Bool { queue?.enableNotifications() == true }
+  package mutating func enableNotifications() -> Bool { size > 0 && queue.pointee.enableNotifications() }
 
   /// The same for a batch that ended with chains that do not suffice: asks for a notification of one behind them.
   package mutating func enableNotifications(behind known: Int) -> Bool {
-    queue?.enableNotifications(behind: known) == true
+    size > 0 && queue.pointee.enableNotifications(behind: known)
   }
 }
