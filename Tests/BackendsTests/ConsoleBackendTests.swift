@@ -265,8 +265,8 @@ import Virtqueue
   }
 
   @Test func whoMayNotAttachIsToldSoAndSeesNothing() throws {
-    let settings = ConsoleSettings(ports: [console()])
-    let fixture = try DeviceFixture(deviceID: 3, queueSize: 32, queueCount: 4, consoleFolder: folder.path) {
+    let settings = ConsoleSettings(ports: [console(), channel()])
+    let fixture = try DeviceFixture(deviceID: 3, queueSize: 32, queueCount: 6, consoleFolder: folder.path) {
       var surroundings = $0
       surroundings.mayAttach = { _ in false }
       let completion = $1
@@ -278,6 +278,11 @@ import Virtqueue
     let end = connect("\(folder.path)/device-0.sock")
     defer { close(end) }
     #expect(receive(end, count: 100) == ConsoleFrame(.mode, [2]).encoded)
+    let agent = connect("\(folder.path)/agent.sock")
+    defer { close(agent) }
+    var byte: UInt8 = 0
+    #expect(agent >= 0 && read(agent, &byte, 1) == 0)
+    #expect((fixture.backend as? ConsoleBackend)?.board.isHostOpen(1) == false)
   }
 
   @Test func anotherBackendKnowsThePortsAndRemembers() throws {

@@ -167,13 +167,13 @@ test_balloon() {
   say "MEMORY $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
   round=0
   while true; do
-    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=write --bs=64k --size=24m --verify=crc32c --do_verify=0 \
+    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=write --bs=64k --size=12m --verify=crc32c --do_verify=0 \
       --end_fsync=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT write in round $round"
     echo 3 >/proc/sys/vm/drop_caches
-    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=read --bs=64k --size=24m --verify=crc32c --verify_fatal=1 \
+    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=read --bs=64k --size=12m --verify=crc32c --verify_fatal=1 \
       --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT cached data in round $round"
     echo 3 >/proc/sys/vm/drop_caches
-    fio --name=direct --ioengine=libaio --direct=1 --directory=/tmp/mnt --rw=randwrite --bs=32k --size=8m --iodepth=16 \
+    fio --name=direct --ioengine=libaio --direct=1 --directory=/tmp/mnt --rw=randwrite --bs=32k --size=4m --iodepth=16 \
       --verify=crc32c --verify_fatal=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT direct data in round $round"
     round=$((round + 1))
     say "ROUND $round"

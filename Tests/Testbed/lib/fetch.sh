@@ -85,8 +85,12 @@ packages_of_trixie() {
     printf 'Types: deb\nURIs: http://deb.debian.org/%s\nSuites: %s\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' \
       "$1" "$2" >"$state/parts/$2.sources"
   done
-  # shellcheck disable=SC2086
-  apt-get $TRIXIE_APT update >"$CACHE/apt.err" 2>&1 || die "trixie's lists of packages cannot be read: $(grep -m 1 '^[EW]:' "$CACHE/apt.err")"
+  # As new as those of a machine that is updated every day.
+  if [ -z "$(find "$state/updated" -mtime -1 2>/dev/null)" ]; then
+    # shellcheck disable=SC2086
+    apt-get $TRIXIE_APT update >"$CACHE/apt.err" 2>&1 || die "trixie's lists of packages cannot be read: $(grep -m 1 '^[EW]:' "$CACHE/apt.err")"
+    touch "$state/updated"
+  fi
   # shellcheck disable=SC2086
   kernel=$(kernel_packages apt-cache $TRIXIE_APT) || exit 1
   RELEASE_PACKAGES+=" $kernel"

@@ -15,7 +15,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     /// Path of a socket for `vxctl console`, and of the file with what is remembered; nil for none.
     package var viewerPath: String?
     package var historyPath: String?
-    /// Whether the peer of a socket may be a client of `vxctl console`.
+    /// Whether the peer of a socket may be a client of `vxctl console`, and of a socket that listens.
     package var mayAttach: @Sendable (Int32) -> Bool
     /// Takes a line of output for the daemon's log.
     package var logLine: @Sendable (String) -> Void
@@ -187,9 +187,10 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
       }, onRoom: { [weak self] in self?.onChange() }, onEnd: onEnd)
   }
 
-  /// A client of the socket; one at a time, and a second is turned away.
+  /// A client of the socket; one at a time, and a second is turned away. A guest agent does what it is told: who may only look on the
+  /// control socket, whose group the file has, is turned away too.
   private func accept(_ raw: Int32) {
-    guard stream == nil else {
+    guard stream == nil, place.mayAttach(raw) else {
       Glibc.close(raw)
       return
     }

@@ -79,6 +79,15 @@ check "packets from the guest had $(per_packet writtenBytes writes) bytes: segme
 vxctl show two/net1 --json | tr -d ' \n' | sed -n 's/.*"requestsByQueue":\(\[[0-9,]*\]\).*/| requests of each queue: \1\n/p'
 check "both queue pairs carried packets" sh -c "vxctl show two/net1 --json | tr -d ' \n' | grep -q 'requestsByQueue.:\[[1-9][0-9]*,[1-9][0-9]*,[1-9][0-9]*,[1-9]'"
 
+step "a limit"
+check "vxctl limit" vxctl limit one/net1 --write-bytes 500000
+in_guest one "iperf3 -i 0 -t 4 -c 10.9.0.1" >/tmp/iperf.out 2>&1
+grep receiver /tmp/iperf.out | sed 's/^/| /'
+limited() { awk '/receiver/ {exit !($(NF - 2) * ($(NF - 1) ~ /^M/ ? 1000 : $(NF - 1) ~ /^K/ ? 1 : 1000000) < 6000)}' /tmp/iperf.out; }
+check "500000 bytes a second are no more than 6 Mbit/s, with what was saved up" limited
+vxctl limit one/net1 --write-bytes 0 >/dev/null
+iperf "TCP without it again" one -c 10.9.0.1
+
 step "each offload off"
 turn=2
 for option in checksum tso mergeable; do
