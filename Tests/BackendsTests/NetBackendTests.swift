@@ -315,6 +315,29 @@ import Virtqueue
     #expect(drops(fixture, .badBuffer) == 0)
   }
 
+  /// What the driver offers behind its first buffers is guessed: a guess that it belies costs it the packet.
+  @Test func tinyBuffersBehindLargeOnesCostThePacketAndNothingElse() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire, queueSize: 1024) { $0.queueSize = 1024 }
+    defer { fixture.stop() }
+    let small = header + frame(from: Self.other, Array(repeating: 3, count: 100))
+    let large = header + frame(from: Self.other, Array(repeating: 4, count: 60000))
+    let place = fixture.buffers
+    for _ in 0..<60 { _ = fixture.driver.add([.init(place, 2048, writable: true)], queue: 0) }
+    for _ in 0..<900 { _ = fixture.driver.add([.init(place, 12, writable: true)], queue: 0) }
+    fixture.driver.notify(queue: 0)
+    for _ in 0..<50 {
+      #expect(wire.send(small))
+      #expect(fixture.waitForUsed(0)?.length == UInt32(small.count))
+    }
+    // Its first part has ten buffers of 2048 bytes, the rest would need three thousand of the others.
+    #expect(wire.send(large))
+    #expect(eventually { drops(fixture, .badBuffer) > 0 })
+    #expect(wire.send(small))
+    #expect(fixture.waitForUsed(0) != nil)
+    #expect(fixture.faults.all.isEmpty)
+  }
+
   @Test func packetWaitsUntilThereAreBuffersForIt() throws {
     let wire = Wire()
     let fixture = try fixture(wire)

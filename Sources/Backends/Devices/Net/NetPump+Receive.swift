@@ -148,10 +148,10 @@ extension NetPump {
 
   /// Makes a chain the last of those that are held.
   ///
-  /// - Returns: whether it can take at least `least` bytes.
+  /// - Returns: whether there is room for it, and it can take at least `least` bytes.
   private mutating func take(_ chain: DescriptorChain, _ held: inout HeldChains, _ least: Int) -> Bool {
     let bytes = Int(clamping: min(chain.writableBytes, 1 << 20))
-    guard chain.readableCount == 0, bytes >= least else { return false }
+    guard held.count < Self.chainLimit, chain.readableCount == 0, bytes >= least else { return false }
     // Now and then, rather than for each packet. A driver whose chains are in very many pieces has them moved more often.
     if held.first &+ held.count == Self.chainLimit { moveToFront(&held) }
     var end = gather(chain, bytes, from: held.firstVector &+ held.vectorCount)
