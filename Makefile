@@ -61,7 +61,7 @@ shell: build
 	$(TESTBED) shell
 
 test: deps lint unit build
-	Tests/Fuzz/run 10
+	Tests/Fuzz/run 6
 	Tests/check-release .build/release
 	Tests/check-guest-module
 	$(TESTBED) run
