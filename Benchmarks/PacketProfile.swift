@@ -37,7 +37,10 @@ enum PacketProfile {
     let transport = MMIOTransport(device: device, line: SlotTable.slot(0).line(of: handle), onStatus: { _ in })
     let driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
     try driver.start(deviceID: 1, wanted: device.offeredFeatures, queueCount: 2)
-    let frame = [UInt8](repeating: 0, count: NetConfiguration.headerBytes + bytes)
+    var frame = [UInt8](repeating: 0, count: NetConfiguration.headerBytes + bytes)
+    // The source address is the guest's own.
+    let source = NetConfiguration.headerBytes + 6
+    frame.replaceSubrange(source..<source + 6, with: mac.bytes)
     let turns = packets / batch
     if arguments[0] == "send" {
       for _ in 0..<turns + 40 { send(driver, device, network: pair[1], frame, batch) }
@@ -59,11 +62,6 @@ enum PacketProfile {
     for index in 0..<batch {
       let place = data + UInt64(index) << 16
       driver.memory.pointer(place).copyMemory(from: frame, byteCount: frame.count)
-      // The source address is the guest's own.
-      for byte in 0..<6 {
-        driver.memory.pointer(place + 18 + UInt64(byte)).storeBytes(
-          of: UInt8(truncatingIfNeeded: mac.value >> UInt64(40 - 8 * byte)), as: UInt8.self)
-      }
       _ = driver.add([.init(place, UInt32(frame.count), writable: false)], queue: 1)
     }
     driver.notify(queue: 1)

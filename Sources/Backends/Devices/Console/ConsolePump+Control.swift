@@ -60,9 +60,10 @@ extension ConsolePump {
     }
   }
 
+  func isGuestOpen(_ index: Int) -> Bool { ConsolePortBoard.bit(guestOpen, index) }
+
   mutating func setOpen(_ index: Int, _ isOpen: Bool) {
-    guard ports[index].isGuestOpen != isOpen else { return }
-    ports[index].isGuestOpen = isOpen
+    guard isGuestOpen(index) != isOpen else { return }
     guestOpen ^= 1 << UInt64(index)
     board.set(guest: guestOpen)
     guard let notes, notes.count >= 16 else { return }
@@ -80,7 +81,10 @@ extension ConsolePump {
   }
 
   /// Tells the driver what has changed of a port.
-  mutating func tell(_ index: Int) {
+  ///
+  /// - Returns: whether the port is open on this side.
+  mutating func tell(_ index: Int) -> Bool {
+    let isOpen = ports[index].channel.isOpen
     let size = ports[index].channel.size
     if index == 0, let size, size != ports[0].toldSize, !isMultiport || ports[0].isReady {
       ports[0].toldSize = size
@@ -91,12 +95,10 @@ extension ConsolePump {
         say(index, Event.resize, 1, bytes)
       }
     }
-    guard isMultiport, ports[index].isReady else { return }
-    let isOpen = ports[index].channel.isOpen
-    if isOpen != ports[index].toldOpen {
-      ports[index].toldOpen = isOpen
-      say(index, Event.portOpen, isOpen ? 1 : 0)
-    }
+    guard isMultiport, ports[index].isReady, isOpen != ports[index].toldOpen else { return isOpen }
+    ports[index].toldOpen = isOpen
+    say(index, Event.portOpen, isOpen ? 1 : 0)
+    return isOpen
   }
 
   private mutating func say(_ index: Int, _ event: UInt16, _ value: UInt16, _ more: [UInt8] = []) {

@@ -21,7 +21,6 @@ package struct ConsolePump: DevicePump, ~Copyable {
     var outputDone = 0
     /// What the driver has said, and what it has been told.
     var isReady = false
-    var isGuestOpen = false
     var toldOpen = false
     var toldSize: TerminalSize?
   }
@@ -62,6 +61,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
   let onSize: @Sendable (TerminalSize) -> Void
   /// Which ports are open.
   let board: ConsolePortBoard
+  /// What the guest has open: bit n is port n.
   var guestOpen: UInt64 = 0
   private var toldGuestOpen: UInt64 = 0
   private var toldTime: UInt64 = 0
@@ -169,14 +169,16 @@ package struct ConsolePump: DevicePump, ~Copyable {
       try fromDriver.prepare(invalidations)
       try serveControl(signals[3])
       var hasMore = false
+      var hostOpen: UInt64 = 0
       for index in 0..<portCount {
         try ports[index].input.prepare(invalidations)
         try ports[index].output.prepare(invalidations)
         hasMore = try output(index, signals[Self.queue(index) + 1]) || hasMore
         hasMore = try input(index, signals[Self.queue(index)]) || hasMore
-        tell(index)
+        if tell(index) { hostOpen |= 1 << UInt64(index) }
       }
-      tellOpen()
+      board.set(host: hostOpen)
+      reportOpen()
       let isBlocked = try sendMessages(signals[2])
       hasMore = fromDriver.enableNotifications() || hasMore
       if isBlocked { hasMore = toDriver.enableNotifications() || hasMore }
@@ -187,10 +189,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
   }
 
   /// A guest may open and close as fast as it likes; who is told of it may take longer.
-  private mutating func tellOpen() {
-    var host: UInt64 = 0
-    for port in 0..<portCount where ports[port].channel.isOpen { host |= 1 << UInt64(port) }
-    board.set(host: host)
+  private mutating func reportOpen() {
     guard guestOpen != toldGuestOpen else { return }
     let due = toldTime &+ Self.tellPause
     guard now >= due || toldTime == 0 else {
@@ -267,7 +266,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
 
   private mutating func input(_ index: Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
     let port = ports + index
-    guard port.pointee.input.isActive, port.pointee.isGuestOpen else { return false }
+    guard port.pointee.input.isActive, isGuestOpen(index) else { return false }
     for _ in 0..<Self.batchLimit {
       guard port.pointee.channel.hasInput else {
         port.pointee.input.publish(signals)
