@@ -10,7 +10,7 @@ help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
 	@echo 'make test     everything: format, warnings, unit tests, real Xen scenarios'
 	@echo 'make unit     the fast lane: unit tests only'
-	@echo 'make testbed  the real Xen scenarios only (SCENARIO=name for one; make shell for a console)'
+	@echo 'make testbed  the scenarios on real Xen only (SCENARIO=name for one; make shell for a console)'
 	@echo 'make asan     the unit tests under AddressSanitizer; make tsan under ThreadSanitizer'
 	@echo 'make fuzz     coverage-guided fuzzing of seven targets (SECONDS=n each; TARGET=name for one; KEEP=1 keeps what is found)'
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
@@ -30,8 +30,8 @@ api: deps
 	swift build --product vxd
 	.build/debug/vxd --describe-api > deploy/control-api.json
 
-lint:
-	swift format lint --strict --recursive Package.swift Sources Tests Benchmarks
+lint: deps
+	Tests/lint
 
 format:
 	swift format --in-place --recursive Package.swift Sources Tests Benchmarks
@@ -60,11 +60,8 @@ testbed: build
 shell: build
 	$(TESTBED) shell
 
-test: deps lint unit build
-	Tests/Fuzz/run 6
-	Tests/check-release .build/release
-	Tests/check-guest-module
-	$(TESTBED) run
+test: deps
+	Tests/gate
 
 demo: build
 	$(TESTBED) demo

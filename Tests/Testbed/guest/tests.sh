@@ -71,16 +71,28 @@ test_load() {
   done
 }
 
-# fio with checksums in every block; a mismatch is an error of fio's.
-verified_io() { # NAME OPTION...
+# fio without a terminal; true when it says that nothing failed. Its seed is the run's, so that another variation writes elsewhere.
+run_fio() { # NAME OPTION...
   job=$1
   shift
-  if fio --name="$job" --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --group_reporting --output=/tmp/fio.out "$@" \
-    >/tmp/fio.err 2>&1 && ! grep -q 'err= *[1-9]' /tmp/fio.out; then
-    say "VERIFIED $job"
-  else
-    say "FAIL fio $job: $(grep -h -i -m 3 'verify\|err\|fail' /tmp/fio.err /tmp/fio.out | tr '\n' ' ')"
-  fi
+  fio --name="$job" --randseed="$((${vx_seed:-0} + 1))" --output="/tmp/fio-$job.out" "$@" >"/tmp/fio-$job.err" 2>&1 &&
+    ! grep -q 'err= *[1-9]' "/tmp/fio-$job.out"
+}
+
+# What fio said that failed, and the kernel beside it.
+show_fio() { # WORD NAME : WORD is FAIL, CORRUPT or ERRORS
+  say "$1 fio $2: $(grep -h -i -m 3 'verify\|err\|fail' "/tmp/fio-$2.err" "/tmp/fio-$2.out" | tr '\n' ' ')"
+  head -n 20 "/tmp/fio-$2.err" | sed 's/^/    fio: /'
+  head -n 12 "/tmp/fio-$2.out" | sed 's/^/    fio: /'
+  dmesg | tail -n 12 | sed 's/^/    dmesg: /'
+}
+
+# With checksums in every block; a mismatch is an error of fio's.
+direct_fio() { # NAME OPTION...
+  run_fio "$@" --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --group_reporting
+}
+verified_io() { # NAME OPTION...
+  if direct_fio "$@"; then say "VERIFIED $1"; else show_fio FAIL "$1"; fi
 }
 
 # Every queue at work at once, on each disk: random reads and writes, flushes, discards, all verified.
@@ -116,18 +128,17 @@ test_operate() {
   # The limit comes any moment now: each round of 40 writes tells by its time whether it is there.
   while true; do
     before=$(date +%s)
-    fio --name=probe --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=4 --size=4m --number_ios=60 \
-      --output=/tmp/fio.out >/dev/null 2>&1 || say "FAIL probe"
+    run_fio probe --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=4 --size=4m --number_ios=60 ||
+      show_fio FAIL probe
     [ $(($(date +%s) - before)) -lt 3 ] || break
   done
   before=$(date +%s)
-  fio --name=limited --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=4 --size=4m --number_ios=200 \
-    --output=/tmp/fio.out >/dev/null 2>&1 || say "FAIL limited"
+  run_fio limited --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=4 --size=4m --number_ios=200 ||
+    show_fio FAIL limited
   say "LIMITED vda $(($(date +%s) - before))"
   round=0 gone=
   while true; do
-    fio --name=round --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --size=2m --iodepth=8 --verify=crc32c \
-      --verify_fatal=1 --output=/tmp/fio.out >/tmp/fio.err 2>&1 && ! grep -q 'err= *[1-9]' /tmp/fio.out || say "FAIL fio: $(head -n 3 /tmp/fio.err)"
+    direct_fio round --filename=/dev/vda --rw=randrw --bs=4k --size=2m --iodepth=8 || show_fio FAIL round
     round=$((round + 1))
     say "ROUND $round"
     if [ -z "$gone" ] && [ "$(cat /sys/block/vdb/size)" = 0 ]; then
@@ -146,10 +157,8 @@ test_crash() {
     for disk in /sys/block/vd*; do
       name=$(basename "$disk")
       (
-        fio --name="$name" --filename="/dev/$name" --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k --size=3m \
-          --numjobs=2 --offset_increment=8m --iodepth=16 --fsync=16 --verify=crc32c --verify_fatal=1 --group_reporting \
-          --output="/tmp/fio-$name.out" >"/tmp/fio-$name.err" 2>&1 && ! grep -q 'err= *[1-9]' "/tmp/fio-$name.out" ||
-          say "FAIL fio $name: $(grep -h -i -m 3 'verify\|err\|fail' "/tmp/fio-$name.err" "/tmp/fio-$name.out" | tr '\n' ' ')"
+        direct_fio "$name" --filename="/dev/$name" --rw=randrw --bsrange=4k-64k --size=3m --numjobs=2 --offset_increment=8m --iodepth=16 \
+          --fsync=16 || show_fio FAIL "$name"
       ) &
     done
     wait
@@ -167,14 +176,13 @@ test_balloon() {
   say "MEMORY $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
   round=0
   while true; do
-    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=write --bs=64k --size=12m --verify=crc32c --do_verify=0 \
-      --end_fsync=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT write in round $round"
+    run_fio cached --ioengine=psync --directory=/tmp/mnt --rw=write --bs=64k --size=12m --verify=crc32c --do_verify=0 --end_fsync=1 ||
+      show_fio CORRUPT cached
     echo 3 >/proc/sys/vm/drop_caches
-    fio --name=cached --ioengine=psync --directory=/tmp/mnt --rw=read --bs=64k --size=12m --verify=crc32c --verify_fatal=1 \
-      --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT cached data in round $round"
+    run_fio cached --ioengine=psync --directory=/tmp/mnt --rw=read --bs=64k --size=12m --verify=crc32c --verify_fatal=1 ||
+      show_fio CORRUPT cached
     echo 3 >/proc/sys/vm/drop_caches
-    fio --name=direct --ioengine=libaio --direct=1 --directory=/tmp/mnt --rw=randwrite --bs=32k --size=4m --iodepth=16 \
-      --verify=crc32c --verify_fatal=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT direct data in round $round"
+    direct_fio direct --directory=/tmp/mnt --rw=randwrite --bs=32k --size=4m --iodepth=16 || show_fio CORRUPT direct
     round=$((round + 1))
     say "ROUND $round"
   done
@@ -188,15 +196,14 @@ test_stale() {
   mkfs.ext4 -q -F /dev/vda
   mount -t ext4 /dev/vda /tmp/mnt
   say "MEMORY $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
-  fio --name=large --ioengine=psync --directory=/tmp/mnt --rw=write --bs=256k --size=72m --verify=crc32c --do_verify=0 \
-    --end_fsync=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT: the large file cannot be written"
+  run_fio large --ioengine=psync --directory=/tmp/mnt --rw=write --bs=256k --size=72m --verify=crc32c --do_verify=0 --end_fsync=1 ||
+    show_fio CORRUPT large
   round=0
   while true; do
     echo 3 >/proc/sys/vm/drop_caches
-    fio --name=large --ioengine=psync --directory=/tmp/mnt --rw=read --bs=256k --size=72m --verify=crc32c --verify_fatal=1 \
-      --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT cached data in round $round"
-    fio --name=direct --ioengine=libaio --direct=1 --directory=/tmp/mnt --rw=randwrite --bs=32k --size=4m --iodepth=16 \
-      --verify=crc32c --verify_fatal=1 --output=/tmp/fio.out >/dev/null 2>&1 || say "CORRUPT direct data in round $round"
+    run_fio large --ioengine=psync --directory=/tmp/mnt --rw=read --bs=256k --size=72m --verify=crc32c --verify_fatal=1 ||
+      show_fio CORRUPT large
+    direct_fio direct --directory=/tmp/mnt --rw=randwrite --bs=32k --size=4m --iodepth=16 || show_fio CORRUPT direct
     round=$((round + 1))
     say "ROUND $round"
   done
@@ -249,14 +256,12 @@ test_xenbus() {
   done
   round=0
   while true; do
-    disks=$(ls /sys/block | grep '^vd' | tr '\n' ' ')
+    disks=$(cd /sys/block && ls -d vd* 2>/dev/null | tr '\n' ' ')
     for name in $disks; do
       (
-        fio --name="$name" --filename="/dev/$name" --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-64k --size=2m \
-          --iodepth=8 --fsync=16 --verify=crc32c --verify_fatal=1 --output="/tmp/fio-$name.out" >"/tmp/fio-$name.err" 2>&1 &&
-          ! grep -q 'err= *[1-9]' "/tmp/fio-$name.out" && exit
-        if grep -qi 'verify\|crc' "/tmp/fio-$name.err"; then say "CORRUPT $name: $(head -n 3 "/tmp/fio-$name.err" | tr '\n' ' ')"; fi
-        say "ERRORS $name"
+        direct_fio "$name" --filename="/dev/$name" --rw=randrw --bsrange=4k-64k --size=2m --iodepth=8 --fsync=16 && exit
+        if grep -qi 'verify\|crc' "/tmp/fio-$name.err"; then show_fio CORRUPT "$name"; fi
+        show_fio ERRORS "$name"
       ) &
     done
     wait

@@ -71,31 +71,15 @@ finish_bookworm() {
   sed -i "s,/usr/src,$PACKAGES_ROOT/usr/src," "$PACKAGES_ROOT"/usr/src/linux-headers-*-amd64/Makefile
 }
 
-# Trixie: with an apt of its own, for a system where nothing is installed yet. This machine's sources stay as they are.
-TRIXIE_APT="-o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=$CACHE/apt-trixie/parts -o Dir::Etc::main=/dev/null
-  -o Dir::Etc::parts=$CACHE/apt-trixie/none -o Dir::State=$CACHE/apt-trixie -o Dir::State::status=$CACHE/apt-trixie/status
-  -o Dir::Cache=$CACHE/apt-trixie -o APT::Install-Recommends=false"
+# Trixie: with an apt of its own, for a system where nothing is installed yet.
 packages_of_trixie() {
-  local state=$CACHE/apt-trixie kernel
-  mkdir -p "$state/parts" "$state/none" "$state/lists/partial"
-  : >"$state/status"
-  for entry in "debian trixie" "debian trixie-updates" "debian-security trixie-security"; do
-    # shellcheck disable=SC2086
-    set -- $entry
-    printf 'Types: deb\nURIs: http://deb.debian.org/%s\nSuites: %s\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' \
-      "$1" "$2" >"$state/parts/$2.sources"
-  done
-  # As new as those of a machine that is updated every day.
-  if [ -z "$(find "$state/updated" -mtime -1 2>/dev/null)" ]; then
-    # shellcheck disable=SC2086
-    apt-get $TRIXIE_APT update >"$CACHE/apt.err" 2>&1 || die "trixie's lists of packages cannot be read: $(grep -m 1 '^[EW]:' "$CACHE/apt.err")"
-    touch "$state/updated"
-  fi
+  local kernel
+  own_apt "$CACHE/apt-trixie" trixie deb
   # shellcheck disable=SC2086
-  kernel=$(kernel_packages apt-cache $TRIXIE_APT) || exit 1
+  kernel=$(kernel_packages apt-cache $APT) || exit 1
   RELEASE_PACKAGES+=" $kernel"
   # shellcheck disable=SC2086
-  apt-get $TRIXIE_APT -qq --print-uris install $RELEASE_PACKAGES >"$CACHE/uris" 2>"$CACHE/apt.err" ||
+  apt-get $APT --print-uris install $RELEASE_PACKAGES >"$CACHE/uris" 2>"$CACHE/apt.err" ||
     die "apt cannot find a package of the testbed: $(tail -n 1 "$CACHE/apt.err")"
 }
 download_trixie() { # FOLDER
@@ -104,7 +88,7 @@ download_trixie() { # FOLDER
   mkdir -p "$PACKAGES_ROOT"/usr/{bin,sbin,lib,lib64}
   for name in bin sbin lib lib64; do ln -s "usr/$name" "$PACKAGES_ROOT/$name"; done
   # shellcheck disable=SC2086
-  apt-get $TRIXIE_APT -o Dir::Cache::archives="$1/debs" -o APT::Sandbox::User=root --download-only -y install $RELEASE_PACKAGES >"$1/apt.log" 2>&1
+  apt-get $APT -o Dir::Cache::archives="$1/debs" --download-only -y install $RELEASE_PACKAGES >"$1/apt.log" 2>&1
 }
 finish_trixie() {
   # What the packages' scripts would have made, as far as building a module in there needs it.
@@ -118,22 +102,17 @@ finish_trixie() {
 
 # fio for the guest, built from Debian's source: the package brings 70 MB of libraries for clusters that no guest here has.
 fetch_fio() { # sets FIO
-  local folder=$CACHE/fio-3.33-1 apt list
+  local folder=$CACHE/fio-3.33-1
   FIO=$folder/fio
   [ -x "$FIO" ] && return
   need_command gcc gcc
   need_command make make
   say "building fio for the guest from Debian's source package"
   rm -rf "$folder"
-  mkdir -p "$folder/apt/parts" "$folder/apt/lists/partial"
-  for list in /etc/apt/sources.list.d/*.sources; do
-    [ -e "$list" ] && sed 's/^Types:.*/Types: deb-src/' "$list" >"$folder/apt/parts/$(basename "$list")"
-  done
-  sed -n 's/^deb /deb-src /p' /etc/apt/sources.list /etc/apt/sources.list.d/*.list >"$folder/apt/sources.list" 2>/dev/null
-  # A state of apt's own: the machine's sources stay as they are.
-  apt="-qq -o Dir::Etc::sourcelist=$folder/apt/sources.list -o Dir::Etc::sourceparts=$folder/apt/parts -o Dir::State::lists=$folder/apt/lists"
+  mkdir -p "$folder"
+  own_apt "$folder/apt" bookworm deb-src
   # shellcheck disable=SC2086
-  (cd "$folder" && apt-get $apt update && apt-get $apt source --download-only fio) >"$folder/apt.log" 2>&1 ||
+  (cd "$folder" && apt-get $APT source --download-only fio) >"$folder/apt.log" 2>&1 ||
     die "the source of fio cannot be downloaded: $(tail -n 2 "$folder/apt.log")"
   (cd "$folder" && mkdir source && tar xf fio_*.orig.tar.[gx]z -C source --strip-components=1) ||
     die "the source of fio cannot be unpacked"

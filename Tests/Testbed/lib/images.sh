@@ -57,8 +57,10 @@ base_image() { # IMAGE : folders and busybox
   }
 }
 
+# Not compressed: unpacking costs the emulated processors seconds. The same content makes the same archive.
 pack() { # FOLDER ARCHIVE
-  (cd "$1" && find . -print0 | LC_ALL=C sort -z | cpio --null --quiet -o -H newc -R 0:0 | gzip -1) >"$2.part" || die "cannot write $2"
+  find "$1" -exec touch -h -d "$MACHINE_DATE" {} +
+  (cd "$1" && find . -print0 | LC_ALL=C sort -z | cpio --null --quiet --reproducible -o -H newc -R 0:0) >"$2.part" || die "cannot write $2"
   mv "$2.part" "$2"
 }
 
@@ -118,7 +120,7 @@ build_boot_image() { # IMAGE GUEST_ARCHIVE
   (
     export PATH="$folder:$PATH"
     mformat -i "$1" -T 65536 -h 16 -s 63 :: && mcopy -i "$1" "$IMAGES/vmlinuz" ::vmlinuz &&
-      mcopy -i "$1" "$2" ::initrd.gz && mcopy -i "$1" "$folder/syslinux.cfg" ::syslinux.cfg &&
+      gzip -1 -n -c "$2" >"$folder/initrd.gz" && mcopy -i "$1" "$folder/initrd.gz" ::initrd.gz && mcopy -i "$1" "$folder/syslinux.cfg" ::syslinux.cfg &&
       "$TOOLS_ROOT/usr/bin/syslinux" --install "$1"
   ) >"$folder/log" 2>&1 || die "cannot make the guest's boot disk: $(tail -n 3 "$folder/log")"
   LC_ALL=C grep -abo '########' "$1" | head -n 1 | cut -d: -f1 >"$1.offset"
@@ -163,8 +165,8 @@ build_xenbus_image() { # ARCHIVE GUEST_ARCHIVE
   mkdir "$image/guest"
   unpack_kernel "$IMAGES/vmlinuz" >"$image/guest/vmlinux"
   [ "$(head -c 4 "$image/guest/vmlinux" | tail -c 3)" = ELF ] || die "the kernel cannot be unpacked"
-  cp "$2" "$image/guest/guest.cpio.gz"
-  build_driver_image "$image/guest/driver.cpio.gz"
+  cp "$2" "$image/guest/guest.cpio"
+  build_driver_image "$image/guest/driver.cpio"
   pack "$image" "$1"
   rm -rf "$image"
 }
@@ -213,10 +215,19 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   rm -rf "$image"
 }
 
+# One at a time: others may prepare theirs in the same cache.
 prepare_images() { # [RELEASE] : sets IMAGES, and what choose_release sets
+  local lock
   need_command cpio cpio
   need_command xz xz-utils
   mkdir -p "$CACHE" || die "cannot write to the cache folder $CACHE (set VXD_CACHE to another one)"
+  exec {lock}>"$CACHE/lock"
+  flock --timeout 1800 "$lock" || die "another testbed has been preparing its images in $CACHE for half an hour"
+  prepare_images_alone "$@"
+  exec {lock}>&-
+}
+
+prepare_images_alone() { # [RELEASE]
   # Bookworm's packages are needed in any case: its programs run on this machine too.
   choose_release bookworm
   fetch_packages
@@ -229,15 +240,16 @@ prepare_images() { # [RELEASE] : sets IMAGES, and what choose_release sets
   local key
   key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$RELEASE-$key
-  [ -e "$IMAGES/complete" ] && return
+  [ -e "$IMAGES/complete" ] && touch "$IMAGES" && return
   say "building the dom0 and guest images in $IMAGES"
-  rm -rf "$CACHE/images-$RELEASE"-*
+  # Those of other days; a checkout beside this one may be using its own.
+  find "$CACHE" -maxdepth 1 -name 'images-*' -mtime +3 -exec rm -rf {} +
   mkdir -p "$IMAGES"
   zcat "$PACKAGES_ROOT/boot/xen-$XEN_VERSION-amd64.gz" >"$IMAGES/xen" || die "cannot write to $IMAGES (is the disk full?)"
   cp "$PACKAGES_ROOT"/boot/vmlinuz-"$LINUX_VERSION"* "$IMAGES/vmlinuz"
   build_guest_module
-  build_guest_image "$IMAGES/guest.cpio.gz"
-  build_xenbus_image "$IMAGES/xenbus.cpio.gz" "$IMAGES/guest.cpio.gz"
-  build_dom0_image "$IMAGES/dom0.cpio.gz" "$IMAGES/guest.cpio.gz"
+  build_guest_image "$IMAGES/guest.cpio"
+  build_xenbus_image "$IMAGES/xenbus.cpio" "$IMAGES/guest.cpio"
+  build_dom0_image "$IMAGES/dom0.cpio" "$IMAGES/guest.cpio"
   touch "$IMAGES/complete"
 }

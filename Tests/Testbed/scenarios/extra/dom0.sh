@@ -1,13 +1,12 @@
 # limit: 500 s
 # needs: xenbus
-# processors: 5
 # vxd in dom0 serves a PV and a PVH guest over Xenbus, beside its ioreq servers for HVM guests.
 make_disk /disks/one.img 32
 make_disk /disks/two.img 32
 start_vxd
 remember_resources
-write_direct_config pv one "vx.test=fs" "\"format=raw, vdev=xvda, access=rw, backendtype=standalone, specification=virtio, target=/disks/one.img\""
-write_direct_config pvh two "vx.test=fs" "\"format=raw, vdev=xvda, access=rw, backendtype=standalone, specification=virtio, target=/disks/two.img\""
+write_direct_config pv one "vx.test=fs" "$(disk xvda /disks/one.img)"
+write_direct_config pvh two "vx.test=fs" "$(disk xvda /disks/two.img)"
 for guest in one two; do check "$guest: xl create" create $guest; done
 for guest in one two; do
   check "$guest: equal checksums" wait_console $guest "GUEST CHECKSUMS vda 5 equal" 200

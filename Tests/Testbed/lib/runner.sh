@@ -1,0 +1,167 @@
+# Runs scenarios, two machines beside each other or as many as are asked for, and reports.
+#
+# A run is named SCENARIO[@RELEASE][~VARIATION]. Its folder below $OUTPUT keeps console.log (all that the machine said), checks.log (what is shown of
+# it), and logs.tar.gz (dom0's and the guests' logs) when a check failed.
+
+# A machine that does not come to its end in this real time hangs outside of what it can notice itself: its own limit is in virtual time.
+LAST_RESORT=3000
+
+scenario_of() { local name=${1%%[@~]*}; echo "$TESTBED/scenarios/$name.sh"; }
+release_of() { local name=${1%%~*}; case $name in *@*) echo "${name#*@}" ;; *) echo bookworm ;; esac; }
+variation_of() { case $1 in *~*) echo "${1##*~}" ;; *) echo 0 ;; esac; }
+# "# KEY: VALUE" among a scenario's first lines.
+header() { # FILE KEY DEFAULT
+  sed -n "s/^# $2: \([^ ]*\).*/\1/p; /^[^#]/q" "$1" | grep -m 1 . || echo "$3"
+}
+
+# The names of all scenarios, those first that take longest ("# takes: SECONDS").
+scenario_names() {
+  local file name release
+  for file in "$TESTBED"/scenarios/*.sh "$TESTBED"/scenarios/extra/*.sh; do
+    name=${file#"$TESTBED"/scenarios/}
+    name=${name%.sh}
+    [ "$(header "$file" "by name" no)" = no ] || continue
+    echo "$(header "$file" takes 60) $name"
+    for release in $(sed -n 's/^# also on: //p' "$file"); do echo "$(header "$file" takes 60) $name@$release"; done
+  done | sort -k 1,1nr -k 2,2 | cut -d ' ' -f 2
+}
+
+check_names() { # NAME... : that each is there, and has a release that the testbed knows
+  local name file
+  for name; do
+    file=$(scenario_of "$name")
+    [ -e "$file" ] || die "unknown scenario '${name%%[@~]*}'; expected one of: $(cd "$TESTBED/scenarios" && find . -name '*.sh' | sed 's,^\./,,; s,\.sh$,,' | sort | tr '\n' ' ')"
+    case $(release_of "$name") in bookworm | trixie) ;; *) die "unknown release in '$name'; expected bookworm or trixie" ;; esac
+    case $(variation_of "$name") in *[!0-9]* | '') die "variation in '$name': expected a number" ;; esac
+  done
+}
+
+# A queue is a folder with a file for each run that is still to be taken.
+make_queue() { # FOLDER NAME...
+  local queue=$1 name number=1000 release
+  shift
+  check_names "$@"
+  rm -rf "$queue"
+  mkdir -p "$queue/waiting" "$queue/taken" "$queue/done"
+  for name; do
+    release=$(release_of "$name")
+    [ -e "$queue/images-$release" ] || { prepare "$release" && printf '%s\n%s\n' "$IMAGES" "$PACKAGES_ROOT" >"$queue/images-$release"; }
+    number=$((number + 1))
+    echo "$name" >"$queue/waiting/$number"
+  done
+}
+
+take() { # QUEUE : prints a name and takes it; false when none is left
+  local file
+  for file in "$1"/waiting/*; do
+    # Another worker may have been quicker.
+    mv "$file" "$1/taken/" 2>/dev/null && cat "$1/taken/${file##*/}" && return
+  done
+  return 1
+}
+
+work() { # QUEUE : runs what is in the queue until nothing is left
+  local name verdict
+  while name=$(take "$1"); do
+    { read -r IMAGES; read -r PACKAGES_ROOT; } <"$1/images-$(release_of "$name")"
+    run_once "$name"
+    verdict=$?
+    echo "$verdict $SCENARIO_VERDICT" >"$1/done/${name//\//:}"
+    [ $verdict -eq 0 ] || [ -z "${TESTBED_STOP:-}" ] || rm -f "$1"/waiting/*
+  done
+}
+
+report() { # QUEUE : true when every check of every run held
+  local file name code words passed=0 failed=0 failures=
+  for file in "$1"/done/*; do
+    [ -e "$file" ] || continue
+    name=${file##*/}
+    name=${name//:/\/}
+    read -r code words <"$file"
+    printf '  %-28s %s\n' "$name" "$words"
+    if [ "$code" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)) failures+=" '$name'"; fi
+  done
+  local left
+  left=$(find "$1/waiting" "$1/taken" -type f | wc -l)
+  left=$((left - passed - failed))
+  [ $left -eq 0 ] || { echo "  $left not run to an end"; failed=$((failed + left)); }
+  [ -z "$failures" ] || echo "  to run what failed as it was: Tests/Testbed/testbed run$failures"
+  printf 'scenarios: %s passed, %s failed\n' $passed $failed
+  [ $failed -eq 0 ]
+}
+
+run() { # JOBS NAME...
+  local jobs=$1 job queue workers=()
+  shift
+  queue=$OUTPUT/queue-$$
+  [ $# -le 1 ] && jobs=1
+  make_queue "$queue" "$@"
+  STREAM=no
+  if [ "$jobs" = 1 ]; then
+    STREAM=yes
+    work "$queue"
+  else
+    for job in $(seq "$jobs"); do
+      work "$queue" &
+      workers+=($!)
+    done
+    wait "${workers[@]}"
+  fi
+  report "$queue"
+  local code=$?
+  rm -rf "$queue"
+  return $code
+}
+
+# What a run shows of its console.
+shown() { sed -u 's|\r*$||' | tee "$1/console.log" | grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |\| |GUEST|LOG|logs: )'; }
+
+run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
+  local name=$1 file folder started machine reader verdict
+  file=$(scenario_of "$name")
+  folder=$OUTPUT/$name
+  RELEASE=$(release_of "$name")
+  choose_variation "$(variation_of "$name")"
+  MACHINE_CPUS=$(header "$file" processors 4)
+  PARALLEL=$(header "$file" parallel no)
+  LIMIT=$(header "$file" limit 420)
+  mkdir -p "$folder"
+  rm -f "$folder"/*.log "$folder/logs.tar.gz"
+  prepare_initrd "$file" "$folder"
+  started=$SECONDS
+  say "scenario $name begins (console in $folder/console.log)"
+  mkfifo "$folder/console.fifo"
+  if [ "${STREAM:-no}" = yes ]; then
+    shown "$folder" <"$folder/console.fifo" | tee "$folder/checks.log" &
+  else
+    shown "$folder" <"$folder/console.fifo" >"$folder/checks.log" &
+  fi
+  reader=$!
+  (boot "$INITRD" "$folder") </dev/null >"$folder/console.fifo" 2>&1 &
+  machine=$!
+  (
+    sleep $LAST_RESORT
+    echo "TESTBED the machine did not end within $LAST_RESORT s" >>"$folder/console.log"
+    kill $machine
+  ) >/dev/null 2>&1 &
+  local guard=$!
+  wait $machine 2>/dev/null
+  kill $guard 2>/dev/null
+  wait $reader $guard 2>/dev/null
+  rm -f "$folder/initrd" "$folder/overlay.cpio" "$folder/console.fifo"
+  [ -s "$folder/logs.tar.gz" ] || rm -f "$folder/logs.tar.gz"
+  verdict=$(sed -n 's/^TESTBED VERDICT //p' "$folder/console.log" | head -n 1)
+  SCENARIO_VERDICT="${verdict:-no verdict} in $((SECONDS - started)) s"
+  exec {screen}>>"$OUTPUT/screen"
+  flock "$screen"
+  [ "${STREAM:-no}" = yes ] || sed '/^LOG/,$d' "$folder/checks.log"
+  case $verdict in
+    "0 passed"*) SCENARIO_VERDICT="made no check, in $((SECONDS - started)) s" ;;
+    *", 0 failed") ;;
+    '') tail -n 60 "$folder/console.log" ;;
+    *) [ "${STREAM:-no}" = yes ] || sed -n '/^LOG/,$p' "$folder/console.log" | tail -n 400 ;;
+  esac
+  say "scenario $name: $SCENARIO_VERDICT"
+  exec {screen}>&-
+  case $verdict in "0 passed"*) return 1 ;; *", 0 failed") return 0 ;; *) return 1 ;; esac
+}
