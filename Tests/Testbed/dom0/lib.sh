@@ -41,8 +41,9 @@ deaths() {
 }
 
 show_logs() {
-  # All of it whole, for the folder of the run.
-  (cp $VXD_LOG /run/vxd/state /var/log/xen/ -r 2>/dev/null; cd /var/log/xen && tar cz . >/dev/ttyS1 2>/dev/null)
+  # All of it whole, by the second serial port, for the folder of the run.
+  stty raw -F /dev/ttyS1
+  (cp -r $VXD_LOG /run/vxd/state /var/log/xen/; cd /var/log/xen && tar cz . >/dev/ttyS1) 2>/dev/null
   for log in $VXD_LOG /var/log/xen/guest-*.log /var/log/xen/qemu-dm-*.log /var/log/xen/xl-*.log /var/log/xen/earlier-*.log /tmp/xl-*.out; do
     [ -s "$log" ] || continue
     echo "LOG $log"

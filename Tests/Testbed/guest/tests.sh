@@ -216,7 +216,7 @@ test_store() {
   check_filesystem vdb
   verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
   say "WAITING for the server's end"
-  verified_io vdb-again --filename=/dev/vdb --rw=randrw --bs=4k --size=3m --iodepth=8 --loops=2
+  verified_io vdb-again --filename=/dev/vdb --rw=randrw --bs=4k --size=6m --iodepth=8
   sectors=$(cat /sys/block/vda/size)
   say "SIZE vda $sectors"
   while [ "$(cat /sys/block/vda/size)" = "$sectors" ]; do usleep 100000; done
