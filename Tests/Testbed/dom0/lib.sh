@@ -23,14 +23,14 @@ equal() { [ "$1" = "$2" ] || { echo "expected '$2', got '$1'"; return 1; }; }
 not() { ! "$@"; }
 
 # Polls a condition, with a limit in seconds of the emulated clock. Once a second is enough: each look costs processor time that the guests
-# need. A domain that has died ends it: whatever is waited for will not come.
+# need; POLL says otherwise, in microseconds. A domain that has died ends it: whatever is waited for will not come.
 wait_until() { # SECONDS COMMAND...
   deadline=$(($(date +%s) + $1))
   shift
   until "$@" >/dev/null 2>&1; do
     [ "$(date +%s)" -lt $deadline ] || { echo "not within the limit: $*"; return 1; }
     [ -z "$(deaths)" ] || { echo "in vain, since a domain has died: $(deaths)"; return 1; }
-    sleep 1
+    usleep "${POLL:-1000000}"
   done
 }
 
