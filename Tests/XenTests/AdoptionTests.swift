@@ -43,6 +43,15 @@ import Xen
       thread.perform {}
     }
 
+    /// What Xen sees of a death: ports and pages go, the server stays.
+    func die() {
+      thread.perform { [self] in
+        server?.leave()
+        server = nil
+      }
+      thread.stopAndJoin()
+    }
+
     func end() {
       thread.perform { [self] in
         server?.close()
@@ -90,5 +99,25 @@ import Xen
     #expect(access.value.load(ordering: .relaxed) == 0x7472_6976)
     vcpu.stopAndJoin()
     next.end()
+  }
+
+  /// A vCPU has selected its server. Before it writes to its slot the server's process dies, and the next one has seen every slot empty
+  /// and taken every event.
+  @Test func accessReachesTheProcessThatIsThereWhenItIsSent() throws {
+    let first = try Process(hypervisor)
+    let next = Mutex<Process?>(nil)
+    let hypervisor = hypervisor
+    domain.beforeSending.withLock {
+      $0 = {
+        first.die()
+        let process = try? Process(hypervisor, adopting: 0)
+        next.withLock { $0 = process }
+      }
+    }
+    startAccess()
+    #expect(access.done.wait(seconds: 10), "the vCPU waits for ever")
+    #expect(access.value.load(ordering: .relaxed) == 0x7472_6976)
+    vcpu.stopAndJoin()
+    next.withLock { $0 }?.end()
   }
 }
