@@ -1,3 +1,4 @@
+import CLinux
 import ControlAPI
 package import EventLoop
 import Glibc
@@ -82,6 +83,13 @@ package final class XenstoreServer: @unchecked Sendable {
     thread.perform { [self] in conflicts = count }
   }
 
+  /// Conflicts of `failTransactions` that nobody has met yet.
+  package var conflictsLeft: Int {
+    let count = Mutex(0)
+    thread.perform { [self] in count.withLock { $0 = conflicts } }
+    return count.withLock { $0 }
+  }
+
   /// Watches that clients have set.
   package var watchCount: Int {
     let count = Mutex(0)
@@ -97,8 +105,11 @@ package final class XenstoreServer: @unchecked Sendable {
   // MARK: Connections
 
   private func accept() {
-    let raw = Glibc.accept(listener.raw, nil, nil)
+    // Closed on exec: a program that a test starts would keep the connection alive beyond its end.
+    let raw = clinux_accept(listener.raw)
     guard raw >= 0 else { return }
+    // Answers are written as a whole.
+    _ = fcntl(raw, F_SETFL, fcntl(raw, F_GETFL) & ~O_NONBLOCK)
     guard !isDown else {
       close(raw)
       return
