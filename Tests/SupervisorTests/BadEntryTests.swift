@@ -40,7 +40,7 @@ import Xen
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvdf", domain: 5))
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
     #expect(world.toolstack.value("error", disk: "xvdf", of: 5) == reason)
-    #expect(world.state("web1", "xvdf") == "failed")
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
     #expect(world.device("web1", "xvdf")["reason"]?.stringValue == reason)
     #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
     #expect(try world.toolstack.destroy(5, disks: ["xvde", "xvdf"]))
@@ -69,6 +69,7 @@ import Xen
     #expect(eventually { world.state("web1", "xvde") == "failed" })
     try world.toolstack.set("params", world.image(), disk: "xvde", of: 5)
     #expect(eventually { world.state("web1", "xvde") == "ready" })
+    world.settle()
     #expect(world.toolstack.value("error", disk: "xvde", of: 5) == nil)
     #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
   }
@@ -94,7 +95,7 @@ import Xen
       try world.toolstack.attach(disk: "xvde", image: image, to: identifier)
       #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: identifier))
     }
-    #expect(world.device("web6", "xvde")["reason"]?.stringValue?.contains("in use by web5/xvde") == true)
+    #expect(eventually { world.device("web6", "xvde")["reason"]?.stringValue?.contains("in use by web5/xvde") == true })
   }
 
   @Test func moreDisksThanSlotsAreRefusedOneByOne() throws {

@@ -16,19 +16,20 @@ import Xen
     let domain = try world.domain(5, name: "web1")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
-    #expect(world.state("web1", "xvde") == "ready")
+    #expect(eventually { world.state("web1", "xvde") == "ready" })
     #expect(world.info("ioreqServers") == 1)
     let guest = try world.boot(domain)
     #expect(world.toolstack.wait(for: "4", of: "state", disk: "xvde", domain: 5))
     #expect(try guest.write(block, sector: 8) == 0)
     #expect(try guest.flush() == 0)
     #expect(try guest.read(sector: 8, count: 4096).bytes == block)
-    #expect(world.state("web1", "xvde") == "connected")
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
     #expect(eventually { world.device("web1", "xvde")["counters"]?["writes"]?.integerValue == 1 })
     #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
     #expect(eventually { world.info("guests") == 0 })
     #expect(eventually { domain.usage == .init() })
     #expect(world.info("mappedPages") == 0)
+    world.settle()
     #expect(world.server.watchCount == watches)
     #expect(
       world.eventKinds == [
@@ -192,6 +193,7 @@ import Xen
     }
     #expect(try guest.write(block, sector: 0) == 0)
     #expect(eventually { world.state("web1", "xvde") == "connected" })
+    world.settle()
     #expect(world.eventKinds.filter { $0 == .deviceReset || $0 == .deviceConnected }.count <= 20)
   }
 

@@ -95,7 +95,7 @@ import Xen
     dead.unmapIOReqPage()
 
     let next = try Process(hypervisor, adopting: number)
-    #expect(access.done.wait(seconds: 10), "the vCPU waits for ever: \(progress)")
+    #expect(access.done.wait(seconds: 20), "the vCPU waits for ever: \(progress)")
     #expect(access.value.load(ordering: .relaxed) == 0x7472_6976)
     vcpu.stopAndJoin()
     next.end()
@@ -115,7 +115,7 @@ import Xen
       }
     }
     startAccess()
-    #expect(access.done.wait(seconds: 10), "the vCPU waits for ever")
+    #expect(access.done.wait(seconds: 20), "the vCPU waits for ever")
     #expect(access.value.load(ordering: .relaxed) == 0x7472_6976)
     vcpu.stopAndJoin()
     next.withLock { $0 }?.end()
