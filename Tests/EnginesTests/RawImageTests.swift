@@ -85,7 +85,9 @@ import Testing
     #expect(read(ends.near, &answer, 7) >= 6)
     let refusal = fault { _ = try RawImage(path: path, holder: "web1/xvde", readOnly: false, discard: false) }
     #expect(refusal?.contains("in use by process \(holder.pid) (python3") == true, "\(refusal ?? "no fault")")
-    close(ends.near)
+    // The end of what it reads; its words may still be on their way.
+    shutdown(ends.near, Int32(SHUT_WR))
     #expect(holder.wait() == 0)
+    close(ends.near)
   }
 }
