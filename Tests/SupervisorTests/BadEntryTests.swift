@@ -1,3 +1,4 @@
+import Devices
 import SimulatedXen
 import Supervisor
 import TestSupport
@@ -71,6 +72,47 @@ import Xen
     #expect(eventually { world.state("web1", "xvde") == "ready" })
     world.settle()
     #expect(world.toolstack.value("error", disk: "xvde", of: 5) == nil)
+    #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
+  }
+
+  /// A toolstack that makes a device anew does not wait for what vxd still does about the old one's end.
+  @Test func entryThatIsWrittenAnewWhileTheOldOnesEndIsNotedIsServed() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "web1")
+    let path = SimulatedToolstack.backendPath(5, "xvde")
+    try world.whileTheSupervisorWaits {
+      try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5, changes: ["online": "0"])
+      world.server.afterNextRead(of: "\(path)/state", write: ["\(path)/online": "1", "\(path)/state": "1"])
+    }
+    #expect(eventually { world.state("web1", "xvde") == "ready" }, "\(world.device("web1", "xvde"))")
+    #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
+  }
+
+  /// The same while the old device still waits for its store.
+  @Test func entryThatIsWrittenAnewWhileItsDeviceClosesIsServed() throws {
+    let plan = FaultPlan()
+    let world = try World()
+    defer { world.end() }
+    try world.start { $0.decorate = { engine, _ in FaultyEngine(engine, plan) } }
+    let domain = try world.domain(5, name: "web1")
+    // The second disk keeps the guest's session.
+    for disk in ["xvde", "xvdf"] {
+      try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5)
+      #expect(world.toolstack.wait(for: "2", of: "state", disk: disk, domain: 5))
+    }
+    let guest = try world.boot(domain)
+    plan.isHolding = true
+    guest.putHeader(at: 8 << 20, type: 4, sector: 0)
+    #expect(guest.driver.add([.init(8 << 20, 16, writable: false), .init(9 << 20, 1, writable: true)]) != nil)
+    guest.driver.notify()
+    #expect(eventually { world.device("web1", "xvde")["inFlight"] == 1 })
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    #expect(eventually { world.state("web1", "xvde") == "closing" })
+    try world.toolstack.attach(disk: "xvde", image: world.image("other"), to: 5)
+    plan.isHolding = false
+    #expect(eventually { world.state("web1", "xvde") == "ready" }, "\(world.device("web1", "xvde"))")
     #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
   }
 

@@ -21,6 +21,8 @@ package final class XenstoreServer: @unchecked Sendable {
   private var nextTransaction: UInt32 = 1
   private var isDown = false
   private var conflicts = 0
+  /// What somebody writes right after the next read of a node.
+  private var interjection: (path: String, values: [String: String])?
 
   private struct Transaction {
     var tree: XenstoreTree
@@ -81,6 +83,11 @@ package final class XenstoreServer: @unchecked Sendable {
   /// Transactions of clients end with a conflict, so many times.
   package func failTransactions(_ count: Int) {
     thread.perform { [self] in conflicts = count }
+  }
+
+  /// Somebody else writes nodes between the next read of one, in a transaction or not, and whatever its reader does then.
+  package func afterNextRead(of path: String, write values: [String: String]) {
+    thread.perform { [self] in interjection = (path, values) }
   }
 
   /// Conflicts of `failTransactions` that nobody has met yet.
@@ -167,6 +174,13 @@ package final class XenstoreServer: @unchecked Sendable {
       sendEvent(watch, path: watch.path, to: client)
     }
     notify(changes)
+    guard let interjection, message.kind == XenstoreMessage.Kind.read.rawValue,
+      (try? Self.absolute(message.texts.first ?? "")) == interjection.path
+    else { return }
+    self.interjection = nil
+    for (path, value) in interjection.values { tree.modify(path) { $0.value = Array(value.utf8) } }
+    self.changes &+= 1
+    notify(interjection.values.keys.map { Change(path: $0) })
   }
 
   /// An error by its errno's name, as the protocol has it.
