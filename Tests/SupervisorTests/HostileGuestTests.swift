@@ -181,7 +181,11 @@ import Xen
     // Also where there was no device, and vxd has yet to see that its entry is gone.
     world.settle()
     try world.toolstack.attach(disk: "xvdf", image: world.folder.path + "/victim.img", to: 5)
-    #expect(eventually { world.state("victim", "xvdf") == "ready" }, "seed \(seed), state \(world.toolstack.value("state", disk: "xvdf", of: 5) ?? "-"): \(world.device("victim", "xvdf"))")
+    #expect(
+      eventually { world.state("victim", "xvdf") == "ready" },
+      """
+      seed \(seed), state \(world.toolstack.value("state", disk: "xvdf", of: 5) ?? "-"): \(world.device("victim", "xvdf"))
+      """)
     #expect(try world.toolstack.destroy(5, disks: ["xvdf"]), "seed \(seed)")
     #expect(eventually { domain.usage == .init() }, "seed \(seed)")
   }
