@@ -3,6 +3,7 @@ import SimulatedXen
 import Supervisor
 import TestSupport
 import Testing
+import Virtqueue
 import Xen
 
 @Suite struct LifecycleTests {
@@ -176,6 +177,31 @@ import Xen
     #expect(eventually { world.state("bad", "xvde") == "ready" })
     try bad.driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)
     #expect(try bad.write(block, sector: 0) == 0)
+  }
+
+  /// Reports of the driver's status are merged, so the newest may be known before an older fault is: it is that which counts.
+  @Test func faultThatIsHeardOfAfterTheDriverBeganAnewIsHistory() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "web1")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    let guest = try world.boot(domain)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    try world.whileTheSupervisorWaits {
+      let features: FeatureBits = [.indirectDescriptors, .eventIndex]
+      // A report of the status is on its way from here on.
+      try guest.driver.start(wanted: features, queueSize: 64)
+      guest.driver.jumpAvailable(to: 50000)
+      guest.driver.notify()
+      #expect(eventually { guest.driver.status & 0x40 != 0 })
+      try guest.driver.start(wanted: features, queueSize: 64)
+      #expect(try guest.write(block, sector: 0) == 0)
+    }
+    #expect(eventually { world.reasons(.deviceFaulted).count == 1 })
+    world.settle()
+    #expect(world.state("web1", "xvde") == "connected")
   }
 
   /// A guest that resets its device without end fills neither the log nor the supervisor's mailbox.
