@@ -85,7 +85,7 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: house),
     .testTarget(
-      name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen"], swiftSettings: house),
+      name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen", "Xen"], swiftSettings: house),
     .testTarget(name: "TransportTests", dependencies: ["Transport", "TestSupport"], swiftSettings: house),
     .testTarget(
       name: "BackendsTests",

@@ -76,10 +76,27 @@ extension Supervisor {
   }
 
   /// Tells the toolstack that everything of the device is given back.
+  ///
+  /// Only an entry whose end is wanted is told so, as it is now: the toolstack may have removed it meanwhile, which a write would undo, or
+  /// have made the device anew, which would never be served then.
   func writeClosedState(_ key: DeviceKey) {
-    // libxl may have removed the entry meanwhile: a write would bring it back.
-    guard let state = store?.read("\(key.path)/state"), state != XenbusState.closed.rawValue else { return }
-    write(key, "state", XenbusState.closed.rawValue)
+    do throws(XenError) {
+      try store?.transaction { transaction throws(XenError) in
+        guard let store, let state = try store.readIfThere("\(key.path)/state", in: transaction),
+          state != XenbusState.closed.rawValue
+        else { return }
+        if state != XenbusState.closing.rawValue,
+          try store.readIfThere("\(key.path)/online", in: transaction) != "0",
+          let frontend = try store.readIfThere("\(key.path)/frontend", in: transaction),
+          try !isFrontendGone(key, ["frontend": frontend], store, in: transaction)
+        {
+          return
+        }
+        try store.write("\(key.path)/state", XenbusState.closed.rawValue, in: transaction)
+      }
+    } catch {
+      log.warning("cannot write \(key.path)/state: \(error)")
+    }
   }
 
   func write(_ key: DeviceKey, _ name: String, _ value: String) {

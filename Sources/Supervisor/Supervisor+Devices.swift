@@ -269,7 +269,10 @@ extension Supervisor {
     guard let (session, record) = current(key, identity), record.phase != .closing, record.restartTicket == ticket
     else { return }
     switch report {
-    case .fault(let fault): guestFaulted(record, of: session, fault.message)
+    case .fault(let fault):
+      guestFaulted(record, of: session, fault.message)
+      // Reports of the status are merged, so that of a driver that has reset the device since may have been looked at before this.
+      if let status = record.transport?.currentStatus, !status.contains(.needsReset) { statusChanged(key, status) }
     case .storeGone(let result):
       backendFailed(record, of: session, "the store is gone (\(Errno(Int32(clamping: -result))))")
     case .held(let queue, let result):

@@ -89,12 +89,12 @@ extension Supervisor {
 
   /// A toolstack that died halfway leaves entries behind whose guest is no more: the frontend's directory is gone then, or
   /// belongs to another backend.
-  private func isFrontendGone(_ key: DeviceKey, _ keys: [String: String], _ store: XenStore) throws(XenError)
-    -> Bool
-  {
+  func isFrontendGone(
+    _ key: DeviceKey, _ keys: [String: String], _ store: XenStore, in transaction: UInt32 = 0
+  ) throws(XenError) -> Bool {
     // `parse` names a key that is missing or wrong.
     guard let frontend = keys["frontend"], frontend.hasPrefix("/") else { return false }
-    guard let backend = try store.readIfVisible("\(frontend)/backend") else { return true }
+    guard let backend = try store.readIfVisible("\(frontend)/backend", in: transaction) else { return true }
     return !backend.hasSuffix("/" + key.path)
   }
 

@@ -176,6 +176,8 @@ extension Supervisor {
       writeClosedState(record)
       removeEntryLater(record.key)
       tell(.deviceGone, session, record)
+      // Its entry may have been made anew meanwhile: events of that met a device that was closing.
+      if record.key.kind.isInXenstore { onLoop { [key = record.key] in $0.reconcile(key) } }
     }
     guard session.devices.isEmpty else { return publish(session) }
     guard session.isServerClosed else {

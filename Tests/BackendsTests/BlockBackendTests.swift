@@ -226,6 +226,7 @@ import Virtqueue
     fixture.driver.notify()
     #expect(eventually { fixture.driver.status & 0x40 != 0 })
     #expect(fixture.driver.acknowledgeInterrupt() & 2 != 0)
+    fixture.settle()
     #expect(faults.withLock { $0 } == [.virtqueue(.availableIndexJumped(pending: 40000))])
     fixture.driver.notify()
     fixture.driver.reset()

@@ -103,6 +103,7 @@ import Virtqueue
     let fixture = try fixture(settings { $0.cache = .unsafe })
     defer { fixture.stop() }
     #expect(try fixture.guest.flush() == 0)
+    fixture.settle()
     #expect(notes.list.isEmpty)
   }
 

@@ -50,6 +50,7 @@ import Testing
       ask(fixture, [.init(fixture.buffers, 64, writable: true), .init(UInt64.max - 100, 64, writable: true)]) == 64)
     #expect(ask(fixture, [.init(fixture.buffers, 64, writable: false)]) == 0)
     #expect(ask(fixture, [.init(fixture.buffers, 64, writable: true)]) == 64)
+    fixture.settle()
     #expect(fixture.faults.all.isEmpty)
   }
 

@@ -105,6 +105,7 @@ import Virtqueue
     }
     #expect(plan.injected == 3)
     #expect(eventually { fixture.backend.counters[0].retries.value == 3 })
+    fixture.settle()
     #expect(fixture.backend.counters[0].failed.value == 0)
   }
 
@@ -139,12 +140,14 @@ import Virtqueue
     // Still failing: a resume before there is room holds again.
     fixture.backend.resume()
     #expect(eventually { reports.list.count >= 3 })
+    fixture.settle()
     #expect(reports.list.last == "held 0 -28")
     #expect(status(fixture, first) == 0xee)
     plan.clear()
     fixture.backend.resume()
     for _ in 0..<6 { _ = try fixture.guest.waitForUsed() }
     for address in [first] + later { #expect(status(fixture, address) == 0) }
+    fixture.settle()
     #expect(reports.list.last == "resumed 0")
     for slot in 0..<6 {
       #expect(try fixture.guest.read(sector: UInt64(slot) * 8, count: 4096).bytes == block(UInt8(slot + 1)))
@@ -157,6 +160,7 @@ import Virtqueue
     defer { fixture.stop() }
     plan.add(.init([.write], result: Self.inputOutput, count: 1))
     #expect(try fixture.guest.write(block(1), sector: 0) == 1)
+    fixture.settle()
     #expect(reports.list.isEmpty)
   }
 
@@ -211,12 +215,14 @@ import Virtqueue
       fixture.driver.reset()
       try fixture.driver.start(wanted: [.eventIndex])
       let address = start(fixture, type: 4, sector: 0, slot: 20)
+      fixture.settle()
       #expect(fixture.driver.takeUsed() == nil)
       plan.isHolding = false
       fixture.backend.resume()
       let used = try fixture.guest.waitForUsed()
       #expect(used.length == 1)
       #expect(status(fixture, address) == 0)
+      fixture.settle()
       #expect(fixture.driver.takeUsed() == nil)
     }
   }

@@ -20,7 +20,9 @@ import Virtqueue
 
     init() {
       var pair: [Int32] = [-1, -1]
-      guard socketpair(AF_UNIX, Int32(SOCK_SEQPACKET.rawValue), 0, &pair) == 0 else { fatalError("no socket pair") }
+      guard socketpair(AF_UNIX, Int32(SOCK_SEQPACKET.rawValue | SOCK_CLOEXEC.rawValue), 0, &pair) == 0 else {
+        fatalError("no socket pair")
+      }
       (near, far) = (pair[0], pair[1])
       for end in pair { _ = fcntl(end, F_SETFL, O_NONBLOCK) }
       var size: Int32 = 4 << 20
@@ -34,7 +36,7 @@ import Virtqueue
 
     func send(_ bytes: [UInt8]) -> Bool { write(far, bytes, bytes.count) == bytes.count }
 
-    func receive(seconds: Int = 10) -> [UInt8]? {
+    func receive(seconds: Int = 30) -> [UInt8]? {
       var wait = pollfd(fd: far, events: Int16(POLLIN), revents: 0)
       guard poll(&wait, 1, Int32(seconds * 1000)) == 1 else { return nil }
       var bytes = [UInt8](repeating: 0, count: 70000)
@@ -53,7 +55,8 @@ import Virtqueue
       surroundings, completion in
       // Each backend has a descriptor of its own, as each opens the tap anew.
       NetBackend.start(
-        final, surroundings, openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [dup(end)]) }
+        final, surroundings,
+        openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [fcntl(end, F_DUPFD_CLOEXEC, 0)]) }
       ) { completion($0.map { $0 }) }
     }
   }
@@ -107,7 +110,7 @@ import Virtqueue
     _ = fixture.driver.add(pieces, indirect: true, queue: 1)
     fixture.driver.notify(queue: 1)
     #expect(wire.receive() == packet)
-    #expect(fixture.account.queue(1).counters.writes.value == 2)
+    #expect(eventually { fixture.account.queue(1).counters.writes.value == 2 })
   }
 
   @Test func foreignHardwareAddressIsDroppedAndCounted() throws {
@@ -217,6 +220,7 @@ import Virtqueue
     let packet = header + frame(from: ours, [7])
     transmit(fixture, packet)
     #expect(wire.receive() == packet)
+    fixture.settle()
     #expect(fixture.faults.all.isEmpty)
   }
 
@@ -335,6 +339,7 @@ import Virtqueue
     #expect(eventually { drops(fixture, .badBuffer) > 0 })
     #expect(wire.send(small))
     #expect(fixture.waitForUsed(0) != nil)
+    fixture.settle()
     #expect(fixture.faults.all.isEmpty)
   }
 
@@ -345,7 +350,10 @@ import Virtqueue
     let packet = header + frame(from: Self.other, Array(repeating: 3, count: 100))
     #expect(wire.send(packet))
     offer(fixture, count: 10, bytes: 1536)
-    #expect(fixture.waitForUsed(0, seconds: 0) == nil)
+    fixture.settle()
+    #expect(fixture.driver.takeUsed(queue: 0) == nil)
+    // An interrupt is asked for as a driver does that finds nothing.
+    #expect(!fixture.driver.armInterrupt(queue: 0))
     // Enough for the largest packet that may come.
     for index in 10..<50 {
       _ = fixture.driver.add([.init(fixture.buffers + UInt64(index * 1536), 1536, writable: true)], queue: 0)
@@ -382,7 +390,7 @@ import Virtqueue
 
   @Test(
     arguments: [
-      [], [0], [0, 0], [0, 0, 2], [0, 9, 1], [1, 0, 255, 255, 255, 255], [1, 0, 1, 0, 0, 0, 1, 2],
+      [0], [0, 0], [0, 0, 2], [0, 9, 1], [1, 0, 255, 255, 255, 255], [1, 0, 1, 0, 0, 0, 1, 2],
       [1, 1, 1, 2, 3, 4, 5, 6],
       [2, 0, 0, 16], [4, 0, 1, 0], [5, 0, 0, 0, 0, 0, 0, 0, 0, 128], [99, 1, 2, 3],
     ] as [[UInt8]]) func commandThatMakesNoSenseIsAnsweredWithAnError(bytes: [UInt8]) throws
@@ -390,7 +398,6 @@ import Virtqueue
     let wire = Wire()
     let fixture = try fixture(wire)
     defer { fixture.stop() }
-    guard !bytes.isEmpty else { return }
     #expect(command(fixture, bytes) == 1)
     #expect(command(fixture, [0, 1, 1]) == 0)
   }

@@ -12,7 +12,7 @@ import Testing
   private func write(_ name: String, _ text: String) {
     let path = folder.path + "/dev/block/179:0/device"
     for end in ["/dev", "/dev/block", "/dev/block/179:0", "/dev/block/179:0/device"] { mkdir(folder.path + end, 0o700) }
-    guard let file = fopen("\(path)/\(name)", "w") else { return }
+    guard let file = fopen("\(path)/\(name)", "we") else { return }
     fputs(text, file)
     fclose(file)
   }

@@ -1,3 +1,4 @@
+import Devices
 import SimulatedXen
 import Supervisor
 import TestSupport
@@ -40,7 +41,7 @@ import Xen
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvdf", domain: 5))
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
     #expect(world.toolstack.value("error", disk: "xvdf", of: 5) == reason)
-    #expect(world.state("web1", "xvdf") == "failed")
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
     #expect(world.device("web1", "xvdf")["reason"]?.stringValue == reason)
     #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
     #expect(try world.toolstack.destroy(5, disks: ["xvde", "xvdf"]))
@@ -69,7 +70,49 @@ import Xen
     #expect(eventually { world.state("web1", "xvde") == "failed" })
     try world.toolstack.set("params", world.image(), disk: "xvde", of: 5)
     #expect(eventually { world.state("web1", "xvde") == "ready" })
+    world.settle()
     #expect(world.toolstack.value("error", disk: "xvde", of: 5) == nil)
+    #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
+  }
+
+  /// A toolstack that makes a device anew does not wait for what vxd still does about the old one's end.
+  @Test func entryThatIsWrittenAnewWhileTheOldOnesEndIsNotedIsServed() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "web1")
+    let path = SimulatedToolstack.backendPath(5, "xvde")
+    try world.whileTheSupervisorWaits {
+      try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5, changes: ["online": "0"])
+      world.server.afterNextRead(of: "\(path)/state", write: ["\(path)/online": "1", "\(path)/state": "1"])
+    }
+    #expect(eventually { world.state("web1", "xvde") == "ready" }, "\(world.device("web1", "xvde"))")
+    #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
+  }
+
+  /// The same while the old device still waits for its store.
+  @Test func entryThatIsWrittenAnewWhileItsDeviceClosesIsServed() throws {
+    let plan = FaultPlan()
+    let world = try World()
+    defer { world.end() }
+    try world.start { $0.decorate = { engine, _ in FaultyEngine(engine, plan) } }
+    let domain = try world.domain(5, name: "web1")
+    // The second disk keeps the guest's session.
+    for disk in ["xvde", "xvdf"] {
+      try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5)
+      #expect(world.toolstack.wait(for: "2", of: "state", disk: disk, domain: 5))
+    }
+    let guest = try world.boot(domain)
+    plan.isHolding = true
+    guest.putHeader(at: 8 << 20, type: 4, sector: 0)
+    #expect(guest.driver.add([.init(8 << 20, 16, writable: false), .init(9 << 20, 1, writable: true)]) != nil)
+    guest.driver.notify()
+    #expect(eventually { world.device("web1", "xvde")["inFlight"] == 1 })
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    #expect(eventually { world.state("web1", "xvde") == "closing" })
+    try world.toolstack.attach(disk: "xvde", image: world.image("other"), to: 5)
+    plan.isHolding = false
+    #expect(eventually { world.state("web1", "xvde") == "ready" }, "\(world.device("web1", "xvde"))")
     #expect(try world.boot(domain).write([UInt8](repeating: 7, count: 512), sector: 0) == 0)
   }
 
@@ -94,7 +137,7 @@ import Xen
       try world.toolstack.attach(disk: "xvde", image: image, to: identifier)
       #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: identifier))
     }
-    #expect(world.device("web6", "xvde")["reason"]?.stringValue?.contains("in use by web5/xvde") == true)
+    #expect(eventually { world.device("web6", "xvde")["reason"]?.stringValue?.contains("in use by web5/xvde") == true })
   }
 
   @Test func moreDisksThanSlotsAreRefusedOneByOne() throws {

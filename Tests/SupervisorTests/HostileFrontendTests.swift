@@ -44,7 +44,6 @@ import Xen
     let neighbour = try world.bootXenbus(honest)
     for fault in Self.faults {
       let registers = try XenbusRegisters(server: world.server, domain: hostile, disk: "xvde")
-      registers.patience = 5
       registers.alter = { page in
         for index in 0..<fault.width {
           (page + fault.offset + index).storeBytes(
@@ -72,7 +71,6 @@ import Xen
     let (world, hostile, _) = try world()
     defer { world.end() }
     let registers = try XenbusRegisters(server: world.server, domain: hostile, disk: "xvde")
-    registers.patience = 5
     registers.alter = { _ in
       // The directory names a read-only grant for a page behind the rings.
       let reference = hostile.grants.grant(frame: 1000, writable: false)
@@ -141,6 +139,7 @@ import Xen
       try store.write("\(frontend)/vx-cfgw", text)
     }
     #expect(try guest.write(block(1), sector: 0) == 0)
+    world.settle()
     #expect(world.state("hostile", "xvde") == "connected")
   }
 

@@ -68,6 +68,7 @@ import Xen
     let image = world.image("added.img", bytes: 2 << 20)
     #expect(world.call("device.attach", ["guest": "web1", "image": .string(image)])["accepted"] == true)
     #expect(eventually { guest.driver.registers.read(0x100, width: 8) == 4096 })
+    #expect(eventually { world.eventKinds.contains(.deviceAttached) })
     let full = world.call("device.attach", ["guest": "web1", "image": .string(image)])
     #expect(full["message"] == "every spare disk of guest 'web1' is in use")
   }
@@ -84,6 +85,7 @@ import Xen
     #expect(toolstacks["message"] == "'web1/xvde' was made by the toolstack")
     let dry = world.call("device.pause", ["guest": "web1", "device": "xvde", "dryRun": true])
     #expect(dry["dryRun"] == true)
+    world.settle()
     #expect(world.state("web1", "xvde") == "ready")
   }
 }

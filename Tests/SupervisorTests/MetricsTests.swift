@@ -46,6 +46,7 @@ import Testing
     let guest = try world.boot(domain)
     for _ in 0..<7 { #expect(try guest.read(sector: 0, count: 4096).status == 0) }
     #expect(eventually { world.metrics.contains(#"operation="read"} 7"#) })
+    world.settle()
     let lines = world.metrics.split(separator: "\n").map(String.init)
     #expect(lines.last == "# EOF")
     let device = #"guest="a \"quoted\" guest",device="xvde""#

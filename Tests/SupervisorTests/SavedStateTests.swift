@@ -90,6 +90,7 @@ import Xen
     let guest = try world.boot(other)
     #expect(try guest.write(block(2), sector: 0) == 0)
     #expect(eventually { world.state("other", "xvde") == "connected" })
+    world.settle()
     #expect(!world.eventKinds.contains(.deviceAdopted))
   }
 

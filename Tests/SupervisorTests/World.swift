@@ -4,12 +4,13 @@ import EventLoop
 import Glibc
 import Logging
 import SimulatedXen
-import Supervisor
 import Synchronization
 import TestSupport
 import Transport
 import Virtqueue
 import Xen
+
+@testable import Supervisor
 
 /// A simulated Xen with a supervisor, a toolstack, and guests that a test makes.
 final class World: @unchecked Sendable {
@@ -57,7 +58,7 @@ final class World: @unchecked Sendable {
     self.thread = thread
     self.supervisor = supervisor
     actions.connect(supervisor)
-    let failure = Events2()
+    let failure = StartFailure()
     thread.perform {
       supervisor.assumeIsolated { supervisor in
         do throws(XenError) { try supervisor.start() } catch { failure.error.withLock { $0 = error } }
@@ -66,8 +67,46 @@ final class World: @unchecked Sendable {
     if let error = failure.error.withLock({ $0 }) { throw error }
   }
 
-  private final class Events2: Sendable {
+  private final class StartFailure: Sendable {
     let error = Mutex<XenError?>(nil)
+  }
+
+  // MARK: Barriers
+
+  /// Returns when the supervisor has dealt with everything that was done before: what was written to Xenstore, what guests did with their
+  /// registers and queues, and what its threads told each other of that. What it has timers for is not waited for.
+  func settle() {
+    guard let thread, let supervisor else { return }
+    // One round brings a change from Xenstore to the guest's thread, the next to the data thread, the third what that reports.
+    for _ in 0..<3 {
+      // xenstored sends an event before it answers what was asked later: the next job finds the event handled.
+      thread.perform { supervisor.assumeIsolated { _ = $0.store?.read("/") } }
+      let passed = Latch()
+      thread.perform {
+        supervisor.assumeIsolated { supervisor in
+          let guests = supervisor.sessions.values.filter { !$0.isServerClosed }.map(\.thread)
+          let data = supervisor.sessions.values.flatMap { $0.devices.values.flatMap(\.threads) }
+          let last = Countdown(left: guests.count + data.count + 1) { passed.open() }
+          // From this job, so that none of them ends before it has the job in its mailbox.
+          for other in guests + data { other.loop.enqueue { last.step() } }
+          last.step()
+        }
+      }
+      passed.wait()
+      thread.perform {}
+    }
+  }
+
+  /// Runs `body` while the supervisor does nothing: it finds all that happens in it at once.
+  func whileTheSupervisorWaits(_ body: () throws -> Void) rethrows {
+    let (waits, goesOn) = (Latch(), Latch())
+    thread?.loop.enqueue {
+      waits.open()
+      goesOn.wait()
+    }
+    waits.wait()
+    defer { goesOn.open() }
+    try body()
   }
 
   /// Ends the supervisor in good order.

@@ -61,6 +61,9 @@ package final class BlockFixture {
     var result: Result<BlockBackend, StartFault>?
   }
 
+  /// Returns when the device has dealt with everything that the driver did before, see `settle`.
+  package func settle() { TestSupport.settle(threads) }
+
   /// Ends the backend; afterwards nothing of the guest may be mapped.
   package func stop() {
     transport.remove()

@@ -32,7 +32,7 @@ package final class DeviceFixture {
     private let ports = Atomic<UInt64>(0)
     package var all: [DeviceFault] { list.withLock { $0 } }
     private let reports = Atomic<Int>(0)
-    package var portReports: Int { reports.load(ordering: .relaxed) }
+    package var portReports: Int { reports.load(ordering: .acquiring) }
     /// Ports of a console that the guest has open, as was reported last.
     package var portsOpen: UInt64 { ports.load(ordering: .relaxed) }
 
@@ -40,8 +40,8 @@ package final class DeviceFixture {
       switch report {
       case .fault(let fault): list.withLock { $0.append(fault) }
       case .portsOpen(let mask):
-        ports.store(mask, ordering: .relaxed)
         reports.add(1, ordering: .relaxed)
+        ports.store(mask, ordering: .releasing)
       default: break
       }
     }
@@ -111,6 +111,9 @@ package final class DeviceFixture {
     for thread in threads { thread.stopAndJoin() }
   }
 
+  /// Returns when the device has dealt with everything that the driver did before, see `settle`.
+  package func settle() { TestSupport.settle(threads) }
+
   /// Another backend takes the place of the present one, as after a death of vxd.
   package func exchange(_ between: () -> Void = {}) throws {
     transport.unplug()
@@ -140,7 +143,7 @@ package final class DeviceFixture {
   }
 
   /// Waits for the next used element of a queue, by interrupt.
-  package func waitForUsed(_ queue: Int, seconds: Int = 10) -> (head: UInt16, length: UInt32)? {
+  package func waitForUsed(_ queue: Int, seconds: Int = 30) -> (head: UInt16, length: UInt32)? {
     let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
     while true {
       if let used = driver.takeUsed(queue: queue) { return used }

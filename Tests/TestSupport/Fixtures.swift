@@ -73,8 +73,9 @@ package final class TemporaryFolder {
 /// Whether everything is several times slower than usual: under a sanitizer.
 package var testsAreSlow: Bool { getenv("VXD_TESTS_ARE_SLOW") != nil }
 
-/// Polls a condition that another thread makes true; false when it does not within the limit.
-package func eventually(seconds: Int = 10, _ condition: () -> Bool) -> Bool {
+/// Polls a condition that another thread makes true; false when it does not within the limit. The limit is for what never comes: it is long
+/// enough that no busy machine reaches it.
+package func eventually(seconds: Int = 30, _ condition: () -> Bool) -> Bool {
   let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000
   while EventLoop.now() < deadline {
     if condition() { return true }

@@ -7,21 +7,21 @@ package final class StorageDaemon {
   /// The export's NBD address.
   package let address: String
   private let socket: String
-  private var process: pid_t = 0
+  private let process: ChildProcess
+
+  /// Whether there is one here: tests that need it are skipped otherwise.
+  package static let isInstalled = ChildProcess.isInstalled("qemu-storage-daemon")
 
   package init(folder: TemporaryFolder, image: String) throws {
     socket = folder.path + "/nbd.sock"
     address = "nbd+unix:///disk?socket=\(socket)"
     unlink(socket)
     let arguments = [
-      "qemu-storage-daemon", "--blockdev", "driver=file,node-name=file,filename=\(image),discard=unmap", "--blockdev",
+      "--blockdev", "driver=file,node-name=file,filename=\(image),discard=unmap", "--blockdev",
       "driver=raw,node-name=image,file=file,discard=unmap", "--nbd-server", "addr.type=unix,addr.path=\(socket)",
       "--export", "type=nbd,id=export,node-name=image,name=disk,writable=on",
     ]
-    var pointers: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) } + [nil]
-    defer { for pointer in pointers { free(pointer) } }
-    let result = posix_spawnp(&process, "qemu-storage-daemon", nil, nil, &pointers, environ)
-    guard result == 0 else { throw Errno(result) }
+    process = try ChildProcess("qemu-storage-daemon", arguments)
     let path = socket
     guard eventually({ access(path, F_OK) == 0 && (try? NBDProbe.connect(path)) != nil }) else {
       throw Errno(ETIMEDOUT)
@@ -29,13 +29,11 @@ package final class StorageDaemon {
   }
 
   /// Freezes the server: connections stay, nothing is answered.
-  package func pause() { kill(process, SIGSTOP) }
-  package func resume() { kill(process, SIGCONT) }
+  package func pause() { process.signal(SIGSTOP) }
+  package func resume() { process.signal(SIGCONT) }
 
   package func stop() {
-    kill(process, SIGKILL)
-    var status: Int32 = 0
-    waitpid(process, &status, 0)
+    process.kill()
     unlink(socket)
   }
 }

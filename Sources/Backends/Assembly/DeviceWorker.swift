@@ -61,7 +61,9 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
     tokens.append(
       try thread.loop.onReadable(kick.raw) { [unowned self] in
         kick.drain()
-        kicked.store(false, ordering: .releasing)
+        // Not a mere store, which could become visible behind the look at the rings: a driver that still finds it set would have its
+        // buffers overlooked. An exchange sees what was written before each wake-up that it takes in.
+        _ = kicked.exchange(false, ordering: .acquiringAndReleasing)
         run()
       })
     for (index, descriptor) in (pump?.descriptors ?? []).enumerated() {

@@ -146,6 +146,9 @@ package struct QueueJournal {
     order()
   }
 
+  /// The answer that was noted is not published, and will be written anew.
+  func forgetAnswer(_ slot: Int) { records[slot].state = State.taken }
+
   /// Answers up to a position are about to be published.
   func intend(_ position: UInt16) {
     header.pointee.intendedUsed = position

@@ -225,7 +225,10 @@ package struct Virtqueue: ~Copyable {
       switch record.state {
       case QueueJournal.State.used where isPublished(record): journal.free(slot)
       case QueueJournal.State.free: break
-      default: slots.append(slot)
+      default:
+        // Another chain may be answered at the position that was noted for this one: the next owner must not take this for published then.
+        journal.forgetAnswer(slot)
+        slots.append(slot)
       }
     }
     slots.sort { journal.record($0).order < journal.record($1).order }

@@ -71,6 +71,11 @@ package struct IOReqPage {
     return request
   }
 
+  /// Whether a slot has an answer that its vCPU has not taken yet.
+  package func isAnswered(_ index: Int) -> Bool {
+    stateByte(index).pointee.load(ordering: .acquiring) & State.mask == State.responseReady
+  }
+
   /// Answers a slot. The flags beside the state stay as they are.
   package func answer(_ index: Int, data: UInt64) {
     slot(index).storeBytes(of: data, toByteOffset: 8, as: UInt64.self)

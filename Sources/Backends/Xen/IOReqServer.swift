@@ -119,9 +119,13 @@ package final class IOReqServer: EventSource {
     for vcpu in ports.indices { serve(vcpu) }
   }
 
-  /// Answers every vCPU that waits, also those whose access an earlier process had begun with: register accesses may be repeated.
+  /// Answers every vCPU that waits, also those whose access an earlier process had begun with (register accesses may be repeated), and
+  /// those that it had answered without notifying them: a vCPU looks at its slot only when an event comes.
   package func serveAll() {
-    for vcpu in ports.indices { serve(vcpu, begun: true) }
+    for vcpu in ports.indices {
+      serve(vcpu, begun: true)
+      if page.isAnswered(vcpu) { guest.notify(ports[vcpu]) }
+    }
   }
 
   private func serve(_ vcpu: Int, begun: Bool = false) {

@@ -44,7 +44,7 @@ package final class SimulatedBlockGuest {
   }
 
   /// Waits for the next used element, by interrupt.
-  package func waitForUsed(seconds: Int = 20, queue: Int = 0) throws(SimulatedDriver.Failure) -> (
+  package func waitForUsed(seconds: Int = 30, queue: Int = 0) throws(SimulatedDriver.Failure) -> (
     head: UInt16, length: UInt32
   ) {
     let deadline = EventLoop.now() + UInt64(seconds) * 1_000_000_000

@@ -95,7 +95,7 @@ package final class SimulatedToolstack {
   }
 
   /// Waits until an entry's key has a value, as libxl waits for states; false when the time is over.
-  package func wait(for value: String, of key: String, disk: String, domain: DomainID, seconds: Int = 10) -> Bool {
+  package func wait(for value: String, of key: String, disk: String, domain: DomainID, seconds: Int = 30) -> Bool {
     let path = "\(Self.backendPath(domain, disk))/\(key)"
     return store.wait(on: [path], seconds: seconds) { store.read(path) == value }
   }
@@ -103,7 +103,7 @@ package final class SimulatedToolstack {
   /// Takes the devices away as `xl destroy` does: frontend deleted, online 0, state 5; waits for state 6; deletes the rest.
   ///
   /// - Returns: whether every backend reached state 6 in time.
-  package func destroy(_ domain: DomainID, disks: [String], seconds: Int = 10) throws(XenError) -> Bool {
+  package func destroy(_ domain: DomainID, disks: [String], seconds: Int = 30) throws(XenError) -> Bool {
     for disk in disks {
       try store.transaction { transaction throws(XenError) in
         try store.remove(

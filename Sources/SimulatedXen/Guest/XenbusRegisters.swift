@@ -37,7 +37,7 @@ package final class XenbusRegisters: RegisterAccess {
   /// Changes the setup page before the backend may look at it.
   package var alter: (UnsafeMutableRawPointer) -> Void = { _ in }
   /// Seconds to wait for the backend.
-  package var patience = 20
+  package var patience = 30
   /// Frames at the end of the guest's memory: in-flight areas (64 of them, one page each), directories, setup page.
   private var reserved: Int { domain.memory.pageCount - 64 - 32 - 1 }
 

@@ -50,6 +50,8 @@ package final class SimulatedDomain: @unchecked Sendable {
   /// Faults: so many mapping calls fail for want of memory, and so many events of vCPUs get lost.
   package let mapFailures = Atomic<Int>(0)
   package let lostEvents = Atomic<Int>(0)
+  /// Runs when a vCPU has selected its server and not yet written to its slot: where a test lets something happen in between.
+  package let beforeSending = Mutex<(@Sendable () -> Void)?>(nil)
   let state = Mutex(State())
   /// Opened whenever a line rises.
   private let interruptGate = Latch()
@@ -100,6 +102,7 @@ package final class SimulatedDomain: @unchecked Sendable {
   func destroy() {
     state.withLock { $0.isDestroyed = true }
     grants.destroy()
+    for answer in answers { answer.open() }
   }
 
   // MARK: The guest's side
@@ -111,56 +114,62 @@ package final class SimulatedDomain: @unchecked Sendable {
     stepsDown: Bool = false
   ) -> UInt64 {
     let last = address &+ UInt64(size - 1)
-    let found: (page: UnsafeMutableRawPointer, channel: SimulatedChannel?)? = state.withLock { state in
-      // From the highest number down, as Xen selects.
-      for (_, server) in state.servers.sorted(by: { $0.key > $1.key }) where server.isEnabled {
-        if server.ranges.contains(where: { $0.first <= address && last <= $0.last }) {
-          // A server whose process is gone is waited for all the same.
-          return (server.page, server.channels[vcpu])
-        }
-      }
-      return nil
+    let found = state.withLock { state in
+      // From the highest number down, as Xen selects. A server whose process is gone is waited for all the same.
+      state.servers.sorted { $0.key > $1.key }.first { _, server in
+        server.isEnabled && server.ranges.contains { $0.first <= address && last <= $0.last }
+      }?.key
     }
-    guard let (page, channel) = found else { return .max }
+    guard let found else { return .max }
     return exchange(
-      page, channel, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size),
-      count: count,
+      found, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size), count: count,
       isRead: value == nil, isPointer: buffer != nil, stepsDown: stepsDown)
   }
 
   /// What Xen sends after a guest gave pages back; returns when every server has answered.
   package func sendInvalidate(vcpu: Int = 0) {
-    let targets: [(UnsafeMutableRawPointer, SimulatedChannel?)] = state.withLock { state in
-      state.servers.values.compactMap { server in
-        server.isEnabled ? (server.page, server.channels[vcpu]) : nil
-      }
-    }
-    for (page, channel) in targets {
+    let targets = state.withLock { state in state.servers.filter(\.value.isEnabled).keys.sorted() }
+    for server in targets {
       _ = exchange(
-        page, channel, vcpu, kind: .invalidate, address: 0, data: .max, size: 4, count: 1, isRead: false,
-        isPointer: false,
+        server, vcpu, kind: .invalidate, address: 0, data: .max, size: 4, count: 1, isRead: false, isPointer: false,
         stepsDown: false)
     }
   }
 
   private func exchange(
-    _ page: UnsafeMutableRawPointer, _ channel: SimulatedChannel?, _ vcpu: Int, kind: IOReq.Kind, address: UInt64,
-    data: UInt64, size: UInt32, count: UInt32, isRead: Bool, isPointer: Bool, stepsDown: Bool
+    _ server: UInt16, _ vcpu: Int, kind: IOReq.Kind, address: UInt64, data: UInt64, size: UInt32, count: UInt32,
+    isRead: Bool, isPointer: Bool, stepsDown: Bool
   ) -> UInt64 {
-    let slot = page + vcpu * IOReqPage.slotBytes
-    slot.storeBytes(of: address, as: UInt64.self)
-    slot.storeBytes(of: data, toByteOffset: 8, as: UInt64.self)
-    slot.storeBytes(of: count, toByteOffset: 16, as: UInt32.self)
-    slot.storeBytes(of: size, toByteOffset: 20, as: UInt32.self)
-    slot.storeBytes(of: kind.rawValue, toByteOffset: 31, as: UInt8.self)
+    beforeSending.withLock { $0 }?()
     let flags: UInt8 = (isPointer ? 0x10 : 0) | (isRead ? 0x20 : 0) | (stepsDown ? 0x40 : 0)
-    let stateByte = IOReqPage(page).stateByte(vcpu)
-    stateByte.pointee.store(flags | IOReqPage.State.ready, ordering: .releasing)
-    if !Self.strikes(lostEvents) { channel?.raise() }
-    while stateByte.pointee.load(ordering: .acquiring) & IOReqPage.State.mask != IOReqPage.State.responseReady {
-      guard answers[vcpu].wait(seconds: 30) else { fatalError("no ioreq server answered vCPU \(vcpu) within 30 s") }
+    // In one piece, as Xen pauses a domain before it changes its servers: a server that is disabled by now gets nothing any more. The event
+    // goes to whoever is bound once the slot is filled, and whoever binds later finds it so: a channel that was looked up before that
+    // could be that of a process that has died meanwhile.
+    let page: UnsafeMutableRawPointer? = state.withLock { state in
+      guard let target = state.servers[server], target.isEnabled, !state.isDestroyed else { return nil }
+      let slot = target.page + vcpu * IOReqPage.slotBytes
+      slot.storeBytes(of: address, as: UInt64.self)
+      slot.storeBytes(of: data, toByteOffset: 8, as: UInt64.self)
+      slot.storeBytes(of: count, toByteOffset: 16, as: UInt32.self)
+      slot.storeBytes(of: size, toByteOffset: 20, as: UInt32.self)
+      slot.storeBytes(of: kind.rawValue, toByteOffset: 31, as: UInt8.self)
+      IOReqPage(target.page).stateByte(vcpu).pointee.store(flags | IOReqPage.State.ready, ordering: .releasing)
+      if !Self.strikes(lostEvents) { target.channels[vcpu]?.raise() }
+      return target.page
     }
-    let answer = slot.load(fromByteOffset: 8, as: UInt64.self)
+    guard let page else { return .max }
+    let stateByte = IOReqPage(page).stateByte(vcpu)
+    while stateByte.pointee.load(ordering: .acquiring) & IOReqPage.State.mask != IOReqPage.State.responseReady {
+      let isInTime = answers[vcpu].wait(seconds: 30)
+      // A domain that is destroyed has no vCPU that could go on.
+      guard isRunning else { return .max }
+      // Who hangs, and why: 1 is an access that nobody took, 2 one whose server stopped in it, 3 one whose answer nobody announced.
+      let byte = stateByte.pointee.load(ordering: .acquiring) & IOReqPage.State.mask
+      guard isInTime else {
+        fatalError("no ioreq server answered vCPU \(vcpu) within 30 s: its slot is in state \(byte)")
+      }
+    }
+    let answer = (page + vcpu * IOReqPage.slotBytes).load(fromByteOffset: 8, as: UInt64.self)
     stateByte.pointee.store(flags | IOReqPage.State.none, ordering: .releasing)
     return answer
   }

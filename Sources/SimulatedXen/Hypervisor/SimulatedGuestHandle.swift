@@ -14,6 +14,8 @@ final class SimulatedChannel: Sendable {
   }
 
   func raise() { owner.raise(port) }
+
+  func isOwned(by events: SimulatedEvents) -> Bool { owner === events }
 }
 
 /// A backend's handle on event channels: a ring of pending ports with a descriptor, as /dev/xen/evtchn has.
@@ -206,18 +208,22 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
       return .success(0)
     }
     vcpuOfPort[port] = vcpu
-    // A successful bind sets the local port pending once.
+    // A successful bind sets the local port pending once: events may have been sent while nobody was there (xen: common/event_channel.c).
     events.raise(port)
     return port
   }
 
   func unbind(_ port: UInt32) {
     guard let vcpu = vcpuOfPort.removeValue(forKey: port) else { return }
-    events.forget(port)
     domain.state.withLock { state in
       state.usage.ports -= 1
-      for server in state.servers.keys { state.servers[server]?.channels[vcpu] = nil }
+      // Our own only: another process may have bound the vCPU's channel by now.
+      for (number, server) in state.servers where server.channels[vcpu]?.isOwned(by: events) == true {
+        state.servers[number]?.channels[vcpu] = nil
+      }
     }
+    // Behind that, when nobody can raise it any more.
+    events.forget(port)
   }
 
   func notify(_ port: UInt32) {

@@ -1,3 +1,4 @@
+import CLinux
 import ControlAPI
 package import EventLoop
 import Glibc
@@ -20,6 +21,8 @@ package final class XenstoreServer: @unchecked Sendable {
   private var nextTransaction: UInt32 = 1
   private var isDown = false
   private var conflicts = 0
+  /// What somebody writes right after the next read of a node.
+  private var interjection: (path: String, values: [String: String])?
 
   private struct Transaction {
     var tree: XenstoreTree
@@ -82,6 +85,18 @@ package final class XenstoreServer: @unchecked Sendable {
     thread.perform { [self] in conflicts = count }
   }
 
+  /// Somebody else writes nodes between the next read of one, in a transaction or not, and whatever its reader does then.
+  package func afterNextRead(of path: String, write values: [String: String]) {
+    thread.perform { [self] in interjection = (path, values) }
+  }
+
+  /// Conflicts of `failTransactions` that nobody has met yet.
+  package var conflictsLeft: Int {
+    let count = Mutex(0)
+    thread.perform { [self] in count.withLock { $0 = conflicts } }
+    return count.withLock { $0 }
+  }
+
   /// Watches that clients have set.
   package var watchCount: Int {
     let count = Mutex(0)
@@ -97,8 +112,11 @@ package final class XenstoreServer: @unchecked Sendable {
   // MARK: Connections
 
   private func accept() {
-    let raw = Glibc.accept(listener.raw, nil, nil)
+    // Closed on exec: a program that a test starts would keep the connection alive beyond its end.
+    let raw = clinux_accept(listener.raw)
     guard raw >= 0 else { return }
+    // Answers are written as a whole.
+    _ = fcntl(raw, F_SETFL, fcntl(raw, F_GETFL) & ~O_NONBLOCK)
     guard !isDown else {
       close(raw)
       return
@@ -156,6 +174,13 @@ package final class XenstoreServer: @unchecked Sendable {
       sendEvent(watch, path: watch.path, to: client)
     }
     notify(changes)
+    guard let interjection, message.kind == XenstoreMessage.Kind.read.rawValue,
+      (try? Self.absolute(message.texts.first ?? "")) == interjection.path
+    else { return }
+    self.interjection = nil
+    for (path, value) in interjection.values { tree.modify(path) { $0.value = Array(value.utf8) } }
+    self.changes &+= 1
+    notify(interjection.values.keys.map { Change(path: $0) })
   }
 
   /// An error by its errno's name, as the protocol has it.
