@@ -63,20 +63,24 @@ final class ControlConnection {
 
   private func answer(_ message: [UInt8]) {
     var replayAfter: Int64?
-    let answer = methods.answer(message, role: role) { parameters in
+    let answer = methods.answer(message, role: role) { parameters throws(ControlFault) in
+      let after = parameters["after"]?.integerValue
+      guard after ?? 0 >= 0 else {
+        throw .invalidParameters("'after' must be the number of an event, 0 or more", field: "after")
+      }
       isSubscribed = true
       lastEvent = history.last
-      replayAfter = parameters["after"]?.integerValue
+      replayAfter = after
       return ["subscribed": true, "epoch": .string(history.epoch), "sequence": .integer(history.last)]
     }
     if let answer { send(answer) }
     if let replayAfter { replay(after: replayAfter) }
   }
 
+  /// - Parameter after: any number from 0 on; that of a daemon's past life may be larger than all of this one.
   private func replay(after: Int64) {
-    if after + 1 < history.first, history.last > after {
-      sendDropped(from: max(after + 1, 1), to: history.first - 1)
-    }
+    guard after < history.last else { return }
+    if after + 1 < history.first { sendDropped(from: after + 1, to: history.first - 1) }
     for (sequence, event) in history.events(after: after) { send(event: event, sequence) }
   }
 
