@@ -21,7 +21,7 @@ struct Console: ParsableCommand {
   var take = false
   @Option(name: .customLong("console"), help: "Which console device; the guest's first otherwise.")
   var device: String?
-  @Option(help: "For scripts: end after so many seconds.")
+  @Option(help: "For scripts: end after so many seconds.", transform: Seconds.whole)
   var seconds: Int?
   @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
   var size: WindowSize?
@@ -145,7 +145,7 @@ private final class ConsoleSession {
       makeRaw()
       if saved != nil { say("Connected; Ctrl-] ends this.\r\n") }
     }
-    let end = seconds.map { EventLoop.now() + UInt64(max(0, $0)) * 1_000_000_000 }
+    let end = seconds.map { EventLoop.now() + UInt64($0) * 1_000_000_000 }
     var shown: WindowSize?
     var hasInput = !readOnly
     while interrupted == 0 {

@@ -96,7 +96,7 @@ extension Detach {
       let name = "\(device.guest)/\(device.device)"
       if options.dryRun { return ["text": .string("would do: take \(name) away"), "device": .string(name)] }
       try disk.requestEnd()
-      let inTime = disk.wait(seconds: Int(clamping: deadline)) { disk.hasEnded }
+      let inTime = disk.wait(seconds: deadline) { disk.hasEnded }
       var words = "detached"
       if !inTime {
         try disk.forceEnd()
@@ -124,7 +124,7 @@ struct Reattach: ParsableCommand {
   var json = false
   @Option(help: "Name or number of the domain that serves the disks from now on.")
   var backend: String
-  @Option(help: "Seconds to wait for the guests' drivers.")
+  @Option(help: "Seconds to wait for the guests' drivers.", transform: Seconds.whole)
   var wait = 60
   @Argument(help: "Only this guest's disks: its name or number.")
   var guest: String?

@@ -130,6 +130,21 @@ import Testing
     }
   }
 
+  @Test(arguments: [
+    ["top", "--count", "2", "--interval", "nan"], ["top", "--count", "2", "--interval", "1e300"],
+    ["detach", "demo/xvde", "--deadline", "9223372036854775807"], ["detach", "demo/xvde", "--xenbus", "--deadline=-1"],
+    ["console", "demo", "--seconds", "9223372036854775807"],
+    ["attach", "demo", "disk", "--image", "/x", "--backend", "1", "--wait", "9223372036854775807"],
+    ["reattach", "--backend", "1", "--wait=-9223372036854775808"],
+  ]) func timesBeyondReasonAreRefused(arguments: [String]) throws {
+    try withDaemon { socket, _ in
+      let takesSocket = arguments[0] != "reattach"
+      let (text, status) = run(Self.products + "/vxctl", arguments + (takesSocket ? ["--socket", socket] : []))
+      #expect(status == 64, "\(text)")
+      #expect(text.contains("expected a number of seconds from"), "\(text)")
+    }
+  }
+
   /// Each verb is in the manual and in the completions, and each option of vxd in its manual.
   @Test func manualsAndCompletionsKnowEverything() throws {
     let root = Self.products.split(separator: "/").dropLast(2).joined(separator: "/")
