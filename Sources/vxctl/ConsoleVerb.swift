@@ -88,7 +88,9 @@ struct WindowSize: ExpressibleByArgument, Equatable {
 
 /// What is written beside the guest's output.
 private func say(_ text: String) {
-  var text = text
+  // A terminal in raw mode needs the carriage return.
+  var text = text.split(separator: "\r", omittingEmptySubsequences: false).map { String($0).visible }
+    .joined(separator: "\r")
   text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
 }
 

@@ -17,6 +17,7 @@ enum Toolstack {
       if json { printJSON(answer) } else { print(answer["text"]?.stringValue ?? "") }
     } catch {
       var text = "vxctl: \(error.message)\n" + (error.remedy.map { "       \($0)\n" } ?? "")
+      text = text.visible
       text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
       throw ExitCode(1)
     }

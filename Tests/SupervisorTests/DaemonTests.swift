@@ -1,7 +1,10 @@
 import ControlAPI
+import EventLoop
 import Glibc
+import SimulatedXen
 import TestSupport
 import Testing
+import Xen
 
 /// The daemon as a process: `vxd --simulate` with the real vxctl and the real xenstore-ls beside it.
 @Suite(.serialized) struct DaemonTests {
@@ -143,6 +146,30 @@ import Testing
       #expect(status == 64, "\(text)")
       #expect(text.contains("expected a number of seconds from"), "\(text)")
     }
+  }
+
+  /// A driver domain owns its nodes, and dom0's operator looks at them.
+  @Test func wordsOfADriverDomainDoNothingToATerminal() throws {
+    let world = try World()
+    defer { world.end() }
+    _ = try world.domain(5, name: "web1", type: "pvh")
+    let store = try XenStore(socketPath: world.server.path)
+    try store.write("/local/domain/0/name", "Domain-0")
+    let thread = try LoopThread(name: "backend")
+    defer { thread.stopAndJoin() }
+    let server = world.server.path
+    thread.loop.enqueue {
+      guard let store = try? XenStore(socketPath: server) else { return }
+      let folder = "/local/domain/0/backend/virtio_disk/5"
+      guard eventually({ store.list(folder)?.isEmpty == false }), let device = store.list(folder)?.first else { return }
+      try? store.write("\(folder)/\(device)/error", "no\u{1b}[2J\u{1b}]0;owned\u{07}\u{9b}31m\u{202e}text")
+    }
+    let (text, status) = run(
+      Self.products + "/vxctl", ["attach", "web1", "disk", "--image", "/x.img", "--backend", "0", "--wait", "20"],
+      environment: ["XENSTORED_PATH": server])
+    #expect(status == 1, "\(text)")
+    #expect(text.contains(#"no\u001b[2J\u001b]0;owned\u0007\u009b31m\u202etext"#), "\(text)")
+    #expect(text.unicodeScalars.allSatisfy { $0.value >= 32 && !(127..<160).contains($0.value) || $0 == "\n" })
   }
 
   /// Each verb is in the manual and in the completions, and each option of vxd in its manual.
