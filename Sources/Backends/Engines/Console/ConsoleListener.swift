@@ -17,11 +17,8 @@ final class ConsoleListener {
     self.loop = loop
     let raw = try UnixSocket.make()
     descriptor = OwnedDescriptor(adopting: raw)
-    try UnixSocket.withAddress(path) { address, length in
-      // What an earlier daemon left.
-      unlink(path)
-      return bind(raw, address, length)
-    }
+    try UnixSocket.removeLeft(path)
+    try UnixSocket.withAddress(path) { address, length in bind(raw, address, length) }
     // Not by the mask of the process, as `UnixSocket.listen`: this is not the only thread that makes files.
     guard chmod(path, mode) == 0, listen(raw, 16) == 0 else { throw Errno.last }
     token = try loop.onReadable(raw) {
