@@ -17,6 +17,8 @@ package final class MetricsServer: @unchecked Sendable {
     var token: EventLoop.Token?
     var timer: UInt64 = 0
     var request: [UInt8] = []
+    /// Bytes of it in which no end was found.
+    var searched = 0
     var answer: [UInt8] = []
     var sent = 0
 
@@ -109,7 +111,8 @@ package final class MetricsServer: @unchecked Sendable {
       if count < 0 && (errno == EAGAIN || errno == EINTR) { return }
       guard count > 0 else { return end(client) }
       client.request += buffer[..<count]
-      guard let end = Self.endOfHead(client.request) else {
+      guard let end = Self.endOfHead(client.request, from: client.searched) else {
+        client.searched = client.request.count
         if client.request.count > Self.requestLimit { self.end(client) }
         return
       }
@@ -128,9 +131,11 @@ package final class MetricsServer: @unchecked Sendable {
     end(client)
   }
 
-  private static func endOfHead(_ bytes: [UInt8]) -> Int? {
-    guard bytes.count >= 4 else { return nil }
-    return (0...(bytes.count - 4)).first { Array(bytes[$0..<($0 + 4)]) == [13, 10, 13, 10] }
+  /// - Parameter searched: bytes in which there was none; an end may begin in the last three of them.
+  private static func endOfHead(_ bytes: [UInt8], from searched: Int) -> Int? {
+    let first = max(0, searched - 3)
+    guard bytes.count >= first + 4 else { return nil }
+    return (first...(bytes.count - 4)).first { bytes[$0..<($0 + 4)].elementsEqual([13, 10, 13, 10]) }
   }
 
   private func answer(_ head: String) -> [UInt8] {
