@@ -78,8 +78,10 @@ enum ConsoleTarget {
       let port = Int(action >> 3) % portCount
       switch action & 7 {
       case 0:
-        // A control message.
-        let bytes = (0..<8).map { _ in input.byte() }
+        // A control message: to a port that there is or nearly, or to any.
+        let number = action >> 3
+        let head = number < 31 ? [number, 0, 0, 0] : (0..<4).map { _ in input.byte() }
+        let bytes = head + [input.byte(), 0, input.byte(), 0]
         rings[3].offer([.init(address: nil, length: 8, isWritable: false, bytes: bytes)])
       case 1: rings[2].offer([.init(address: nil, length: UInt32(input.byte()), isWritable: true)])
       case 2, 3: rings[Int(action >> 3) % queueCount].offer(input.pieces())

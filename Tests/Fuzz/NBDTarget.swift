@@ -27,8 +27,9 @@ enum NBDTarget {
         address: address, readOnly: false, discard: true, depth: 16, reconnectMilliseconds: choice & 0x80 != 0 ? 5 : 0,
         onNotice: { _ in })
     else { return }
-    precondition(engine.geometry.capacity >= 512 && engine.geometry.capacity % UInt64(engine.geometry.logicalBlock) == 0)
-    precondition(engine.geometry.logicalBlock.nonzeroBitCount == 1, "blocks of a size that no disk has")
+    let (capacity, block) = (engine.geometry.capacity, engine.geometry.logicalBlock)
+    precondition(capacity >= 512 && capacity % UInt64(block) == 0, "a disk that does not end with a block")
+    precondition(block.nonzeroBitCount == 1, "blocks of a size that no disk has")
     var pending: Set<UInt32> = []
     func reap() {
       while case let count = engine.reap(into: completions, capacity: 16), count > 0 {
