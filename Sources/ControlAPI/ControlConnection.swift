@@ -1,9 +1,9 @@
 import CLinux
-import EventLoop
+package import EventLoop
 import Glibc
 
 /// One client. Confined to the server's thread.
-final class ControlConnection {
+package final class ControlConnection {
   private let descriptor: OwnedDescriptor
   private let methods: ControlMethods
   private let role: ControlRole
@@ -12,13 +12,13 @@ final class ControlConnection {
   private var outgoing: [UInt8] = []
   private var sent = 0
   var token: EventLoop.Token?
-  private(set) var isSubscribed = false
+  package private(set) var isSubscribed = false
   /// The first event that a slow subscriber missed; 0 when it missed none.
   private var missedFrom: Int64 = 0
   /// The last event that it was sent, or missed.
   private var lastEvent: Int64 = 0
   /// The client is gone, or is to be dropped.
-  var isOver = false
+  package var isOver = false
   /// Bytes that may wait for a client; one that lets more pile up is dropped.
   private static let outgoingLimit = 8 << 20
   /// Above this no further request is read until some of it is taken.
@@ -26,7 +26,7 @@ final class ControlConnection {
   /// Above this a subscriber's events are left out, and it is told so.
   private static let eventPause = 1 << 18
 
-  init(
+  package init(
     _ descriptor: consuming OwnedDescriptor, methods: ControlMethods, role: ControlRole, history: EventHistory
   ) {
     self.descriptor = descriptor
@@ -43,7 +43,8 @@ final class ControlConnection {
     (waiting > 0 ? EPOLLOUT.rawValue : 0) | (waiting < Self.outgoingPause ? EPOLLIN.rawValue : 0)
   }
 
-  func receive() {
+  /// Reads what has come, and answers it.
+  package func receive() {
     var buffer = [UInt8](repeating: 0, count: 65536)
     let count = read(raw, &buffer, buffer.count)
     if count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR) { isOver = true }
@@ -63,25 +64,29 @@ final class ControlConnection {
 
   private func answer(_ message: [UInt8]) {
     var replayAfter: Int64?
-    let answer = methods.answer(message, role: role) { parameters in
+    let answer = methods.answer(message, role: role) { parameters throws(ControlFault) in
+      let after = parameters["after"]?.integerValue
+      guard after ?? 0 >= 0 else {
+        throw .invalidParameters("'after' must be the number of an event, 0 or more", field: "after")
+      }
       isSubscribed = true
       lastEvent = history.last
-      replayAfter = parameters["after"]?.integerValue
+      replayAfter = after
       return ["subscribed": true, "epoch": .string(history.epoch), "sequence": .integer(history.last)]
     }
     if let answer { send(answer) }
     if let replayAfter { replay(after: replayAfter) }
   }
 
+  /// - Parameter after: any number from 0 on; that of a daemon's past life may be larger than all of this one.
   private func replay(after: Int64) {
-    if after + 1 < history.first, history.last > after {
-      sendDropped(from: max(after + 1, 1), to: history.first - 1)
-    }
+    guard after < history.last else { return }
+    if after + 1 < history.first { sendDropped(from: after + 1, to: history.first - 1) }
     for (sequence, event) in history.events(after: after) { send(event: event, sequence) }
   }
 
   /// Passes an event on; one that a slow client has no room for is left out.
-  func send(event: JSONValue, _ sequence: Int64) {
+  package func send(event: JSONValue, _ sequence: Int64) {
     lastEvent = sequence
     guard missedFrom == 0, waiting < Self.eventPause else {
       if missedFrom == 0 { missedFrom = sequence }
@@ -102,7 +107,8 @@ final class ControlConnection {
     if waiting > Self.outgoingLimit { isOver = true }
   }
 
-  func flush() {
+  /// Sends what the client takes now.
+  package func flush() {
     push()
     guard waiting == 0, missedFrom != 0, !isOver else { return }
     sendDropped(from: missedFrom, to: lastEvent)
@@ -130,7 +136,7 @@ final class ControlConnection {
 }
 
 /// The last events, for clients that come back. Confined to the server's thread.
-final class EventHistory {
+package final class EventHistory {
   private static let limit = 4096
   /// Tells the numbers of this daemon from those of an earlier one.
   let epoch: String
@@ -138,7 +144,7 @@ final class EventHistory {
   /// The number of the oldest event that is kept; of the next one when none is.
   private(set) var first: Int64 = 1
 
-  init() {
+  package init() {
     var time = timespec()
     clock_gettime(CLOCK_REALTIME, &time)
     epoch = String(UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec), radix: 36)
@@ -148,7 +154,7 @@ final class EventHistory {
   var last: Int64 { first + Int64(events.count) - 1 }
 
   /// Numbers an event and keeps it.
-  func add(_ event: JSONValue) -> (JSONValue, Int64) {
+  package func add(_ event: JSONValue) -> (JSONValue, Int64) {
     let sequence = last + 1
     var time = timespec()
     clock_gettime(CLOCK_REALTIME, &time)

@@ -130,9 +130,9 @@ package struct ControlMethods: Sendable {
   ///
   /// - Parameters:
   ///   - role: what the sender may do.
-  ///   - subscribe: what `event.subscribe` does for the sender, and its result.
+  ///   - subscribe: what `event.subscribe` does for the sender, and its result; throws for parameters that make no sense.
   package func answer(
-    _ message: [UInt8], role: ControlRole = .admin, subscribe: (JSONValue) -> JSONValue
+    _ message: [UInt8], role: ControlRole = .admin, subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     let value: JSONValue
     do throws(JSONText.Fault) {
@@ -157,7 +157,9 @@ package struct ControlMethods: Sendable {
     return answers.isEmpty ? nil : .array(answers)
   }
 
-  private func one(_ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) -> JSONValue) -> JSONValue? {
+  private func one(
+    _ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
+  ) -> JSONValue? {
     let id = request["id"]
     do throws(ControlFault) {
       let result = try perform(request, role, subscribe)
@@ -171,7 +173,7 @@ package struct ControlMethods: Sendable {
   }
 
   private func perform(
-    _ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) -> JSONValue
+    _ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) throws(ControlFault) -> JSONValue {
     guard case .object = request else {
       throw .invalidRequest("a request must be an object", field: "message", remedy: "see JSON-RPC 2.0, section 4")
@@ -201,7 +203,7 @@ package struct ControlMethods: Sendable {
         ])
     }
     try method.check(parameters)
-    if name == "event.subscribe" { return subscribe(parameters) }
+    if name == "event.subscribe" { return try subscribe(parameters) }
     guard method.isChange, let key = parameters["idempotencyKey"]?.stringValue, parameters["dryRun"]?.boolValue != true
     else { return try method.body(parameters) }
     guard !key.isEmpty, key.utf8.count <= 128 else {

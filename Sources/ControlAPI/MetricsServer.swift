@@ -17,6 +17,8 @@ package final class MetricsServer: @unchecked Sendable {
     var token: EventLoop.Token?
     var timer: UInt64 = 0
     var request: [UInt8] = []
+    /// Bytes of it in which no end was found.
+    var searched = 0
     var answer: [UInt8] = []
     var sent = 0
 
@@ -28,6 +30,7 @@ package final class MetricsServer: @unchecked Sendable {
   private let contentType: String
   private let listeners: [Int32]
   private let path: String?
+  private var accepting: [AcceptLoop] = []
   private var clients: [Int32: Client] = [:]
 
   /// - Parameters:
@@ -50,8 +53,8 @@ package final class MetricsServer: @unchecked Sendable {
     }
     let all = listeners
     thread.loop.enqueue { [self] in
-      for listener in all {
-        _ = try? thread.loop.onReadable(listener) { [unowned self] in accept(listener) }
+      accepting = all.compactMap { listener in
+        try? AcceptLoop(listener, on: thread.loop) { [unowned self] in accept($0) }
       }
     }
   }
@@ -76,23 +79,19 @@ package final class MetricsServer: @unchecked Sendable {
     return raw
   }
 
-  private func accept(_ listener: Int32) {
-    while true {
-      let raw = clinux_accept(listener)
-      guard raw >= 0 else { return }
-      guard clients.count < Self.clientLimit else {
-        close(raw)
-        continue
-      }
-      let client = Client(raw)
-      client.token = try? thread.loop.add(
-        raw, events: EPOLLIN.rawValue, source: ActionSource { [unowned self] _ in serve(raw) })
-      guard client.token != nil else { continue }
-      client.timer = thread.loop.schedule(afterMilliseconds: Self.patience) { [weak self] in
-        if let client = self?.clients[raw] { self?.end(client) }
-      }
-      clients[raw] = client
+  private func accept(_ raw: Int32) {
+    guard clients.count < Self.clientLimit else {
+      close(raw)
+      return
     }
+    let client = Client(raw)
+    client.token = try? thread.loop.add(
+      raw, events: EPOLLIN.rawValue, source: ActionSource { [unowned self] _ in serve(raw) })
+    guard client.token != nil else { return }
+    client.timer = thread.loop.schedule(afterMilliseconds: Self.patience) { [weak self] in
+      if let client = self?.clients[raw] { self?.end(client) }
+    }
+    clients[raw] = client
   }
 
   private func end(_ client: Client) {
@@ -109,7 +108,8 @@ package final class MetricsServer: @unchecked Sendable {
       if count < 0 && (errno == EAGAIN || errno == EINTR) { return }
       guard count > 0 else { return end(client) }
       client.request += buffer[..<count]
-      guard let end = Self.endOfHead(client.request) else {
+      guard let end = Self.endOfHead(client.request, from: client.searched) else {
+        client.searched = client.request.count
         if client.request.count > Self.requestLimit { self.end(client) }
         return
       }
@@ -128,9 +128,11 @@ package final class MetricsServer: @unchecked Sendable {
     end(client)
   }
 
-  private static func endOfHead(_ bytes: [UInt8]) -> Int? {
-    guard bytes.count >= 4 else { return nil }
-    return (0...(bytes.count - 4)).first { Array(bytes[$0..<($0 + 4)]) == [13, 10, 13, 10] }
+  /// - Parameter searched: bytes in which there was none; an end may begin in the last three of them.
+  private static func endOfHead(_ bytes: [UInt8], from searched: Int) -> Int? {
+    let first = max(0, searched - 3)
+    guard bytes.count >= first + 4 else { return nil }
+    return (first...(bytes.count - 4)).first { bytes[$0..<($0 + 4)].elementsEqual([13, 10, 13, 10]) }
   }
 
   private func answer(_ head: String) -> [UInt8] {

@@ -121,8 +121,13 @@ package struct DeviceEntry: Equatable, Sendable {
       irq: UInt32(irq))
   }
 
+  /// Bytes of the name of an image at most: a path's, or an address with as much in its export's name.
+  private static let imageLimit = 4608
+
   /// What is wrong with the name of an image; nil when nothing is.
   static func fault(ofImage path: String) -> String? {
+    // It is kept in events and answers, and shown.
+    guard path.utf8.count <= imageLimit else { return "the name is longer than \(imageLimit) bytes" }
     if NBDAddress.isAddress(path) {
       do throws(ImageFault) { _ = try NBDAddress(path) } catch { return error.message }
       return nil

@@ -1,4 +1,5 @@
 import CSystemd
+import ControlAPI
 import Glibc
 package import Logging
 
@@ -77,7 +78,8 @@ package struct PlainLogHandler: LogHandler {
     let length = strftime(&stamp, stamp.count, "%H:%M:%S", &parts)
     let time = String(decoding: stamp[..<length].map { UInt8(bitPattern: $0) }, as: UTF8.self)
     let milliseconds = String(1000 + now.tv_nsec / 1_000_000).dropFirst()
-    let line = "\(time).\(milliseconds) \(event.level) \(event.message)\n"
+    // To a terminal, as may be: words of guests among it.
+    let line = "\(time).\(milliseconds) \(event.level) \("\(event.message)".visible(keepsLines: true))\n"
     var bytes = line[...]
     bytes.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
   }

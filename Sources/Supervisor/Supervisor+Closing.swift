@@ -15,16 +15,25 @@ extension Supervisor {
     tell(.deviceClosing, session, record)
     if record.key.kind.isInXenstore { closeSparesIfAlone(session) }
     publish(session)
-    let (key, identity) = (record.key, ObjectIdentifier(record))
-    if let link = record.link {
-      return release(link, of: session) { [self] in onLoop { $0.released(key, identity) } }
+    if record.link != nil {
+      // A backend that is being stopped may still be at work in the arena: `backendStopped` comes back to this.
+      if !record.isStoppingBackend { releaseLink(record, of: session) }
+      return
     }
+    let (key, identity) = (record.key, ObjectIdentifier(record))
     guard record.isAttached, let slot = record.slot else { return released(key, identity) }
     let cell = session.cell
     session.thread.loop.enqueue { [self] in
       cell.server?.detach(slot)
       onLoop { $0.released(key, identity) }
     }
+  }
+
+  /// Takes a closing Xenbus device out of the guest's hands.
+  func releaseLink(_ record: DeviceRecord, of session: GuestSession) {
+    guard let link = record.link else { return }
+    let (key, identity) = (record.key, ObjectIdentifier(record))
+    release(link, of: session) { [self] in onLoop { $0.released(key, identity) } }
   }
 
   /// Nothing of the device reaches guest memory any more.

@@ -1,6 +1,7 @@
 import Backends
 import Devices
 import EventLoop
+import Synchronization
 import Transport
 import Virtqueue
 import Xen
@@ -91,8 +92,11 @@ extension Supervisor {
     surroundings.consoleFolder = settings.consoleFolder
     surroundings.mayAttach = settings.mayAttachConsoles
     let (log, guest, device) = (log, session.name, entry.name)
+    let quota = Mutex(LineQuota())
     surroundings.logLine = { line in
-      log.info("\(guest)/\(device): \(line)", metadata: ["GUEST": "\(guest)", "DEVICE": "\(device)"])
+      guard case .say(let left) = quota.withLock({ $0.next(at: EventLoop.now()) }) else { return }
+      let more = left > 0 ? "(\(left) lines before this one are left out) " : ""
+      log.info("\(guest)/\(device): \(more)\(line)", metadata: ["GUEST": "\(guest)", "DEVICE": "\(device)"])
     }
     record.threads = entry.form.start(
       surroundings, decorate: settings.decorate,

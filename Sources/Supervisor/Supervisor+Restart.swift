@@ -144,13 +144,15 @@ extension Supervisor {
     record.isStoppingBackend = false
     record.joinThreads()
     if record.phase == .closing {
-      if record.isReleased { stopped(key, identity) }
+      if record.isReleased { stopped(key, identity) } else { releaseLink(record, of: session) }
       return
     }
     let then = record.afterStop
     record.afterStop = nil
     if case .start(let pause) = then { startAgain(record, of: session, afterMilliseconds: pause) }
     publish(session)
+    // What the driver did meanwhile.
+    if record.link != nil { frontendChanged(key) }
   }
 
   /// A backend has been opened, or has failed to, that something else is to be done with by now.

@@ -266,7 +266,8 @@ extension Supervisor {
   }
 
   private func disconnect(_ record: DeviceRecord, of session: GuestSession, _ link: XenbusLink) {
-    guard let transport = link.transport else { return }
+    // A backend that is being stopped may still be at work in the arena: `backendStopped` comes back to this.
+    guard let transport = link.transport, !record.isStoppingBackend else { return }
     link.phase = .disconnecting
     let (key, identity, pool) = (record.key, ObjectIdentifier(record), link.pool)
     session.thread.loop.enqueue { [self] in

@@ -21,7 +21,7 @@ struct Console: ParsableCommand {
   var take = false
   @Option(name: .customLong("console"), help: "Which console device; the guest's first otherwise.")
   var device: String?
-  @Option(help: "For scripts: end after so many seconds.")
+  @Option(help: "For scripts: end after so many seconds.", transform: Seconds.whole)
   var seconds: Int?
   @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
   var size: WindowSize?
@@ -88,7 +88,9 @@ struct WindowSize: ExpressibleByArgument, Equatable {
 
 /// What is written beside the guest's output.
 private func say(_ text: String) {
-  var text = text
+  // A terminal in raw mode needs the carriage return.
+  var text = text.split(separator: "\r", omittingEmptySubsequences: false).map { String($0).visible }
+    .joined(separator: "\r")
   text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
 }
 
@@ -145,7 +147,7 @@ private final class ConsoleSession {
       makeRaw()
       if saved != nil { say("Connected; Ctrl-] ends this.\r\n") }
     }
-    let end = seconds.map { EventLoop.now() + UInt64(max(0, $0)) * 1_000_000_000 }
+    let end = seconds.map { EventLoop.now() + UInt64($0) * 1_000_000_000 }
     var shown: WindowSize?
     var hasInput = !readOnly
     while interrupted == 0 {

@@ -117,7 +117,7 @@ struct Attach: ParsableCommand {
   var backend: String?
   @Flag(help: "With --backend: the guest may only read.")
   var readOnly = false
-  @Option(help: "With --backend: seconds to wait for the guest's driver.")
+  @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Seconds.whole)
   var wait = 30
 
   func run() throws {
@@ -152,15 +152,15 @@ struct Detach: ParsableCommand {
   @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/spare0.")
   var device: DeviceName
-  @Option(help: "Seconds to wait for requests under way.")
-  var deadline: Int64 = 10
+  @Option(help: "Seconds to wait for requests under way.", transform: Seconds.whole)
+  var deadline = 10
   @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false
 
   func run() throws {
     if xenbus { return try detachXenbus() }
     try Outcome.change(
-      connection, "device.detach", device.parameters + [.init(name: "seconds", value: .integer(deadline))], options,
+      connection, "device.detach", device.parameters + [.init(name: "seconds", value: .count(deadline))], options,
       device: device.device, until: Outcome(good: ["device.detached"], seconds: Int32(clamping: deadline + 30)))
   }
 }

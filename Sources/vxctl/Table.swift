@@ -25,7 +25,7 @@ extension JSONValue {
   /// A member as an operator reads it; a dash where there is none.
   func cell(_ name: String) -> String {
     switch self[name] {
-    case .string(let text): text
+    case .string(let text): text.visible(keepsLines: false)
     case .integer(let number): "\(number)"
     case .number(let number): "\(number)"
     case .bool(let flag): flag ? "yes" : "no"

@@ -13,7 +13,7 @@ struct Top: ParsableCommand {
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between two looks.")
+  @Option(help: "Seconds between two looks.", transform: Seconds.pause)
   var interval = 2.0
   @Option(help: "What to sort by.")
   var sort = Order.bytes
@@ -77,7 +77,7 @@ struct Top: ParsableCommand {
   }
 
   private func pause() -> Character? {
-    usleep(UInt32(max(0.1, interval) * 1_000_000))
+    usleep(UInt32(interval * 1_000_000))
     return nil
   }
 
@@ -91,7 +91,8 @@ struct Top: ParsableCommand {
   private static func rate(_ row: Row, _ old: Row?, _ seconds: Double) -> Row {
     func by(_ path: WritableKeyPath<Row, Int64>) -> Int64 {
       guard let old, seconds > 0 else { return 0 }
-      return Int64(Double(max(0, row[keyPath: path] - old[keyPath: path])) / seconds)
+      // Whatever the daemon says, sums of these are within the type.
+      return Int64(min(max(0, Double(row[keyPath: path]) - Double(old[keyPath: path])) / seconds, 1e18))
     }
     var rate = row
     for path in [\Row.reads, \Row.writes, \Row.readBytes, \Row.writtenBytes] { rate[keyPath: path] = by(path) }
@@ -169,7 +170,7 @@ final class Terminal {
   /// The key that is pressed within a time, also when the window's size changes meanwhile; nil for none.
   func key(waiting seconds: Double) -> Character? {
     var poller = pollfd(fd: 0, events: Int16(POLLIN), revents: 0)
-    guard poll(&poller, 1, Int32(max(0.1, seconds) * 1000)) > 0 else { return nil }
+    guard poll(&poller, 1, Int32(seconds * 1000)) > 0 else { return nil }
     var byte: UInt8 = 0
     return read(0, &byte, 1) == 1 ? Character(UnicodeScalar(byte)) : "q"
   }

@@ -38,6 +38,7 @@ struct ConnectionOptions: ParsableArguments {
       if case .refused(let fault) = error, let remedy = fault.data["remedy"]?.stringValue {
         text += "       \(remedy)\n"
       }
+      text = text.visible
       text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
       if case .refused = error { throw ExitCode(1) }
       throw ExitCode(2)

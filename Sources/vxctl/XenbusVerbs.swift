@@ -17,6 +17,7 @@ enum Toolstack {
       if json { printJSON(answer) } else { print(answer["text"]?.stringValue ?? "") }
     } catch {
       var text = "vxctl: \(error.message)\n" + (error.remedy.map { "       \($0)\n" } ?? "")
+      text = text.visible
       text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
       throw ExitCode(1)
     }
@@ -96,7 +97,7 @@ extension Detach {
       let name = "\(device.guest)/\(device.device)"
       if options.dryRun { return ["text": .string("would do: take \(name) away"), "device": .string(name)] }
       try disk.requestEnd()
-      let inTime = disk.wait(seconds: Int(clamping: deadline)) { disk.hasEnded }
+      let inTime = disk.wait(seconds: deadline) { disk.hasEnded }
       var words = "detached"
       if !inTime {
         try disk.forceEnd()
@@ -124,7 +125,7 @@ struct Reattach: ParsableCommand {
   var json = false
   @Option(help: "Name or number of the domain that serves the disks from now on.")
   var backend: String
-  @Option(help: "Seconds to wait for the guests' drivers.")
+  @Option(help: "Seconds to wait for the guests' drivers.", transform: Seconds.whole)
   var wait = 60
   @Argument(help: "Only this guest's disks: its name or number.")
   var guest: String?

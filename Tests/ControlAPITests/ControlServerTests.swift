@@ -14,9 +14,10 @@ import Testing
       methods: ControlMethods(
         [
           ControlMethod("ping", "Answers.", result: ["type": "string"]) { _ throws(ControlFault) in "pong" },
-          ControlMethod("event.subscribe", "Subscribes.", result: ["type": "object"]) { _ throws(ControlFault) in
-            ["subscribed": true]
-          },
+          ControlMethod(
+            "event.subscribe", "Subscribes.", parameters: [ControlParameter("after", "integer", required: false, "")],
+            result: ["type": "object"]
+          ) { _ throws(ControlFault) in ["subscribed": true] },
         ], version: "1"))
   }
 
@@ -58,6 +59,42 @@ import Testing
     // Who got the event got it before this: the next message to the other is the answer to its own call.
     try other.send(Array(#"{"jsonrpc": "2.0", "id": 77, "method": "ping"}"#.utf8))
     #expect(try other.receive(30_000)["id"] == 77)
+  }
+
+  /// json-c makes the largest number of any larger one.
+  @Test(arguments: ["0", "1", "3", "4", "9223372036854775806", "9223372036854775807", "99999999999999999999"])
+  func eventsBehindAnyNumberAreReplayed(after: String) throws {
+    let server = try server()
+    defer { server.stop() }
+    for number: Int64 in 1...3 { server.publish(["number": .integer(number)]) }
+    let client = try ControlClient(path: path)
+    _ = try client.call("ping")
+    try client.send(
+      Array(#"{"jsonrpc": "2.0", "id": 1, "method": "event.subscribe", "params": {"after": \#(after)}}"#.utf8))
+    #expect(try client.receive(5000)["result"]?["sequence"] == 3)
+    let first = (Int64(after) ?? .max) < 3 ? (Int64(after) ?? .max) + 1 : 4
+    for number in first..<4 {
+      #expect(try client.receive(5000)["params"]?["number"] == .integer(number))
+    }
+    server.publish(["number": 4])
+    #expect(try client.receive(5000)["params"]?["sequence"] == 4)
+  }
+
+  @Test(arguments: ["-1", "-9223372036854775808", "-99999999999999999999"])
+  func negativeNumberOfAnEventIsRefused(after: String) throws {
+    let server = try server()
+    defer { server.stop() }
+    server.publish(["number": 1])
+    let client = try ControlClient(path: path)
+    try client.send(
+      Array(#"{"jsonrpc": "2.0", "id": 1, "method": "event.subscribe", "params": {"after": \#(after)}}"#.utf8))
+    let reply = try client.receive(5000)
+    #expect(reply["error"]?["code"] == -32602)
+    #expect(reply["error"]?["data"]?["field"] == "params.after")
+    #expect(try client.call("ping") == "pong")
+    // It is no subscriber.
+    server.publish(["number": 2])
+    #expect(throws: ControlClient.Failure.self) { _ = try client.receive(100) }
   }
 
   /// A client that never reads is dropped; the others are answered all the time.

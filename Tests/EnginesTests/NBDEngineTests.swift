@@ -211,41 +211,167 @@ import Testing
       _ = try Harness("nbd+unix:///x?socket=\(folder.path)/liar")
     }
   }
+
+  // MARK: Servers that mean ill
+
+  private var liar: String { "nbd+unix:///x?socket=\(folder.path)/liar" }
+
+  /// Milliseconds that something takes.
+  private func time(_ body: () throws -> Void) rethrows -> UInt64 {
+    let start = EventLoop.now()
+    try body()
+    return (EventLoop.now() - start) / 1_000_000
+  }
+
+  @Test func handshakeThatComesByteByByteIsOverAtItsDeadline() throws {
+    let server = try LiarServer(path: folder.path + "/liar", behaviour: .drips)
+    defer { server.stop() }
+    let fault = #expect(throws: ImageFault.self) {
+      let taken = try time {
+        _ = try NBDEngine(
+          address: try NBDAddress(liar), readOnly: false, discard: true, depth: 64, reconnectMilliseconds: 0,
+          handshakeMilliseconds: 300, onNotice: { _ in })
+      }
+      Issue.record("a handshake after \(taken) ms")
+    }
+    #expect(fault?.message.contains("within") == true, "\(fault?.message ?? "")")
+  }
+
+  @Test func engineIsClosedWhileItsNextServerSaysNothing() throws {
+    let server = try LiarServer(path: folder.path + "/liar", behaviour: .onceThenSilent)
+    defer { server.stop() }
+    let harness = try Harness(liar, reconnect: 60_000)
+    harness.submit(.read, tag: 0, offset: 0, bytes: 512)
+    #expect(harness.collect(1, seconds: 1).isEmpty)
+    #expect(eventually { server.connections == 2 })
+    harness.engine.abandon()
+    #expect(harness.collect(1) == [0: -5])
+    let taken = time { harness.engine.close() }
+    #expect(taken < 5000, "it took \(taken) ms")
+  }
+
+  @Test func serverThatHangsUpAtOnceIsNotAskedAllTheTime() throws {
+    let server = try LiarServer(path: folder.path + "/liar", behaviour: .hangsUp)
+    defer { server.stop() }
+    let harness = try Harness(liar, reconnect: 60_000)
+    harness.submit(.read, tag: 0, offset: 0, bytes: 512)
+    let deadline = EventLoop.now() + 1_500_000_000
+    while EventLoop.now() < deadline { _ = harness.collect(1, seconds: 1) }
+    // At once it would be thousands.
+    #expect((2...8).contains(server.connections), "\(server.connections) connections")
+    #expect(harness.notices.list.count <= 2 * server.connections)
+    harness.engine.abandon()
+    #expect(harness.collect(1) == [0: -5])
+    harness.engine.close()
+  }
+
+  @Test func wordsOfAServerAreCut() throws {
+    let words = [UInt8](repeating: UInt8(ascii: "w"), count: 60_000)
+    let server = try LiarServer(
+      path: folder.path + "/liar",
+      behaviour: .says(LiarServer.greeting + LiarServer.reply(0x8000_0001, words)))
+    defer { server.stop() }
+    let fault = #expect(throws: ImageFault.self) { _ = try Harness(liar) }
+    let message = fault?.message ?? ""
+    #expect(message.contains("wwww"))
+    #expect(message.utf8.count < 500, "\(message.utf8.count) bytes")
+  }
+
+  @Test(arguments: [0, 1, 513, 3000, 4095] as [UInt32]) func blocksOfASizeThatNoDiskHasAreRefused(size: UInt32) throws {
+    let information: [UInt8] =
+      [0, 3]
+      + [size, 4096, 32 << 20].flatMap { word in (0..<4).map { UInt8(truncatingIfNeeded: word >> (24 - 8 * $0)) } }
+    let server = try LiarServer(
+      path: folder.path + "/liar",
+      behaviour: .says(LiarServer.greeting + LiarServer.reply(3, information) + LiarServer.export))
+    defer { server.stop() }
+    if size == 1 {
+      #expect(try Harness(liar).engine.geometry.logicalBlock == 512)
+    } else {
+      let fault = #expect(throws: ImageFault.self) { _ = try Harness(liar) }
+      #expect(fault?.message.contains("block") == true)
+    }
+  }
 }
 
-/// Accepts connections, sends a fixed answer, and hangs up.
+/// A server that greets and goes on as it is told to, on as many connections as come.
 private final class LiarServer: @unchecked Sendable {
-  // Invariant behind @unchecked Sendable: immutable after `init`.
+  // Invariant behind @unchecked Sendable: what changes is atomic, the rest immutable after `init`.
+  enum Behaviour {
+    /// Says this, and hangs up.
+    case says([UInt8])
+    /// A right handshake, and hangs up.
+    case hangsUp
+    /// The same on the first connection; the others are accepted and left alone.
+    case onceThenSilent
+    /// Never silent for long, and never done.
+    case drips
+  }
+
+  static let greeting: [UInt8] = Array("NBDMAGICIHAVEOPT".utf8) + [0, 3]
+
+  static func reply(_ type: UInt32, _ data: [UInt8]) -> [UInt8] {
+    let words: [UInt32] = [0x0003_e889, 0x0455_65a9, 7, type, UInt32(data.count)]
+    return words.flatMap { word in (0..<4).map { UInt8(truncatingIfNeeded: word >> (24 - 8 * $0)) } } + data
+  }
+
+  /// An export of 1 MiB, and the end of the handshake.
+  static let export = reply(3, [0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 1]) + reply(1, [])
+
   private let thread: LoopThread
   private let listener: OwnedDescriptor
+  private let accepted = Atomic<Int>(0)
+  private let isStopped = Atomic<Bool>(false)
 
-  init(path: String, answer: [UInt8]) throws {
-    unlink(path)
-    let raw = Glibc.socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+  var connections: Int { accepted.load(ordering: .relaxed) }
+
+  convenience init(path: String, answer: [UInt8]) throws { try self.init(path: path, behaviour: .says(answer)) }
+
+  init(path: String, behaviour: Behaviour) throws {
+    let raw = try UnixSocket.listen(path, mode: 0o600)
+    _ = fcntl(raw, F_SETFL, fcntl(raw, F_GETFL) & ~O_NONBLOCK)
     listener = OwnedDescriptor(adopting: raw)
-    var name = sockaddr_un()
-    name.sun_family = sa_family_t(AF_UNIX)
-    withUnsafeMutableBytes(of: &name.sun_path) { room in
-      for (index, byte) in path.utf8.enumerated() { room[index] = byte }
-    }
-    let bound = withUnsafePointer(to: &name) {
-      $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-        bind(raw, $0, socklen_t(MemoryLayout<sockaddr_un>.size))
-      }
-    }
-    guard bound == 0, listen(raw, 4) == 0 else { throw Errno.last }
     thread = try LoopThread(name: "liar")
-    thread.loop.enqueue {
-      let client = accept(raw, nil, nil)
-      guard client >= 0 else { return }
-      _ = fcntl(client, F_SETFD, FD_CLOEXEC)
-      _ = answer.withUnsafeBytes { send(client, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL)) }
-      shutdown(client, Int32(SHUT_WR))
-      close(client)
+    thread.loop.enqueue { [self] in
+      var silent: [Int32] = []
+      while case let client = accept(raw, nil, nil), client >= 0 {
+        _ = fcntl(client, F_SETFD, FD_CLOEXEC)
+        let count = accepted.wrappingAdd(1, ordering: .relaxed).newValue
+        switch behaviour {
+        case .says(let bytes): say(bytes, client)
+        case .hangsUp: say(Self.greeting + Self.export, client)
+        case .onceThenSilent where count == 1: say(Self.greeting + Self.export, client)
+        case .onceThenSilent:
+          silent.append(client)
+          continue
+        case .drips: drip(client)
+        }
+        shutdown(client, Int32(SHUT_WR))
+        close(client)
+      }
+      for client in silent { close(client) }
+    }
+  }
+
+  private func say(_ bytes: [UInt8], _ client: Int32) {
+    _ = send(client, bytes, bytes.count, Int32(MSG_NOSIGNAL))
+    // What the client asks for: it is to be through with that before the end.
+    var asked = [UInt8](repeating: 0, count: 4096)
+    _ = recv(client, &asked, asked.count, 0)
+  }
+
+  private func drip(_ client: Int32) {
+    let bytes = Self.greeting + (0..<32).flatMap { _ in Self.reply(9, [UInt8](repeating: 0, count: 60_000)) }
+    for byte in bytes {
+      guard !isStopped.load(ordering: .relaxed) else { return }
+      var one = byte
+      guard send(client, &one, 1, Int32(MSG_NOSIGNAL)) == 1 else { return }
+      usleep(20_000)
     }
   }
 
   func stop() {
+    isStopped.store(true, ordering: .relaxed)
     shutdown(listener.raw, Int32(SHUT_RDWR))
     thread.stopAndJoin()
   }

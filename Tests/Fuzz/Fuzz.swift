@@ -10,21 +10,21 @@ public func fuzzOneInput(_ data: UnsafePointer<UInt8>?, _ count: Int) -> Int32 {
   return 0
 }
 
+/// Every target by its name; `Tests/Fuzz/run` lists the same ones.
+private let targets: [String: @Sendable (UnsafeBufferPointer<UInt8>) -> Void] = [
+  "split-ring": RingTarget.split, "packed-ring": RingTarget.packed, "in-flight": InFlightTarget.run,
+  "mmio": RegisterTarget.run, "blk": BlockTarget.run, "net": NetTarget.run, "source-lock": SourceLockTarget.run,
+  "console": ConsoleTarget.run, "nbd": NBDTarget.run, "xenstore": EntryTarget.run, "xenbus": SetupTarget.run,
+  "json-rpc": ControlTarget.run, "control": ConnectionTarget.run,
+]
+
 /// What the environment chose, once.
 private let target: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = {
   let name = getenv("VXD_FUZZ_TARGET").map { String(cString: $0) } ?? ""
-  switch name {
-  case "split-ring": return RingTarget.split
-  case "packed-ring": return RingTarget.packed
-  case "mmio": return RegisterTarget.run
-  case "blk": return BlockTarget.run
-  case "xenstore": return EntryTarget.run
-  case "xenbus": return SetupTarget.run
-  case "json-rpc": return ControlTarget.run
-  default:
-    fatalError(
-      "VXD_FUZZ_TARGET is one of split-ring, packed-ring, mmio, blk, xenstore, xenbus, json-rpc, not '\(name)'")
+  guard let target = targets[name] else {
+    fatalError("VXD_FUZZ_TARGET is one of \(targets.keys.sorted().joined(separator: ", ")), not '\(name)'")
   }
+  return target
 }()
 
 /// Reads an input front to back; zeros follow its end.

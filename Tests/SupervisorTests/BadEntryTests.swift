@@ -183,4 +183,18 @@ import Xen
     #expect(DeviceEntry.diskIndex(SimulatedToolstack.deviceNumber("xvdq")) == 16)
     #expect(DeviceEntry.diskIndex(768) == nil)
   }
+
+  @Test(arguments: ["/" + String(repeating: "x", count: 5000), "nbd://host/" + String(repeating: "%41", count: 8000)])
+  func nameOfAnImageHasALimit(image: String) throws {
+    let keys = [
+      "frontend": "/local/domain/5/device/virtio_disk/51776", "frontend-id": "5", "online": "1", "state": "1",
+      "params": image, "type": "standalone", "specification": "virtio", "transport": "mmio", "dev": "xvde",
+      "mode": "w", "base": "0", "irq": "0",
+    ]
+    let fault = #expect(throws: EntryFault.self) {
+      _ = try DeviceEntry.parse(DeviceKey(kind: .disk, domain: 5, device: 51776), keys)
+    }
+    #expect(fault?.message.contains("longer than") == true, "\(fault?.message ?? "")")
+    #expect(fault?.message.utf8.count ?? 0 < 300)
+  }
 }

@@ -1,7 +1,10 @@
 import ControlAPI
+import EventLoop
 import Glibc
+import SimulatedXen
 import TestSupport
 import Testing
+import Xen
 
 /// The daemon as a process: `vxd --simulate` with the real vxctl beside it.
 @Suite(.serialized) struct DaemonTests {
@@ -97,6 +100,90 @@ import Testing
       _ = try tmux(["send-keys", "-t", session, "q"])
       #expect(eventually { screen().contains("ended with 0") && !screen().contains("demo/xvde") }, "\(screen())")
     }
+  }
+
+  @Test(arguments: [
+    ["top", "--count", "2", "--interval", "nan"], ["top", "--count", "2", "--interval", "1e300"],
+    ["detach", "demo/xvde", "--deadline", "9223372036854775807"], ["detach", "demo/xvde", "--xenbus", "--deadline=-1"],
+    ["console", "demo", "--seconds", "9223372036854775807"],
+    ["attach", "demo", "disk", "--image", "/x", "--backend", "1", "--wait", "9223372036854775807"],
+    ["reattach", "--backend", "1", "--wait=-9223372036854775808"],
+  ]) func timesBeyondReasonAreRefused(arguments: [String]) throws {
+    try withDaemon { socket, _ in
+      let takesSocket = arguments[0] != "reattach"
+      let (text, status) = run(Self.products + "/vxctl", arguments + (takesSocket ? ["--socket", socket] : []))
+      #expect(status == 64, "\(text)")
+      #expect(text.contains("expected a number of seconds from"), "\(text)")
+    }
+  }
+
+  /// Nobody spins over a socket whose clients cannot be accepted.
+  @Test func daemonWithoutDescriptorsRests() throws {
+    let folder = TemporaryFolder()
+    let socket = folder.path + "/control.sock"
+    let log = open(folder.path + "/log", O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
+    defer { close(log) }
+    let command = "ulimit -n 150; exec \(Self.products)/vxd --simulate --socket \(socket)"
+    let pid = spawn("sh", ["-c", command], [:], output: log, other: -1)
+    defer {
+      kill(pid, SIGKILL)
+      var status: Int32 = 0
+      waitpid(pid, &status, 0)
+    }
+    #expect(eventually { (try? ControlClient(path: socket)) != nil })
+    // They wait in the socket's queue once the daemon has no descriptor left.
+    var clients: [Int32] = []
+    defer { for client in clients { close(client) } }
+    #expect(eventually { access(folder.path + "/metrics.sock", F_OK) == 0 })
+    let isFull = eventually {
+      if let client = try? UnixSocket.connect(socket, nonBlocking: true) { clients.append(client) }
+      // Twice: one alone may be a descriptor that is on its way out.
+      return (0..<2).allSatisfy { _ in TemporaryFolder.names("/proc/\(pid)/fd").count >= 150 }
+    }
+    #expect(isFull, "\(clients.count) clients")
+    for _ in 0..<10 { clients.append(try UnixSocket.connect(folder.path + "/metrics.sock", nonBlocking: true)) }
+    let before = try #require(ticks(of: "vxd-metrics", in: pid))
+    // What is measured: the work of this time.
+    sleep(2)
+    let after = try #require(ticks(of: "vxd-metrics", in: pid))
+    #expect(after - before < 10, "\(after - before) hundredths of a second of work within two seconds")
+  }
+
+  /// Hundredths of a second that a thread of a process has run.
+  private func ticks(of thread: String, in pid: pid_t) -> Int? {
+    let tasks = "/proc/\(pid)/task"
+    for task in TemporaryFolder.names(tasks) {
+      let text = run("cat", ["\(tasks)/\(task)/stat"]).0
+      guard text.contains("(\(thread))"), let rest = text.split(separator: ")").last else { continue }
+      let words = rest.split(separator: " ")
+      // User and system time: fields 14 and 15 of the line.
+      return words.count > 12 ? Int(words[11]).flatMap { user in Int(words[12]).map { user + $0 } } : nil
+    }
+    return nil
+  }
+
+  /// A driver domain owns its nodes, and dom0's operator looks at them.
+  @Test func wordsOfADriverDomainDoNothingToATerminal() throws {
+    let world = try World()
+    defer { world.end() }
+    _ = try world.domain(5, name: "web1", type: "pvh")
+    let store = try XenStore(socketPath: world.server.path)
+    try store.write("/local/domain/0/name", "Domain-0")
+    let thread = try LoopThread(name: "backend")
+    defer { thread.stopAndJoin() }
+    let server = world.server.path
+    thread.loop.enqueue {
+      guard let store = try? XenStore(socketPath: server) else { return }
+      let folder = "/local/domain/0/backend/virtio_disk/5"
+      guard eventually({ store.list(folder)?.isEmpty == false }), let device = store.list(folder)?.first else { return }
+      try? store.write("\(folder)/\(device)/error", "no\u{1b}[2J\u{1b}]0;owned\u{07}\u{9b}31m\u{202e}text")
+    }
+    let (text, status) = run(
+      Self.products + "/vxctl", ["attach", "web1", "disk", "--image", "/x.img", "--backend", "0", "--wait", "20"],
+      environment: ["XENSTORED_PATH": server])
+    #expect(status == 1, "\(text)")
+    #expect(text.contains(#"no\u001b[2J\u001b]0;owned\u0007\u009b31m\u202etext"#), "\(text)")
+    #expect(text.unicodeScalars.allSatisfy { $0.value >= 32 && !(127..<160).contains($0.value) || $0 == "\n" })
   }
 
   /// Each verb is in the manual and in the completions, and each option of vxd in its manual.

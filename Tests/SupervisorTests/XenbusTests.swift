@@ -199,6 +199,46 @@ import Xen
     #expect(eventually { world.toolstack.value("state", disk: "xvde", of: 5) == "6" })
   }
 
+  /// The store still reads and writes the arena for a backend that is being stopped.
+  @Test(arguments: ["reset", "vanish"]) func arenaStaysMappedUntilABackendThatIsStoppedIsDone(end: String) throws {
+    let (world, domain) = try world()
+    defer { world.end() }
+    try world.toolstack.attach(disk: "xvdf", image: world.image("second.img"), to: 5)
+    let (guest, registers) = try world.bootXenbus(domain)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    plan.isHolding = true
+    defer { plan.isHolding = false }
+    guest.putHeader(at: 8 << 20, type: 0, sector: 16)
+    _ = guest.driver.add([
+      .init(8 << 20, 16, writable: false), .init(9 << 20, 4096, writable: true),
+      .init((9 << 20) + 4096, 1, writable: true),
+    ])
+    guest.driver.notify()
+    #expect(eventually { registers.inFlight(0).count == 1 })
+    let mapped = domain.grants.mappedPages
+    #expect(world.call("device.pause", ["guest": "web1", "device": "xvde"])["accepted"] == true)
+    #expect(eventually { world.state("web1", "xvde") == "paused" })
+    if end == "reset" {
+      try registers.store.write("\(registers.frontend)/state", "5")
+    } else {
+      try registers.store.remove(registers.frontend)
+    }
+    // What another device of the guest does comes behind that, on the same threads.
+    let other = try XenbusRegisters(server: world.server, domain: domain, disk: "xvdf")
+    #expect(other.wait(for: "2"))
+    try other.store.write("\(other.frontend)/vx-setup", "1 0")
+    try other.store.write("\(other.frontend)/state", "3")
+    #expect(eventually { other.acknowledgement.hasPrefix("1 error") })
+    #expect(domain.grants.mappedPages == mapped)
+    #expect(domain.grants.boundPorts == 1)
+    #expect(world.toolstack.value("state", disk: "xvde", of: 5) == "4")
+    plan.isHolding = false
+    #expect(registers.wait(for: "6"))
+    #expect(domain.grants.mappedPages == 0)
+    #expect(domain.grants.boundPorts == 0)
+    #expect(registers.revokeAll() == 0)
+  }
+
   // MARK: Failures of the backend
 
   @Test func backendThatFailsIsStartedAgainAndNothingIsLost() throws {

@@ -42,13 +42,23 @@ package enum UnixSocket {
     return raw
   }
 
+  /// Removes a file that an earlier daemon left, of a type that it can have left: anything else at that place is somebody's.
+  ///
+  /// - Throws: EADDRINUSE for another type.
+  package static func removeLeft(_ path: String, type: mode_t = S_IFSOCK) throws(Errno) {
+    var status = stat()
+    guard lstat(path, &status) == 0 else { return }
+    guard status.st_mode & S_IFMT == type else { throw Errno(EADDRINUSE) }
+    unlink(path)
+  }
+
   /// A non-blocking listener. A socket file that nobody listens on any more is replaced.
   package static func listen(_ path: String, mode: UInt32) throws(Errno) -> Int32 {
     if let other = try? connect(path) {
       close(other)
       throw Errno(EADDRINUSE)
     }
-    unlink(path)
+    try removeLeft(path)
     let raw = try make(nonBlocking: true)
     // The mode must hold from the socket's first moment on.
     let mask = umask(0o777 & ~mode)

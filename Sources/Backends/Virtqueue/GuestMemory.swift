@@ -82,6 +82,11 @@ package final class MappingGeneration: Sendable {
   package let clock = Atomic<UInt64>(1)
 
   package init() {}
+
+  /// Counts a withdrawal of mappings that cannot be found any more.
+  ///
+  /// - Returns: the generation of batches that know nothing of them.
+  package func advance() -> UInt64 { current.wrappingAdd(1, ordering: .sequentiallyConsistent).newValue }
 }
 
 /// A ring part mapped on its own.

@@ -78,14 +78,26 @@ extension Virtqueue {
   func markTaken(_ head: UInt16) { mark(head, 1) }
 
   private func mark(_ head: UInt16, _ value: UInt32) {
-    guard let inFlightArea else { return }
+    guard let inFlightArea, head < layout.size else { return }
     inFlightArea.start.storeBytes(of: value.littleEndian, toByteOffset: 4 &* Int(head), as: UInt32.self)
   }
 
-  /// Behind `publish`: the answers are the driver's.
-  func markPublished() {
+  /// Behind `publish`: the answers are the driver's, and it may use their heads again.
+  func releasePublished() {
+    // By pointers of their own, see `claim`.
+    let (claims, heads, count) = (inUse, usedHeads, unpublished)
+    let words = Int(layout.size &+ 63) >> 6
+    if layout.nextAvailable == layout.nextUsed, words <= count {
+      // The device has no others: cheaper than one by one.
+      for word in 0..<words { claims[word] = 0 }
+    } else {
+      for index in 0..<count {
+        let head = heads[index]
+        claims[Int(head &>> 6)] &= ~(1 &<< UInt64(head & 63))
+      }
+    }
     guard inFlightArea != nil else { return }
-    for index in 0..<unpublished { mark(usedHeads[index], 0) }
+    for index in 0..<count { mark(heads[index], 0) }
   }
 
   /// Follows a chain through a table of `count` entries, from the entry `start`, which is below `count`.
@@ -139,13 +151,10 @@ extension Virtqueue {
   }
 
   mutating func pushUsedSplit(_ ticket: ChainTicket, _ length: UInt32) {
-    disclaim(ticket.head)
-    if inFlightArea != nil {
-      // As many as the ring has heads at most, since each is claimed until here.
-      usedHeads[unpublished & Int(layout.size &- 1)] = ticket.head
-      mark(ticket.head, 0x10000 | UInt32(layout.nextUsed))
-    }
-    guard let deviceArea else { return }
+    // At most as many as the ring has heads: each stays claimed until `releasePublished`, so `nextSplit` takes none twice before that.
+    guard let deviceArea, unpublished < Int(layout.size) else { return }
+    usedHeads[unpublished] = ticket.head
+    if inFlightArea != nil { mark(ticket.head, 0x10000 | UInt32(layout.nextUsed)) }
     let entry = deviceArea.start + (4 &+ 8 &* Int(layout.nextUsed & mask))
     entry.storeBytes(of: UInt32(ticket.head).littleEndian, as: UInt32.self)
     entry.storeBytes(of: length.littleEndian, toByteOffset: 4, as: UInt32.self)

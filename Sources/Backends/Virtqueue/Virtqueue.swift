@@ -13,7 +13,8 @@ package struct Virtqueue: ~Copyable {
   let indirect: Bool
   private let source: any GuestMemorySource
   let indirectTable: UnsafeMutableRawPointer
-  /// A bit per head of a split ring that the device works on: a second use of it is the driver's fault.
+  /// A bit per head of a split ring that the device has: from its taking until its answer is published. A second use of it is the
+  /// driver's fault.
   let inUse: UnsafeMutablePointer<UInt64>
   /// Slots of a packed ring that the device works on.
   var occupied = 0
@@ -24,7 +25,7 @@ package struct Virtqueue: ~Copyable {
   /// Slots of the journal whose chains were used since the last `publish`, in that order.
   private let usedSlots: UnsafeMutablePointer<UInt32>
   private var usedSlotCount = 0
-  /// Heads that were used since the last `publish`, for the in-flight area.
+  /// Heads of a split ring that were used since the last `publish`: the first `unpublished` of as many as the ring has.
   let usedHeads: UnsafeMutablePointer<UInt16>
   /// The journal's chains must be taken over before anything else.
   private var adopts = false
@@ -51,7 +52,7 @@ package struct Virtqueue: ~Copyable {
     self.journal = journal
     self.adopts = adopts && journal != nil
     usedSlots = .allocate(capacity: max(1, journal?.slotCount ?? 1))
-    usedHeads = .allocate(capacity: layout.inFlightArea == nil ? 1 : Int(layout.size))
+    usedHeads = .allocate(capacity: isPacked ? 1 : max(1, Int(layout.size)))
     try layout.validate(maximum: maximumSize, packed: isPacked)
     self.layout = layout
     self.chainLimit = chainLimit
@@ -185,7 +186,7 @@ package struct Virtqueue: ~Copyable {
     defer { unpublished = 0 }
     journal?.intend(layout.nextUsed)
     let wantsInterrupt = isPacked ? publishPacked() : publishSplit()
-    markPublished()
+    if !isPacked { releasePublished() }
     guard let journal else { return wantsInterrupt }
     journal.settle(layout.nextUsed, wrap: layout.usedWrapCounter)
     for index in 0..<usedSlotCount { journal.free(Int(usedSlots[index])) }

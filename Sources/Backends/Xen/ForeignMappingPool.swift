@@ -1,4 +1,3 @@
-import EventLoop
 import Synchronization
 package import Virtqueue
 
@@ -22,9 +21,8 @@ package struct PoolStatistics: Equatable, Sendable {
 /// One guest's memory as foreign mappings: buckets mapped on first use, evicted least recently used first under a budget, and
 /// all withdrawn on an invalidation.
 ///
-/// Mappings are withdrawn in two steps, so that no thread ever follows a pointer into the void: they leave the pool while the
-/// generation is bumped, and are unmapped when no viewer works with an older generation any more (see `MemoryViewer`). An
-/// invalidation waits for that, since it may be answered only when the mappings are gone; an eviction does not.
+/// Mappings are withdrawn in two steps (`MappingLimbo`). An invalidation waits for the second, since it may be answered only when the
+/// mappings are gone; an eviction does not.
 package final class ForeignMappingPool: GuestMemorySource {
   /// A mapping and its bookkeeping. Lives until it is unmapped.
   private struct Mapping {
@@ -44,9 +42,8 @@ package final class ForeignMappingPool: GuestMemorySource {
     var buckets: [UInt64: Mapping] = [:]
     var ranges: [UInt64: Mapping] = [:]
     var nextRange: UInt64 = 1
-    /// Left the pool, still mapped: with the generation that viewers must have reached.
-    var limbo: [(mapping: Mapping, generation: UInt64)] = []
-    var viewers: [MemoryViewer] = []
+    /// Left the pool, still mapped.
+    var limbo = MappingLimbo<Mapping>()
     var statistics = PoolStatistics()
     var isClosed = false
   }
@@ -88,12 +85,12 @@ package final class ForeignMappingPool: GuestMemorySource {
   // MARK: GuestMemorySource
 
   package func add(viewer: MemoryViewer) {
-    state.withLock { $0.viewers.append(viewer) }
+    state.withLock { $0.limbo.add(viewer) }
   }
 
   package func remove(viewer: MemoryViewer) {
     state.withLock { state in
-      state.viewers.removeAll { $0 === viewer }
+      state.limbo.remove(viewer)
       reclaim(&state)
     }
   }
@@ -178,48 +175,32 @@ package final class ForeignMappingPool: GuestMemorySource {
       if !closing { state.statistics.invalidations &+= 1 }
       // Linux balloons in batches, with one invalidation each: the empty case must be cheap.
       if state.buckets.isEmpty && state.ranges.isEmpty && state.limbo.isEmpty { return nil }
-      let next = bumpGeneration()
+      let next = generation.advance()
       generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
-      for mapping in state.buckets.values { state.limbo.append((mapping, next)) }
-      for mapping in state.ranges.values { state.limbo.append((mapping, next)) }
+      for mapping in state.buckets.values { state.limbo.put(mapping, next) }
+      for mapping in state.ranges.values { state.limbo.put(mapping, next) }
       state.buckets.removeAll(keepingCapacity: true)
       state.ranges.removeAll(keepingCapacity: true)
       return next
     }
     guard target != nil else { return }
-    // A batch lasts microseconds, so yielding is enough; the vCPU that gave the pages back waits meanwhile.
-    while true {
-      let left = state.withLock { state in
+    // The vCPU that gave the pages back waits meanwhile.
+    waitForBatches {
+      state.withLock { state in
         reclaim(&state)
-        return state.limbo.count
+        return state.limbo.isEmpty
       }
-      if left == 0 { return }
-      yieldThread()
     }
-  }
-
-  private func bumpGeneration() -> UInt64 {
-    generation.current.wrappingAdd(1, ordering: .sequentiallyConsistent).newValue
   }
 
   private func withdraw(_ number: UInt64, _ state: inout State) {
     guard let mapping = state.buckets.removeValue(forKey: number) else { return }
-    state.limbo.append((mapping, bumpGeneration()))
+    state.limbo.put(mapping, generation.advance())
   }
 
   /// Unmaps what left the pool and is used by nobody any more.
   private func reclaim(_ state: inout State) {
-    guard !state.limbo.isEmpty else { return }
-    var oldest = UInt64.max
-    for viewer in state.viewers {
-      let epoch = viewer.epoch.load(ordering: .sequentiallyConsistent)
-      if epoch != 0 { oldest = min(oldest, epoch) }
-    }
-    var kept: [(mapping: Mapping, generation: UInt64)] = []
-    for entry in state.limbo {
-      if entry.generation <= oldest { unmap(entry.mapping, &state) } else { kept.append(entry) }
-    }
-    state.limbo = kept
+    for mapping in state.limbo.takeUnused() { unmap(mapping, &state) }
   }
 
   // MARK: Mapping calls

@@ -7,9 +7,12 @@ package import Virtqueue
 /// There is a ladder, for a host whose maptrack table or budget is short: the whole arena is mapped (data moves straight to and
 /// from it); or the rings alone are, and everything else goes by grant copy; or, when not even those fit, the driver waits. Want of
 /// room is never an I/O error.
+///
+/// `attach` and `detach` are called by one thread, the guest's, or where there is no other any more. What `detach` takes away goes in two
+/// steps (`MappingLimbo`): a data thread that is in a batch meanwhile finds its pointers mapped until the batch ends.
 package final class GrantPool: GuestMemorySource, @unchecked Sendable {
-  // Invariant behind @unchecked Sendable: `state` is under a lock; `valid` and `stamp` are words for sharing that never move, and are
-  // written while no queue is live, or by any thread without harm.
+  // Invariant behind @unchecked Sendable: `state` is under a lock; `valid` and `stamp` never move. `valid` is written while nothing is
+  // mapped and no batch knows of it, `stamp` by any thread without harm.
 
   /// Why an arena cannot be had.
   package enum AttachFault: Error, Equatable {
@@ -28,12 +31,22 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     case copied
   }
 
+  /// Pages that are mapped contiguously, and by whom.
+  private struct Mapping {
+    var handle: any GrantHandle
+    var start: UnsafeMutableRawPointer
+    var pages: Int
+  }
+
   private struct State: ~Copyable {
     var mode = Mode.unattached
     var handle: (any GrantHandle)?
     var references: [UInt32] = []
-    var base: UnsafeMutableRawPointer?
-    var ranges: [UInt64: (start: UnsafeMutableRawPointer, pages: Int)] = [:]
+    /// The whole arena.
+    var arena: Mapping?
+    var ranges: [UInt64: Mapping] = [:]
+    /// Left the pool, still mapped.
+    var limbo = MappingLimbo<Mapping>()
     var nextRange: UInt64 = 1
     var statistics = PoolStatistics()
   }
@@ -65,7 +78,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   }
 
   package var mode: Mode { state.withLock { $0.mode } }
-  /// Mappings stay until `detach`, which is called when no queue is live.
+  /// Mappings stay until `detach`, which is called when no queue is to be served any more.
   package var isStable: Bool { mode == .mapped }
   /// Bytes that went by grant copy, for want of room.
   package var copied: UInt64 { copiedBytes.load(ordering: .relaxed) }
@@ -93,8 +106,8 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     let result: Result<Void, AttachFault> = state.withLock { state in
       state.handle = handle
       state.references = references
-      if let base = map(references[...], &state) {
-        state.base = base
+      if let arena = map(references[...], &state) {
+        state.arena = arena
         state.mode = .mapped
         for index in references.indices { valid[index >> 6] |= 1 << UInt64(index & 63) }
         return .success(())
@@ -110,12 +123,11 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
         }
       }
       // Whether the rings fit is seen now, not when the first request comes.
-      var trial: [(UnsafeMutableRawPointer, Int)] = []
-      defer { for (start, count) in trial { unmap(start, count, &state) } }
+      var trial: [Mapping] = []
+      defer { for mapping in trial { unmap(mapping, &state) } }
       for (address, length) in rings {
-        let pages = Self.pages(address, length)
-        guard let start = map(references[pages], &state) else { return .failure(.noRoom) }
-        trial.append((start, pages.count))
+        guard let mapping = map(references[Self.pages(address, length)], &state) else { return .failure(.noRoom) }
+        trial.append(mapping)
       }
       state.mode = .copied
       return .success(())
@@ -133,24 +145,32 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     Int(address >> 12)...Int((address &+ UInt64(max(length, 1) - 1)) >> 12)
   }
 
-  /// Gives everything back: the driver disconnects, and no queue is live.
+  /// Gives everything back: the driver disconnects. When this returns, nothing is mapped any more; batches that use it are waited for.
   package func detach() {
     state.withLock { state in
       guard state.handle != nil else { return }
-      generation.current.wrappingAdd(1, ordering: .sequentiallyConsistent)
-      generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
-      for index in 0..<Self.words { valid[index] = 0 }
-      if let base = state.base { unmap(base, state.references.count, &state) }
-      for range in state.ranges.values { unmap(range.start, range.pages, &state) }
-      state.base = nil
+      let (arena, ranges) = (state.arena, state.ranges)
+      state.arena = nil
       state.ranges = [:]
       state.references = []
       state.handle = nil
       state.mode = .unattached
+      let next = generation.advance()
+      generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
+      if let arena { state.limbo.put(arena, next) }
+      for range in ranges.values { state.limbo.put(range, next) }
+    }
+    waitForBatches {
+      state.withLock { state in
+        for mapping in state.limbo.takeUnused() { unmap(mapping, &state) }
+        guard state.limbo.isEmpty else { return false }
+        if state.handle == nil { for index in 0..<Self.words { valid[index] = 0 } }
+        return true
+      }
     }
   }
 
-  private func map(_ references: ArraySlice<UInt32>, _ state: inout State) -> UnsafeMutableRawPointer? {
+  private func map(_ references: ArraySlice<UInt32>, _ state: inout State) -> Mapping? {
     guard let handle = state.handle, budget.take(references.count) else { return nil }
     state.statistics.mapCalls &+= 1
     guard let start = try? handle.map(Array(references), writable: true) else {
@@ -158,26 +178,27 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       return nil
     }
     state.statistics.mappedPages += references.count
-    return start
+    return Mapping(handle: handle, start: start, pages: references.count)
   }
 
-  private func unmap(_ start: UnsafeMutableRawPointer, _ count: Int, _ state: inout State) {
+  private func unmap(_ mapping: Mapping, _ state: inout State) {
     state.statistics.unmapCalls &+= 1
-    state.statistics.mappedPages -= count
-    state.handle?.unmap(start, count: count)
-    budget.give(count)
+    state.statistics.mappedPages -= mapping.pages
+    mapping.handle.unmap(mapping.start, count: mapping.pages)
+    budget.give(mapping.pages)
   }
 
   // MARK: GuestMemorySource
 
-  package func add(viewer: MemoryViewer) {}
-  package func remove(viewer: MemoryViewer) {}
+  package func add(viewer: MemoryViewer) { state.withLock { $0.limbo.add(viewer) } }
+
+  package func remove(viewer: MemoryViewer) { state.withLock { $0.limbo.remove(viewer) } }
 
   package func bucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping {
     let result: Result<BucketMapping, GuestMemoryFault> = state.withLock { state in
       state.statistics.misses &+= 1
       guard number == 0, state.mode != .unattached else { return .failure(.unmapped(address: number << 27)) }
-      guard let base = state.base else { return .failure(.mappingFailed) }
+      guard let base = state.arena?.start else { return .failure(.mappingFailed) }
       return .success(BucketMapping(base: base, validPages: UnsafePointer(valid), stamp: stamp))
     }
     return try result.get()
@@ -189,20 +210,22 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
       let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1)))
       guard !overflow, end <= UInt64(state.references.count) << 12 else { return .failure(.unmapped(address: address)) }
-      if let base = state.base { return .success(RangeMapping(start: base + Int(address), identifier: 0)) }
-      let pages = Self.pages(address, length)
-      guard let start = map(state.references[pages], &state) else { return .failure(.mappingFailed) }
+      if let base = state.arena?.start { return .success(RangeMapping(start: base + Int(address), identifier: 0)) }
+      guard let mapping = map(state.references[Self.pages(address, length)], &state) else {
+        return .failure(.mappingFailed)
+      }
       let identifier = state.nextRange
       state.nextRange &+= 1
-      state.ranges[identifier] = (start, pages.count)
-      return .success(RangeMapping(start: start + Int(address & 4095), identifier: identifier))
+      state.ranges[identifier] = mapping
+      return .success(RangeMapping(start: mapping.start + Int(address & 4095), identifier: identifier))
     }
     return try result.get()
   }
 
   package func unmapRange(_ range: RangeMapping) {
     state.withLock { state in
-      if let known = state.ranges.removeValue(forKey: range.identifier) { unmap(known.start, known.pages, &state) }
+      // Gone already after `detach`: then there is nothing to do.
+      if let mapping = state.ranges.removeValue(forKey: range.identifier) { unmap(mapping, &state) }
     }
   }
 

@@ -116,7 +116,7 @@ package final class XenStore {
   package func wait(on paths: [String], seconds: Int, until condition: () -> Bool) -> Bool {
     for path in paths { try? watch(path, token: "wait") }
     defer { for path in paths { unwatch(path, token: "wait") } }
-    let end = EventLoop.now() &+ UInt64(seconds) &* 1_000_000_000
+    let end = EventLoop.now() &+ UInt64(min(max(seconds, 0), 1 << 30)) &* 1_000_000_000
     while true {
       while nextEvent() != nil {}
       if condition() { return true }

@@ -148,13 +148,12 @@ package struct BlockPump: ~Copyable {
   /// The store has another size: requests that are taken from now on are checked against it.
   package mutating func set(capacity: UInt64) { geometry.capacity = capacity }
 
-  /// Ends the present life: from now on no guest memory is touched. What the engine still works on is completed into our own
+  /// Ends the present life, outside of a batch, so nothing is staged: from now on no guest memory is touched. What the engine still works on is completed into our own
   /// buffers and dropped; where it still reaches guest memory itself, it is waited for.
   ///
   /// The journal stays as it is: whoever goes on with the queue finds all chains in it that have no published answer.
   package mutating func deactivate() {
     isActive = false
-    submit()
     life &+= 1
     orphans &+= inFlight
     inFlight = 0
@@ -258,6 +257,8 @@ package struct BlockPump: ~Copyable {
         }
       }
     } catch {
+      // What was taken before the fault: its vectors are good for this batch only.
+      submit()
       if case .badLayout = error { throw .memory }
       throw .virtqueue(error)
     }

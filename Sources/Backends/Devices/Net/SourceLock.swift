@@ -20,9 +20,9 @@ package struct InternetAddress: Equatable, Hashable, Sendable {
 
 /// Which sources a guest may use (MAC lock, and optionally an IP, ARP and neighbour-discovery lock). Looks at a copy of a packet's first
 /// bytes, which the guest cannot change any more.
-struct SourceLock: ~Copyable {
+package struct SourceLock: ~Copyable {
   /// Bytes of a packet that are looked at, its link header included: all that the checks below read.
-  static let headBytes = 128
+  package static let headBytes = 128
 
   private let mac: UInt64?
   private let addresses: UnsafeMutablePointer<InternetAddress>
@@ -32,7 +32,7 @@ struct SourceLock: ~Copyable {
   /// - Parameters:
   ///   - mac: the only hardware address; nil for any.
   ///   - addresses: the only IP addresses; nil for any.
-  init(mac: MACAddress?, addresses: [InternetAddress]?) {
+  package init(mac: MACAddress?, addresses: [InternetAddress]?) {
     self.mac = mac?.value
     locksAddresses = addresses != nil
     var all = addresses ?? []
@@ -50,7 +50,7 @@ struct SourceLock: ~Copyable {
 
   /// - Parameter count: bytes at `frame`, of which there may be fewer than `headBytes` when the packet is short.
   /// - Returns: why the packet may not go; nil when it may.
-  func refuses(_ frame: UnsafeRawPointer, _ count: Int) -> DropReason? {
+  package func refuses(_ frame: UnsafeRawPointer, _ count: Int) -> DropReason? {
     guard count >= 14 else { return .malformed }
     if let mac, Self.number(frame, 6, 6) != mac { return .foreignMAC }
     guard locksAddresses else { return nil }

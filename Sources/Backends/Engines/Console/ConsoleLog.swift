@@ -16,7 +16,10 @@ final class ConsoleLog {
   deinit { if descriptor >= 0 { close(descriptor) } }
 
   private func openFile() throws(Errno) {
-    descriptor = try retrying { open(settings.path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY, 0o640) }
+    // Not through a link at its end: this process may write where whoever can put one there may not.
+    descriptor = try retrying {
+      open(settings.path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW, 0o640)
+    }
     var status = stat()
     size = fstat(descriptor, &status) == 0 ? UInt64(max(0, status.st_size)) : 0
   }

@@ -230,10 +230,14 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     tcgetattr(ptySlave, &raw)
     cfmakeraw(&raw)
     tcsetattr(ptySlave, TCSANOW, &raw)
-    unlink(link)
     let path = String(decoding: name.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    guard symlink(path, link) == 0 else {
-      let failure = Errno.last
+    do throws(Errno) {
+      try UnixSocket.removeLeft(link, type: S_IFLNK)
+      guard symlink(path, link) == 0 else { throw Errno.last }
+    } catch {
+      let failure = error
+      Glibc.close(ptySlave)
+      ptySlave = -1
       Glibc.close(master)
       throw ConsoleFault(message: "pty: the link '\(link)' cannot be made: \(failure)")
     }

@@ -5,25 +5,21 @@ import Glibc
 
 /// A connection to an NBD server, past its handshake: fixed newstyle, NBD_OPT_GO, simple replies.
 ///
-/// Making one blocks, with limits; it is not done on a thread that serves a live queue.
+/// Making one blocks, up to a deadline; it is not done on a thread that serves a live queue.
 struct NBDConnection: ~Copyable, Sendable {
-  /// Seconds that a server may take for each step of the handshake.
-  private static let limit = 10
-
   let descriptor: OwnedDescriptor
   let capacity: UInt64
   let flags: UInt16
   let minimumBlock: UInt32
   let maximumBytes: UInt32
 
-  /// Connects and agrees on the export; the descriptor is non-blocking afterwards.
-  init(_ address: NBDAddress) throws(ImageFault) {
-    let connected = OwnedDescriptor(adopting: try Self.connect(address))
-    var link = Handshake(socket: connected.raw, address: address)
+  /// Connects and agrees on the export; the descriptor is non-blocking.
+  ///
+  /// - Parameter patience: how long all of that may take. The resolution of a host's name has limits of its own.
+  init(_ address: NBDAddress, _ patience: NBDPatience) throws(ImageFault) {
+    let connected = OwnedDescriptor(adopting: try Self.connect(address, patience))
+    var link = Handshake(socket: connected.raw, address: address, patience: patience)
     let export = try link.perform()
-    guard fcntl(connected.raw, F_SETFL, fcntl(connected.raw, F_GETFL) | O_NONBLOCK) == 0 else {
-      throw .host(what: "cannot set a socket up", Errno.last)
-    }
     descriptor = connected
     capacity = export.capacity
     flags = export.flags
@@ -34,7 +30,7 @@ struct NBDConnection: ~Copyable, Sendable {
   /// The socket alone, for an engine that knows the export already.
   consuming func takeDescriptor() -> OwnedDescriptor { descriptor }
 
-  private static func connect(_ address: NBDAddress) throws(ImageFault) -> Int32 {
+  private static func connect(_ address: NBDAddress, _ patience: NBDPatience) throws(ImageFault) -> Int32 {
     switch address.place {
     case .unix(let path):
       var target = sockaddr_un()
@@ -44,7 +40,7 @@ struct NBDConnection: ~Copyable, Sendable {
       }
       let result = withUnsafePointer(to: &target) {
         $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-          open(AF_UNIX, $0, socklen_t(MemoryLayout<sockaddr_un>.size))
+          open(AF_UNIX, $0, socklen_t(MemoryLayout<sockaddr_un>.size), patience)
         }
       }
       return try unwrap(result, address)
@@ -61,7 +57,9 @@ struct NBDConnection: ~Copyable, Sendable {
       var entry: UnsafeMutablePointer<addrinfo>? = first
       while let candidate = entry {
         if let name = candidate.pointee.ai_addr {
-          result = open(candidate.pointee.ai_family, name, candidate.pointee.ai_addrlen)
+          // One that does not answer leaves half of the time to those behind it.
+          let share = candidate.pointee.ai_next == nil ? patience : patience.half
+          result = open(candidate.pointee.ai_family, name, candidate.pointee.ai_addrlen, share)
           if case .success = result { break }
         }
         entry = candidate.pointee.ai_next
@@ -77,25 +75,64 @@ struct NBDConnection: ~Copyable, Sendable {
     }
   }
 
-  /// A connected stream socket with limits on each read and write (SO_SNDTIMEO limits `connect` too).
+  /// A connected stream socket, non-blocking.
   private static func open(
-    _ family: Int32, _ name: UnsafePointer<sockaddr>, _ length: socklen_t
+    _ family: Int32, _ name: UnsafePointer<sockaddr>, _ length: socklen_t, _ patience: NBDPatience
   ) -> Result<Int32, Errno> {
-    let raw = socket(family, Int32(SOCK_STREAM.rawValue) | clinux_socket_cloexec(), 0)
+    let raw = socket(family, Int32(SOCK_STREAM.rawValue | SOCK_NONBLOCK.rawValue) | clinux_socket_cloexec(), 0)
     guard raw >= 0 else { return .failure(Errno.last) }
-    var time = timeval(tv_sec: limit, tv_usec: 0)
     var one: Int32 = 1
-    setsockopt(raw, SOL_SOCKET, SO_RCVTIMEO, &time, socklen_t(MemoryLayout<timeval>.size))
-    setsockopt(raw, SOL_SOCKET, SO_SNDTIMEO, &time, socklen_t(MemoryLayout<timeval>.size))
     setsockopt(raw, SOL_SOCKET, SO_KEEPALIVE, &one, 4)
     if family != AF_UNIX { setsockopt(raw, Int32(IPPROTO_TCP), TCP_NODELAY, &one, 4) }
-    while Glibc.connect(raw, name, length) != 0 {
-      if errno == EINTR { continue }
-      let failure = Errno.last
+    var failure: Int32 = Glibc.connect(raw, name, length) == 0 ? 0 : errno
+    if failure == EINPROGRESS || failure == EINTR {
+      var size = socklen_t(MemoryLayout<Int32>.size)
+      failure = ETIMEDOUT
+      if patience.wait(for: raw, Int16(POLLOUT)) { getsockopt(raw, SOL_SOCKET, SO_ERROR, &failure, &size) }
+    }
+    guard failure == 0 else {
       close(raw)
-      return .failure(failure.code == EINPROGRESS ? Errno(ETIMEDOUT) : failure)
+      return .failure(Errno(failure))
     }
     return .success(raw)
+  }
+}
+
+/// How long a server is waited for: until a moment, or until somebody calls it off.
+struct NBDPatience: Sendable {
+  /// Monotonic nanoseconds.
+  private let end: UInt64
+  /// Readable when the wait is called off; -1 for never. Its owner keeps it open meanwhile.
+  private let callOff: Int32
+
+  init(milliseconds: UInt64, callOff: Int32 = -1) {
+    end = EventLoop.now() &+ milliseconds &* 1_000_000
+    self.callOff = callOff
+  }
+
+  private init(end: UInt64, callOff: Int32) {
+    self.end = end
+    self.callOff = callOff
+  }
+
+  /// Half of what is left of it.
+  var half: NBDPatience {
+    let now = EventLoop.now()
+    return NBDPatience(end: end > now ? now &+ (end &- now) / 2 : end, callOff: callOff)
+  }
+
+  /// Waits until a descriptor is ready; false when the time is over first, or the wait is called off.
+  func wait(for descriptor: Int32, _ events: Int16) -> Bool {
+    while true {
+      let now = EventLoop.now()
+      guard now < end else { return false }
+      var descriptors = [
+        pollfd(fd: descriptor, events: events, revents: 0), pollfd(fd: callOff, events: Int16(POLLIN), revents: 0),
+      ]
+      let count = poll(&descriptors, 2, Int32(clamping: (end &- now) / 1_000_000 &+ 1))
+      if count < 0 && errno != EINTR { return false }
+      if count > 0 { return descriptors[1].revents == 0 }
+    }
   }
 }
 
@@ -110,13 +147,17 @@ private struct Handshake {
 
   /// The longest reply to an option that is looked at.
   private static let replyLimit = 65536
+  /// Of what a server says to people.
+  private static let wordsLimit = 256
 
   let socket: Int32
   let address: NBDAddress
+  let patience: NBDPatience
 
-  init(socket: Int32, address: NBDAddress) {
+  init(socket: Int32, address: NBDAddress, patience: NBDPatience) {
     self.socket = socket
     self.address = address
+    self.patience = patience
   }
 
   mutating func perform() throws(ImageFault) -> Export {
@@ -150,7 +191,7 @@ private struct Handshake {
         return export
       }
       if type & NBDProtocol.replyIsError != 0 {
-        let words = String(decoding: data.filter { $0 >= 32 && $0 < 127 }, as: UTF8.self)
+        let words = String(decoding: data.filter { $0 >= 32 && $0 < 127 }.prefix(Self.wordsLimit), as: UTF8.self)
         let reason =
           type & 0xffff == 6 ? "there is no export '\(address.export)'" : "the server refuses (\(type & 0xffff))"
         throw fault(words.isEmpty ? reason : "\(reason): \(words)")
@@ -183,15 +224,16 @@ private struct Handshake {
     (0..<width).reversed().map { UInt8(truncatingIfNeeded: value >> UInt64(8 * $0)) }
   }
 
+  private var tooLate: ImageFault { fault("the server does not answer within the time for a handshake") }
+
   private func receive(_ count: Int) throws(ImageFault) -> [UInt8] {
     var data = [UInt8](repeating: 0, count: count)
     var done = 0
     while done < count {
+      guard patience.wait(for: socket, Int16(POLLIN)) else { throw tooLate }
       let got = data.withUnsafeMutableBytes { recv(socket, $0.baseAddress.map { $0 + done }, count - done, 0) }
-      if got < 0 && errno == EINTR { continue }
-      guard got > 0 else {
-        throw fault(got == 0 ? "the server hung up" : "the server does not answer: \(Errno.last)")
-      }
+      if got < 0 && (errno == EINTR || errno == EAGAIN) { continue }
+      guard got > 0 else { throw fault(got == 0 ? "the server hung up" : "the connection broke: \(Errno.last)") }
       done += got
     }
     return data
@@ -200,10 +242,11 @@ private struct Handshake {
   private func send(_ data: [UInt8]) throws(ImageFault) {
     var done = 0
     while done < data.count {
+      guard patience.wait(for: socket, Int16(POLLOUT)) else { throw tooLate }
       let sent = data.withUnsafeBytes {
         Glibc.send(socket, $0.baseAddress.map { $0 + done }, data.count - done, Int32(MSG_NOSIGNAL))
       }
-      if sent < 0 && errno == EINTR { continue }
+      if sent < 0 && (errno == EINTR || errno == EAGAIN) { continue }
       guard sent > 0 else { throw fault("the server does not listen: \(Errno.last)") }
       done += sent
     }

@@ -76,17 +76,20 @@ package final class NBDEngine: BlockEngine {
   /// - Parameters:
   ///   - depth: operations at a time at most; tags are below it.
   ///   - reconnectMilliseconds: how long requests wait for a lost server before they fail.
+  ///   - handshakeMilliseconds: how long connecting and agreeing on the export may take, each time.
   package init(
     address: NBDAddress, readOnly: Bool, discard: Bool, depth: Int, reconnectMilliseconds: UInt64,
-    onNotice: @escaping Notice
+    handshakeMilliseconds: UInt64 = 10_000, onNotice: @escaping Notice
   ) throws(ImageFault) {
-    let connection = try NBDConnection(address)
+    let connection = try NBDConnection(address, NBDPatience(milliseconds: handshakeMilliseconds))
     flags = NBDProtocol.ExportFlags(rawValue: connection.flags)
     guard readOnly || !flags.contains(.readOnly) else {
       throw .nbd(address.text, "the export is read-only and the disk is not (mode 'r' would do)")
     }
-    guard connection.minimumBlock <= 4096 else {
-      throw .nbd(address.text, "the export's smallest block has \(connection.minimumBlock) bytes; 4096 is the most")
+    guard connection.minimumBlock <= 4096, connection.minimumBlock.nonzeroBitCount == 1 else {
+      throw .nbd(
+        address.text,
+        "the export's smallest block has \(connection.minimumBlock) bytes; expected a power of two up to 4096")
     }
     guard connection.maximumBytes >= BlockConfiguration.segmentBytesMaximum else {
       throw .nbd(address.text, "the server takes \(connection.maximumBytes) bytes at a time; 1 MiB is needed")
@@ -104,7 +107,8 @@ package final class NBDEngine: BlockEngine {
     do throws(Errno) {
       epoll = OwnedDescriptor(adopting: try retrying { epoll_create1(Int32(EPOLL_CLOEXEC)) })
       wakeUp = try EventDescriptor()
-      connector = try NBDConnector(address, capacity: geometry.capacity, wakeUp: wakeUp.raw)
+      connector = try NBDConnector(
+        address, capacity: geometry.capacity, handshakeMilliseconds: handshakeMilliseconds, wakeUp: wakeUp.raw)
     } catch {
       throw .host(what: "cannot make an NBD engine", error)
     }

@@ -1,0 +1,134 @@
+import EventLoop
+import SimulatedXen
+import TestSupport
+import Testing
+import Virtqueue
+import Xen
+
+/// An arena whose driver goes while data threads are at work in it.
+@Suite struct GrantPoolTests {
+  private let domain: SimulatedDomain
+  private let pool: GrantPool
+  private let grants: any GrantHandle
+  private let references: [UInt32]
+
+  init() throws {
+    domain = try SimulatedDomain(identifier: 3, memoryBytes: 1 << 20)
+    let hypervisor = SimulatedHypervisor()
+    hypervisor.add(domain)
+    grants = try hypervisor.openGrants(3)
+    pool = GrantPool(budget: GrantBudget())
+    let domain = domain
+    references = (0..<64).map { domain.grants.grant(frame: UInt64($0), writable: true) }
+  }
+
+  /// A data thread in a batch, which looks at a byte of the guest's for as long as it lasts.
+  private final class Batch {
+    private let thread: LoopThread
+    private let leave = Latch()
+
+    /// - Parameter begin: what the batch does first.
+    init(_ pool: GrantPool, _ begin: @escaping @Sendable (inout GuestMemoryView) -> UnsafeMutableRawPointer?) throws {
+      thread = try LoopThread(name: "viewer")
+      let (entered, leave) = (Latch(), leave)
+      thread.loop.enqueue {
+        var view = GuestMemoryView(source: pool)
+        _ = view.enter()
+        let start = begin(&view)
+        entered.open()
+        leave.wait()
+        // What is mapped no more kills the process here.
+        _ = start?.load(as: UInt8.self)
+        view.leave()
+      }
+      entered.wait()
+    }
+
+    func end() {
+      leave.open()
+      thread.stopAndJoin()
+    }
+  }
+
+  /// Detaches from another thread, as the guest's thread does.
+  private final class Detaching {
+    private let thread: LoopThread
+    private let done = Latch()
+
+    init(_ pool: GrantPool) throws {
+      thread = try LoopThread(name: "guest")
+      let done = done
+      thread.loop.enqueue {
+        pool.detach()
+        done.open()
+      }
+    }
+
+    func isDone(within seconds: Int) -> Bool { done.wait(seconds: seconds) }
+    func join() { thread.stopAndJoin() }
+  }
+
+  @Test func arenaStaysMappedUntilTheLastBatchInItEnds() throws {
+    try pool.attach(grants, references, rings: [])
+    let batch = try Batch(pool) { view in try? view.translate(0x3000, 16).pointer }
+    let detaching = try Detaching(pool)
+    // It has left the pool, and it is mapped.
+    #expect(eventually { pool.mode == .unattached })
+    #expect(domain.grants.mappedPages == 64)
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    #expect(throws: GuestMemoryFault.self) { _ = try view.translate(0x3000, 16) }
+    view.leave()
+    batch.end()
+    #expect(detaching.isDone(within: 10))
+    #expect(domain.grants.mappedPages == 0)
+    detaching.join()
+  }
+
+  @Test func ringsOfACopiedArenaStayMappedUntilTheLastBatchEnds() throws {
+    domain.grants.largeMapFailures.store(.max, ordering: .relaxed)
+    try pool.attach(grants, references, rings: [(0x1000, 4096)])
+    #expect(pool.mode == .copied)
+    let pool = pool
+    let batch = try Batch(pool) { _ in try? pool.mapRange(address: 0x1000, length: 100).start }
+    #expect(domain.grants.mappedPages == 1)
+    let detaching = try Detaching(pool)
+    #expect(eventually { pool.mode == .unattached })
+    #expect(domain.grants.mappedPages == 1)
+    batch.end()
+    #expect(detaching.isDone(within: 10))
+    #expect(domain.grants.mappedPages == 0)
+    detaching.join()
+  }
+
+  @Test func batchThatBeginsBehindTheEndHoldsNothingUp() throws {
+    try pool.attach(grants, references, rings: [])
+    let batch = try Batch(pool) { view in try? view.translate(0, 16).pointer }
+    let detaching = try Detaching(pool)
+    #expect(eventually { pool.mode == .unattached })
+    let later = try Batch(pool) { view in try? view.translate(0, 16).pointer }
+    batch.end()
+    #expect(detaching.isDone(within: 10))
+    #expect(domain.grants.mappedPages == 0)
+    detaching.join()
+    later.end()
+  }
+
+  @Test func arenaIsAttachedAgainOnlyBehindTheEndOfTheOldOne() throws {
+    for _ in 0..<50 {
+      try pool.attach(grants, references, rings: [])
+      let batch = try Batch(pool) { view in try? view.translate(0, 16).pointer }
+      let thread = try LoopThread(name: "guest")
+      let (pool, grants, references) = (pool, grants, references)
+      thread.loop.enqueue { try? pool.attach(grants, references, rings: []) }
+      batch.end()
+      thread.perform {}
+      thread.stopAndJoin()
+      #expect(pool.mode == .mapped)
+      #expect(domain.grants.mappedPages == 64)
+    }
+    pool.detach()
+    #expect(domain.grants.mappedPages == 0)
+    #expect(pool.statistics.mappedPages == 0)
+  }
+}
