@@ -34,7 +34,7 @@
 #define VX_REFS_PER_PAGE	(PAGE_SIZE / sizeof(__le32))
 #define VX_MAX_MAPPING		(256 * 1024)
 /* Drivers make no larger requests, unless the administrator says so. */
-#define VX_FILLED		(4 * 1024 * 1024)
+#define VX_FILLED		(2 * 1024 * 1024)
 
 #define VX_SETUP_MAGIC		0x31535856	/* "VXS1" */
 
@@ -89,6 +89,7 @@ struct vx_offer {
 #define VX_LIST_DEPTH	512
 
 struct vx_list {
+	/* Guards count and address; taken with interrupts off. */
 	spinlock_t lock;
 	u32 count;
 	u32 address[VX_LIST_DEPTH];
@@ -187,6 +188,7 @@ struct vx_device {
 	/* And all that it answered is consumed: nothing in cells counts any more. */
 	bool withdrawn;
 	struct work_struct fail_work;
+	/* One at a time answers in the backend's place. */
 	struct mutex fail_lock;
 	/* The device is on its way out: nothing waits for the backend any more. */
 	bool going;

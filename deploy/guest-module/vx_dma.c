@@ -146,15 +146,15 @@ static void vx_unmap_page(struct device *dev, dma_addr_t address, size_t size,
 	struct vx_device *vx = dev_get_drvdata(dev);
 	struct vx_arena *arena = &vx->arena;
 	struct vx_unit *unit = vx_mapped(vx, address, size);
+	bool from_device = direction != DMA_TO_DEVICE;
 	size_t bytes, done;
 
 	/* With rings that the backend can write, this is what it can bring about. */
-	if (unlikely(!unit || unit->left != size ||
-		     unit->from_device != (direction != DMA_TO_DEVICE))) {
+	if (unlikely(!unit || unit->left != size || unit->from_device != from_device)) {
 		dev_err_once(dev, "a mapping is ended that is none\n");
 		return;
 	}
-	if (direction != DMA_TO_DEVICE && !(attrs & DMA_ATTR_SKIP_CPU_SYNC))
+	if (from_device && !(attrs & DMA_ATTR_SKIP_CPU_SYNC))
 		vx_end(vx, arena->base + address, unit->origin, size);
 	bytes = vx_unit_bytes(arena, address);
 	for (done = 0; done < size; done += bytes, unit++)

@@ -39,6 +39,7 @@ static void vx_take_over(struct vx_queue *queue)
 	if (ring->used == own)
 		return;
 	used = le16_to_cpu((__force __le16)READ_ONCE(queue->used->idx));
+	/* The elements that this index covers, not older ones. */
 	virt_rmb();
 	memcpy(own, queue->used, vx_used_bytes(queue));
 	own->idx = (__force __virtio16)cpu_to_le16(used);
@@ -58,9 +59,9 @@ static void vx_take_over(struct vx_queue *queue)
 			queue->taken++;
 		}
 	}
+	/* Whoever sees this ring sees what is in it. */
 	smp_wmb();
 	WRITE_ONCE(ring->used, own);
-	smp_mb();
 }
 
 /* A length of 0: drivers look at the status, which says that it never came. */
@@ -71,6 +72,7 @@ static void vx_answer(struct vx_queue *queue, u16 head)
 
 	own->ring[at].id = (__force __virtio32)cpu_to_le32(head);
 	own->ring[at].len = 0;
+	/* The element before the index that shows it. */
 	smp_wmb();
 	queue->answered++;
 	WRITE_ONCE(own->idx, (__force __virtio16)cpu_to_le16(queue->answered));
@@ -92,6 +94,7 @@ static void vx_answer_known(struct vx_queue *queue)
 		avail = le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx));
 		if ((u16)(avail - queue->taken) > queue->size)
 			queue->taken = avail;
+		/* Entries that the driver wrote before this index. */
 		smp_rmb();
 		for (; queue->taken != avail; queue->taken++) {
 			u16 at = queue->taken % queue->size;
@@ -100,6 +103,7 @@ static void vx_answer_known(struct vx_queue *queue)
 			vx_answer(queue, head);
 		}
 		WRITE_ONCE(vring_avail_event(ring), (__force __virtio16)cpu_to_le16(avail));
+		/* Either the driver sees this, or its new index is seen here. */
 		smp_mb();
 	} while (le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx)) != avail && --rounds);
 	vx_call_back(queue);

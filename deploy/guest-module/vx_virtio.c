@@ -84,7 +84,8 @@ static bool vx_is_answered(struct vx_device *vx)
 	enum xenbus_state state = vx_backend_state(vx);
 
 	return vx->going || state == XenbusStateConnected || state == XenbusStateClosing ||
-	       state == XenbusStateClosed || state == XenbusStateUnknown || vx_is_acked(vx, "error");
+	       state == XenbusStateClosed || state == XenbusStateUnknown ||
+	       vx_is_acked(vx, "error");
 }
 
 /* Whether the device that is offered is still the one that the driver took. */
@@ -130,6 +131,7 @@ static int vx_connect(struct vx_device *vx)
 	for (i = 0; i < vx->arena.directories; i++)
 		setup->directory[i] = cpu_to_le32(vx->arena.directory_ref[i]);
 	vx_queue_entries(vx, setup);
+	/* The page is whole before its number is told. */
 	virt_wmb();
 	vx->sequence++;
 	vx->connected = true;

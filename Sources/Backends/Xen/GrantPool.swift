@@ -32,10 +32,18 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     var mode = Mode.unattached
     var handle: (any GrantHandle)?
     var references: [UInt32] = []
+    /// Where page 0 of the arena would be mapped; what is, begins at page `firstWritable`.
     var base: UnsafeMutableRawPointer?
+    /// The pages that the guest granted read-only, from page 1 on.
+    var readOnly: UnsafeMutableRawPointer?
+    var readOnlyPages = 0
     var ranges: [UInt64: (start: UnsafeMutableRawPointer, pages: Int)] = [:]
     var nextRange: UInt64 = 1
     var statistics = PoolStatistics()
+
+    var firstWritable: Int { readOnlyPages == 0 ? 0 : readOnlyPages + 1 }
+
+    func isReadOnly(_ pages: ClosedRange<Int>) -> Bool { pages.lowerBound >= 1 && pages.upperBound <= readOnlyPages }
   }
 
   /// Bytes of the largest arena: one bucket holds any of them.
@@ -85,18 +93,19 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   ///
   /// - Parameters:
   ///   - references: of each page, in order; 2 to 32768.
+  ///   - readOnly: pages 1 to this one are granted read-only; below the count of references.
   ///   - rings: ranges that must be mapped, inside the arena.
   package func attach(
-    _ handle: any GrantHandle, _ references: [UInt32], rings: [(address: UInt64, length: Int)]
+    _ handle: any GrantHandle, _ references: [UInt32], readOnly: Int, rings: [(address: UInt64, length: Int)]
   ) throws(AttachFault) {
     detach()
     let result: Result<Void, AttachFault> = state.withLock { state in
       state.handle = handle
       state.references = references
-      if let base = map(references[...], &state) {
-        state.base = base
+      state.readOnlyPages = min(readOnly, references.count - 1)
+      if mapWhole(&state) {
         state.mode = .mapped
-        for index in references.indices { valid[index >> 6] |= 1 << UInt64(index & 63) }
+        for index in state.firstWritable..<references.count { valid[index >> 6] |= 1 << UInt64(index & 63) }
         return .success(())
       }
       // The error says too little: what can be copied from is a good reference.
@@ -114,7 +123,9 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       defer { for (start, count) in trial { unmap(start, count, &state) } }
       for (address, length) in rings {
         let pages = Self.pages(address, length)
-        guard let start = map(references[pages], &state) else { return .failure(.noRoom) }
+        guard let start = map(references[pages], writable: !state.isReadOnly(pages), &state) else {
+          return .failure(.noRoom)
+        }
         trial.append((start, pages.count))
       }
       state.mode = .copied
@@ -140,20 +151,45 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       generation.current.wrappingAdd(1, ordering: .sequentiallyConsistent)
       generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
       for index in 0..<Self.words { valid[index] = 0 }
-      if let base = state.base { unmap(base, state.references.count, &state) }
+      unmapWhole(&state)
       for range in state.ranges.values { unmap(range.start, range.pages, &state) }
-      state.base = nil
       state.ranges = [:]
+      state.readOnlyPages = 0
       state.references = []
       state.handle = nil
       state.mode = .unattached
     }
   }
 
-  private func map(_ references: ArraySlice<UInt32>, _ state: inout State) -> UnsafeMutableRawPointer? {
+  /// All of the arena: what is read-only apart from the rest, and page 0 only where there is nothing read-only.
+  private func mapWhole(_ state: inout State) -> Bool {
+    let first = state.firstWritable
+    guard first < state.references.count, let start = map(state.references[first...], writable: true, &state) else {
+      return false
+    }
+    state.base = start - first << 12
+    if state.readOnlyPages > 0 {
+      state.readOnly = map(state.references[1...state.readOnlyPages], writable: false, &state)
+      guard state.readOnly != nil else {
+        unmapWhole(&state)
+        return false
+      }
+    }
+    return true
+  }
+
+  private func unmapWhole(_ state: inout State) {
+    let first = state.firstWritable
+    if let base = state.base { unmap(base + first << 12, state.references.count - first, &state) }
+    if let readOnly = state.readOnly { unmap(readOnly, state.readOnlyPages, &state) }
+    state.base = nil
+    state.readOnly = nil
+  }
+
+  private func map(_ references: ArraySlice<UInt32>, writable: Bool, _ state: inout State) -> UnsafeMutableRawPointer? {
     guard let handle = state.handle, budget.take(references.count) else { return nil }
     state.statistics.mapCalls &+= 1
-    guard let start = try? handle.map(Array(references), writable: true) else {
+    guard let start = try? handle.map(Array(references), writable: writable) else {
       budget.give(references.count)
       return nil
     }
@@ -189,9 +225,16 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
       let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1)))
       guard !overflow, end <= UInt64(state.references.count) << 12 else { return .failure(.unmapped(address: address)) }
-      if let base = state.base { return .success(RangeMapping(start: base + Int(address), identifier: 0)) }
       let pages = Self.pages(address, length)
-      guard let start = map(state.references[pages], &state) else { return .failure(.mappingFailed) }
+      let isReadOnly = state.isReadOnly(pages)
+      if isReadOnly, let start = state.readOnly {
+        return .success(RangeMapping(start: start + Int(address) - 4096, identifier: 0))
+      }
+      if let base = state.base {
+        guard pages.lowerBound >= state.firstWritable else { return .failure(.unmapped(address: address)) }
+        return .success(RangeMapping(start: base + Int(address), identifier: 0))
+      }
+      guard let start = map(state.references[pages], writable: !isReadOnly, &state) else { return .failure(.mappingFailed) }
       let identifier = state.nextRange
       state.nextRange &+= 1
       state.ranges[identifier] = (start, pages.count)
