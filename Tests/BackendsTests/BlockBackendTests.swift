@@ -93,7 +93,8 @@ import Virtqueue
     let place = fixture.driver.memory.pointer(fixture.guest.dataAddress)
     place.initializeMemory(as: UInt8.self, repeating: 0xee, count: Int(count))
     let halves: [SimulatedDriver.Buffer] = [
-      .init(fixture.guest.dataAddress, 3, writable: true), .init(fixture.guest.dataAddress + 3, count - 3, writable: true),
+      .init(fixture.guest.dataAddress, 3, writable: true),
+      .init(fixture.guest.dataAddress + 3, count - 3, writable: true),
     ]
     let answer = try fixture.guest.request(type: type, sector: sector, data: halves)
     #expect(answer.status == (type == 8 ? 0 : type == 0 ? 1 : 2))

@@ -116,7 +116,8 @@ package struct XenbusSetup: Equatable, Sendable {
       }
       queues[index] = try Self.queue(
         half(entry + 2), word(entry + 4), long(entry + 16), long(entry + 24), long(entry + 32), word(entry + 40),
-        word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, readOnlyPages: readOnlyPages, "queue \(index)")
+        word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, readOnlyPages: readOnlyPages,
+        "queue \(index)")
     }
     let ports = queues.compactMap { $0?.port }
     guard Set(ports).count == ports.count else { throw SetupFault("two queues share a port") }

@@ -234,7 +234,9 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
         guard pages.lowerBound >= state.firstWritable else { return .failure(.unmapped(address: address)) }
         return .success(RangeMapping(start: base + Int(address), identifier: 0))
       }
-      guard let start = map(state.references[pages], writable: !isReadOnly, &state) else { return .failure(.mappingFailed) }
+      guard let start = map(state.references[pages], writable: !isReadOnly, &state) else {
+        return .failure(.mappingFailed)
+      }
       let identifier = state.nextRange
       state.nextRange &+= 1
       state.ranges[identifier] = (start, pages.count)
