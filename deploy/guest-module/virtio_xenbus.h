@@ -228,6 +228,9 @@ void *vx_take(struct vx_arena *arena, size_t size, u32 *address);
 void vx_give(struct vx_arena *arena, u32 address, size_t size);
 struct vx_unit *vx_unit_of(struct vx_arena *arena, u32 address);
 size_t vx_unit_bytes(const struct vx_arena *arena, u32 address);
+void vx_note(struct vx_arena *arena, u32 address, phys_addr_t origin, size_t size,
+	     bool from_device);
+void vx_forget(struct vx_arena *arena, u32 address, size_t size);
 
 /* vx_dma.c */
 extern const struct dma_map_ops vx_dma_ops;

@@ -213,7 +213,10 @@ void vx_arena_destroy(struct vx_device *vx)
 	vx_arena_revoke(vx);
 	if (vx->leaked) {
 		/* Neither pages nor references may serve anybody else. */
-		memset(arena, 0, sizeof(*arena));
+		memset(arena->page, 0, arena->pages * sizeof(*arena->page));
+		arena->directories = 0;
+		arena->setup = NULL;
+		vx_arena_free(arena);
 		vx->leaked = false;
 		return;
 	}

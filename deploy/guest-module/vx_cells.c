@@ -26,6 +26,31 @@ struct vx_unit *vx_unit_of(struct vx_arena *arena, u32 address)
 	return &arena->unit[small + ((address - arena->small_end) >> PAGE_SHIFT)];
 }
 
+/* Notes what a cell stands for. */
+void vx_note(struct vx_arena *arena, u32 address, phys_addr_t origin, size_t size,
+	     bool from_device)
+{
+	struct vx_unit *unit = vx_unit_of(arena, address);
+	size_t bytes = vx_unit_bytes(arena, address);
+	size_t done;
+
+	for (done = 0; done < size; done += bytes, unit++) {
+		unit->origin = origin + done;
+		unit->left = size - done;
+		unit->from_device = from_device;
+	}
+}
+
+void vx_forget(struct vx_arena *arena, u32 address, size_t size)
+{
+	struct vx_unit *unit = vx_unit_of(arena, address);
+	size_t bytes = vx_unit_bytes(arena, address);
+	size_t done;
+
+	for (done = 0; done < size; done += bytes, unit++)
+		unit->left = 0;
+}
+
 static size_t vx_list_bytes(unsigned int index)
 {
 	return index < VX_LISTS - 1 ? 1 << (VX_SMALL_SHIFT + index) : PAGE_SIZE;
@@ -175,10 +200,30 @@ int vx_cells_create(struct vx_arena *arena)
 	return arena->small && arena->large ? 0 : -ENOMEM;
 }
 
+/* Not every driver takes back the buffers that its device still has. */
+static void vx_reclaim(struct vx_arena *arena)
+{
+	u64 end = (u64)arena->pages << PAGE_SHIFT;
+	u64 address = arena->small_start;
+
+	while (address < end) {
+		size_t size = vx_unit_of(arena, address)->left;
+
+		if (size) {
+			vx_forget(arena, address, size);
+			vx_give(arena, address, size);
+		}
+		address += ALIGN(max(size, (size_t)1), vx_unit_bytes(arena, address));
+	}
+}
+
+/* A pool with a cell outside would stop the kernel. */
 void vx_cells_destroy(struct vx_arena *arena)
 {
-	if (arena->small && arena->large)
+	if (arena->small && arena->large) {
+		vx_reclaim(arena);
 		vx_drain(arena);
+	}
 	if (arena->small)
 		gen_pool_destroy(arena->small);
 	if (arena->large)

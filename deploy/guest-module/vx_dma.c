@@ -82,6 +82,7 @@ static void *vx_alloc(struct device *dev, size_t size, dma_addr_t *address,
 
 	if (cell) {
 		memset(cell, 0, PAGE_ALIGN(size));
+		vx_note(&vx->arena, at, 0, PAGE_ALIGN(size), false);
 		*address = at;
 	}
 	return cell;
@@ -92,6 +93,7 @@ static void vx_free(struct device *dev, size_t size, void *cell,
 {
 	struct vx_device *vx = dev_get_drvdata(dev);
 
+	vx_forget(&vx->arena, address, PAGE_ALIGN(size));
 	vx_give(&vx->arena, address, PAGE_ALIGN(size));
 }
 
@@ -102,8 +104,6 @@ static dma_addr_t vx_map_page(struct device *dev, struct page *page,
 	struct vx_device *vx = dev_get_drvdata(dev);
 	struct vx_arena *arena = &vx->arena;
 	phys_addr_t origin = page_to_phys(page) + offset;
-	struct vx_unit *unit;
-	size_t bytes, done;
 	void *cell;
 	u32 address;
 
@@ -112,13 +112,7 @@ static dma_addr_t vx_map_page(struct device *dev, struct page *page,
 	cell = vx_take(arena, size, &address);
 	if (!cell)
 		return DMA_MAPPING_ERROR;
-	unit = vx_unit_of(arena, address);
-	bytes = vx_unit_bytes(arena, address);
-	for (done = 0; done < size; done += bytes, unit++) {
-		unit->origin = origin + done;
-		unit->left = size - done;
-		unit->from_device = direction != DMA_TO_DEVICE;
-	}
+	vx_note(arena, address, origin, size, direction != DMA_TO_DEVICE);
 	if (direction == DMA_FROM_DEVICE)
 		vx_begin(vx, cell, size);
 	else if (!(attrs & DMA_ATTR_SKIP_CPU_SYNC))
@@ -147,7 +141,6 @@ static void vx_unmap_page(struct device *dev, dma_addr_t address, size_t size,
 	struct vx_arena *arena = &vx->arena;
 	struct vx_unit *unit = vx_mapped(vx, address, size);
 	bool from_device = direction != DMA_TO_DEVICE;
-	size_t bytes, done;
 
 	/* With rings that the backend can write, this is what it can bring about. */
 	if (unlikely(!unit || unit->left != size || unit->from_device != from_device)) {
@@ -156,9 +149,7 @@ static void vx_unmap_page(struct device *dev, dma_addr_t address, size_t size,
 	}
 	if (from_device && !(attrs & DMA_ATTR_SKIP_CPU_SYNC))
 		vx_end(vx, arena->base + address, unit->origin, size);
-	bytes = vx_unit_bytes(arena, address);
-	for (done = 0; done < size; done += bytes, unit++)
-		unit->left = 0;
+	vx_forget(arena, address, size);
 	vx_give(arena, address, size);
 }
 
