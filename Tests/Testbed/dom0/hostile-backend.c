@@ -1,6 +1,6 @@
 /*
  * A backend of a Xenbus device (deploy/guest-module/PROTOCOL.md) that lies. It serves a disk of zeros well until the guest has made some
- * requests, then does what its mode says, and ends without a word or with state 6.
+ * requests, does what its mode says for SECONDS from then on, and ends with state 6.
  *
  *     hostile-backend DOMAIN KIND ID MODE SECONDS
  *
@@ -290,12 +290,14 @@ static void misbehave(unsigned *seed)
 		((uint64_t *)(rest + (uint64_t)(ro + 2) * PAGE))[rand_r(seed) % ((pages - ro - 2) * (PAGE / 8))] = rand_r(seed);
 }
 
-static void serve(double until)
+static void serve(double seconds)
 {
 	struct pollfd wait = { .fd = xenevtchn_fd(evt), .events = POLLIN };
+	unsigned long before, turns = 0;
 	unsigned seed = 42;
 
-	while (now() < until) {
+	end = now() + 40;
+	while (now() < end) {
 		int busy = requests >= 60 && (is("storm") || is("stormidx") || is("scribble") || is("keep"));
 
 		if (poll(&wait, 1, busy ? 0 : 20) > 0) {
@@ -306,14 +308,17 @@ static void serve(double until)
 		}
 		while (taken != avail->idx) {
 			inflight[avail->ring[taken % size] % size] = 1;
+			before = lies;
 			serve_one(avail->ring[taken++ % size] % size);
+			if (lies && !before)
+				end = now() + seconds;
 			if (!busy || !is("keep"))
 				xenevtchn_notify(evt, port);
 		}
 		memcpy(&used->ring[size], &taken, 2);
 		if (busy)
 			misbehave(&seed);
-		if (number(front, "state") == 5)
+		if ((!busy || ++turns % 64 == 0) && number(front, "state") == 5)
 			break;
 	}
 }
@@ -408,7 +413,7 @@ int main(int argc, char **argv)
 			printf("the guest does not answer\n");
 		} else {
 			connect_guest();
-			serve(end);
+			serve(atof(argv[5]));
 			if (is("reset"))
 				put(back, "vx-config", "9 40 00");
 			printf("%lu requests, %lu lies, %lu secrets seen\n", requests, is("honest") ? 0 : lies, seen_secrets);
@@ -423,7 +428,8 @@ int main(int argc, char **argv)
 			} else if (is("honest")) {
 				put(back, "online", "0");
 				put(back, "state", "5");
-				serve(now() + 30);
+				lies = 0;
+				serve(30);
 			}
 			disconnect_guest();
 		}

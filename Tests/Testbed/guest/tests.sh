@@ -291,7 +291,7 @@ test_hostile() {
 
 probe_disk() { # NAME
   # Pages that the page cache reads into next were somebody's secret just now.
-  yes vx-SECRET | head -c 40m >/tmp/secret
+  yes vx-SECRET | head -c 6m >/tmp/secret
   rm -f /tmp/secret
   for turn in 1 2 3 4 5 6 7 8; do
     [ -e "/sys/block/$1" ] || break

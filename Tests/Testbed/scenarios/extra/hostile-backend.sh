@@ -2,7 +2,8 @@
 # needs: xenbus
 # processors: 5
 # A guest with a disk of an honest backend, in a driver domain, and one device after another of a backend in dom0 that lies
-# (dom0/hostile-backend.c): the guest stays up, its other disk goes on, and what lied is gone from the guest afterwards.
+# (dom0/hostile-backend.c): the guest stays up, its other disk goes on, and what lied is gone from the guest afterwards. PV guests: the
+# emulator's SVM loses a PVH guest now and then (lib/machine.sh), which would look like a success of the liar.
 rounds_more() { # NAME COUNT : so many rounds from now
   wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + $2)) || { tail -n 20 "$(console_of "$1")"; return 1; }
 }
@@ -23,34 +24,35 @@ meet() { # MODE KIND SECONDS WHAT
 lied() { grep -q "[1-9][0-9]* lies" "/tmp/hostile-$1.out"; }
 said() { sed -n "/GUEST meets $1\$/,/GUEST meets/p" "$(console_of one)" | grep -q "$2"; }
 
-check "a driver domain comes up with vxd" create_driver_domain pvh
-write_direct_config "${GUEST_TYPE:-pvh}" one "vx.test=hostile" "$(driver_disk xvda /disks/a.img)"
+check "a driver domain comes up with vxd" create_driver_domain pv
+write_direct_config pv one "vx.test=hostile" "$(driver_disk xvda /disks/a.img)"
 check "xl creates the guest" create one
 check "verified rounds" wait_console one "GUEST ROUND 2" 200
 ONE=$(xl domid one)
 
 step "a backend that keeps the rules"
-meet honest virtio_disk 8 "a disk of zeros"
+meet honest virtio_disk 3 "a disk of zeros"
 check "its disk can be read" said honest "GUEST PROBE vdb read 0"
 check "it cannot map the rings for writing" grep -q "^RINGS cannot be written" /tmp/hostile-honest.out
 
 step "what it sees"
-meet look virtio_disk 8 "looks for old memory"
+meet look virtio_disk 3 "looks for old memory"
 check "it saw requests, and nothing of the guest's old memory" grep -q "lies, 0 secrets" /tmp/hostile-look.out
-meet nostatus virtio_disk 8 "answers without a status, and without data"
+meet nostatus virtio_disk 3 "answers without a status, and without data"
+check "it lied" lied nostatus
 check "that is an error, not a success" said nostatus "GUEST PROBE vdb failed"
 
 step "used rings"
 for mode in badid nothead longlen jump back mute; do
-  meet $mode virtio_disk 4 "a lie in the used ring, or no answer"
+  meet $mode virtio_disk 3 "a lie in the used ring, or no answer"
   check "it lied" lied $mode
 done
 
 step "events, and everything at once"
-meet storm virtio_disk 4 "events without end"
-meet stormidx virtio_disk 4 "events without end, and used indices"
-meet scribble virtio_disk 4 "noise in all that it can write"
-meet keep virtio_disk 4 "keeps its mappings and goes on writing"
+meet storm virtio_disk 3 "events without end"
+meet stormidx virtio_disk 3 "events without end, and used indices"
+meet scribble virtio_disk 3 "noise in all that it can write"
+meet keep virtio_disk 3 "keeps its mappings and goes on writing"
 for mode in storm stormidx scribble keep; do check "$mode: it lied" lied $mode; done
 
 step "Xenstore"
@@ -63,8 +65,8 @@ check "it is not taken" grep -q "^not taken" /tmp/hostile-oldrings.out
 meet greedy virtio_disk 5 "wants memory and queues"
 meet garbage virtio_disk 5 "garbage in its nodes"
 meet flap virtio_disk 5 "states without sense"
-meet reset virtio_disk 6 "wants a reset"
-meet honest virtio_disk 8 "after all that a disk works"
+meet reset virtio_disk 2 "wants a reset"
+meet honest virtio_disk 3 "after all that a disk works"
 check "its disk can be read" said honest "GUEST PROBE vdb read 0"
 
 step "the end"
