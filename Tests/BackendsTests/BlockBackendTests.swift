@@ -85,6 +85,36 @@ import Virtqueue
     #expect(eventually { fixture.backend.counters[0].failed.value == 2 })
   }
 
+  /// `fills` in the guest module's PROTOCOL.md.
+  @Test(arguments: [(UInt32(0), UInt64(32768), UInt32(4096)), (0, 0, 513), (99, 0, 64), (8, 0, 100), (10, 0, 24)])
+  func whatAnAnswerDoesNotFillBecomesZeros(type: UInt32, sector: UInt64, count: UInt32) throws {
+    let fixture = try BlockFixture(settings())
+    defer { fixture.stop() }
+    let place = fixture.driver.memory.pointer(fixture.guest.dataAddress)
+    place.initializeMemory(as: UInt8.self, repeating: 0xee, count: Int(count))
+    let halves: [SimulatedDriver.Buffer] = [
+      .init(fixture.guest.dataAddress, 3, writable: true),
+      .init(fixture.guest.dataAddress + 3, count - 3, writable: true),
+    ]
+    let answer = try fixture.guest.request(type: type, sector: sector, data: halves)
+    #expect(answer.status == (type == 8 ? 0 : type == 0 ? 1 : 2))
+    #expect(answer.length == count + 1)
+    let bytes = UnsafeRawBufferPointer(start: UnsafeRawPointer(place), count: Int(count))
+    #expect(bytes.dropFirst(type == 8 ? 4 : 0).allSatisfy { $0 == 0 })
+  }
+
+  @Test func aChainBeyondThePromisedSizeIsAnsweredAsItIs() throws {
+    let fixture = try BlockFixture(settings())
+    defer { fixture.stop() }
+    let place = fixture.driver.memory.pointer(fixture.guest.dataAddress)
+    place.storeBytes(of: 0xee, as: UInt8.self)
+    let answer = try fixture.guest.request(
+      type: 0, sector: 1 << 40, data: [.init(fixture.guest.dataAddress, 2 << 20, writable: true)])
+    #expect(answer.status == 1)
+    #expect(answer.length == 0)
+    #expect(place.load(as: UInt8.self) == 0xee)
+  }
+
   @Test func dataThatIsNoWholeNumberOfSectorsFails() throws {
     let fixture = try BlockFixture(settings())
     defer { fixture.stop() }

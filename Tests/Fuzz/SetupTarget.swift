@@ -46,6 +46,10 @@ enum SetupTarget {
         precondition(layout.descriptorArea >= 4096 && layout.descriptorArea + UInt64(layout.descriptorBytes) <= end)
         precondition(layout.driverArea + UInt64(layout.driverBytes(packed: false)) <= end)
         precondition(layout.deviceArea + UInt64(layout.deviceBytes(packed: false)) <= end)
+        guard setup.readOnlyPages > 0 else { continue }
+        let writable = (UInt64(setup.readOnlyPages) + 1) << 12
+        precondition(writable < end && layout.deviceArea >= writable)
+        precondition(layout.driverArea + UInt64(layout.driverBytes(packed: false)) <= writable)
       }
     }
     _ = Supervisor.bytes(Substring(String(decoding: bytes, as: UTF8.self)))

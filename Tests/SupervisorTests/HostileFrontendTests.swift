@@ -27,7 +27,8 @@ import Xen
   /// What is wrong with a setup page: a name, and where which bytes are put.
   private static let faults: [(name: String, offset: Int, value: UInt64, width: Int)] = [
     ("magic", 0, 0xdead_beef, 4), ("version", 4, 2, 2), ("no queues", 6, 0, 2), ("many queues", 6, 0xffff, 2),
-    ("features", 8, .max, 8), ("no features", 8, 0, 8), ("epoch", 0x10, 1, 4), ("no pages", 0x18, 0, 4),
+    ("features", 8, .max, 8), ("no features", 8, 0, 8), ("epoch", 0x10, 1, 4), ("read-only pages", 0x14, 1, 4),
+    ("all pages read-only", 0x14, 0xffff_ffff, 4), ("no pages", 0x18, 0, 4),
     ("all pages", 0x18, 0xffff_ffff, 4), ("more pages than granted", 0x18, 32768, 4), ("no directories", 0x1c, 0, 4),
     ("many directories", 0x1c, 33, 4), ("directory", 0x20, 0xffff_fff0, 4), ("directory zero", 0x20, 0, 4),
     ("queue index", 0x100, 9, 2), ("queue size", 0x102, 0, 2), ("odd queue size", 0x102, 63, 2),
@@ -87,6 +88,42 @@ import Xen
     let bad = try guest.request(type: 0, sector: 0, data: [.init(1000 << 12, 4096, writable: true)])
     #expect(bad.status == 1)
     #expect(try guest.read(sector: 0, count: 4096).bytes == block(4))
+  }
+
+  /// Descriptor table in page 256, available ring in 257, used ring in 258: what a driver grants read-only ends at page 257.
+  @Test(arguments: [false, true]) func ringsThatAreGrantedReadOnlyAreReadAndNoPlaceForData(copied: Bool) throws {
+    let (world, hostile, _) = try world()
+    defer { world.end() }
+    let registers = try XenbusRegisters(server: world.server, domain: hostile, disk: "xvde")
+    registers.readOnlyPages = 257
+    registers.patience = 5
+    if copied { hostile.grants.largeMapFailures.store(1, ordering: .relaxed) }
+    let driver = SimulatedDriver(registers: registers, memory: hostile.memory, area: 1 << 20)
+    try driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)
+    #expect(registers.isConnected)
+    #expect(world.device("hostile", "xvde")["grants"]?["access"] == .string(copied ? "copied" : "mapped"))
+    let guest = SimulatedBlockGuest(domain: hostile, driver: driver)
+    for count in 0..<100 { #expect(try guest.write(block(UInt8(count)), sector: 8) == 0) }
+    let table = driver.rings[0].descriptorArea
+    let bad = try guest.request(type: 0, sector: 8, data: [.init(table, 4096, writable: true)])
+    #expect(bad.status == 1)
+    #expect(try guest.read(sector: 8, count: 4096).bytes == block(99))
+    driver.reset()
+    #expect(hostile.grants.mappedPages == 0)
+  }
+
+  @Test(arguments: [(256, "not within"), (258, "in a read-only page")])
+  func ringsOnTheWrongSideOfTheReadOnlyPagesAreRefused(pages: Int, reason: String) throws {
+    let (world, hostile, _) = try world()
+    defer { world.end() }
+    let registers = try XenbusRegisters(server: world.server, domain: hostile, disk: "xvde")
+    registers.readOnlyPages = pages
+    registers.patience = 5
+    let driver = SimulatedDriver(registers: registers, memory: hostile.memory, area: 1 << 20)
+    try driver.start(wanted: [.indirectDescriptors], queueSize: 64)
+    #expect(!registers.isConnected)
+    #expect(registers.acknowledgement.contains(reason))
+    #expect(eventually { hostile.grants.mappedPages == 0 })
   }
 
   @Test func addressOutsideTheArenaFailsItsRequestAlone() throws {

@@ -69,7 +69,7 @@ import Xen
   }
 
   @Test func arenaStaysMappedUntilTheLastBatchInItEnds() throws {
-    try pool.attach(grants, references, rings: [])
+    try pool.attach(grants, references, readOnly: 0, rings: [])
     let batch = try Batch(pool) { view in try? view.translate(0x3000, 16).pointer }
     let detaching = try Detaching(pool)
     // It has left the pool, and it is mapped.
@@ -87,7 +87,7 @@ import Xen
 
   @Test func ringsOfACopiedArenaStayMappedUntilTheLastBatchEnds() throws {
     domain.grants.largeMapFailures.store(.max, ordering: .relaxed)
-    try pool.attach(grants, references, rings: [(0x1000, 4096)])
+    try pool.attach(grants, references, readOnly: 0, rings: [(0x1000, 4096)])
     #expect(pool.mode == .copied)
     let pool = pool
     let batch = try Batch(pool) { _ in try? pool.mapRange(address: 0x1000, length: 100).start }
@@ -102,7 +102,7 @@ import Xen
   }
 
   @Test func batchThatBeginsBehindTheEndHoldsNothingUp() throws {
-    try pool.attach(grants, references, rings: [])
+    try pool.attach(grants, references, readOnly: 0, rings: [])
     let batch = try Batch(pool) { view in try? view.translate(0, 16).pointer }
     let detaching = try Detaching(pool)
     #expect(eventually { pool.mode == .unattached })
@@ -116,11 +116,11 @@ import Xen
 
   @Test func arenaIsAttachedAgainOnlyBehindTheEndOfTheOldOne() throws {
     for _ in 0..<50 {
-      try pool.attach(grants, references, rings: [])
+      try pool.attach(grants, references, readOnly: 0, rings: [])
       let batch = try Batch(pool) { view in try? view.translate(0, 16).pointer }
       let thread = try LoopThread(name: "guest")
       let (pool, grants, references) = (pool, grants, references)
-      thread.loop.enqueue { try? pool.attach(grants, references, rings: []) }
+      thread.loop.enqueue { try? pool.attach(grants, references, readOnly: 0, rings: []) }
       batch.end()
       thread.perform {}
       thread.stopAndJoin()

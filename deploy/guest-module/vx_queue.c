@@ -1,25 +1,47 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Virtqueues in the arena, an event channel for each, and what happens to the
- * requests under way when the backend is gone for good.
+ * Virtqueues in the arena, and an event channel for each. A ring is two pieces of
+ * the arena, mapped here one behind the other: the backend cannot write what
+ * virtio_ring reads of its own descriptors.
  */
 #include <linux/interrupt.h>
-#include <linux/virtio_blk.h>
-#include <linux/virtio_ring.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
 #include <xen/events.h>
 
 #include "virtio_xenbus.h"
 
+/*
+ * Whether an event says something new: the used index went forward, and not past
+ * what the driver made available. So a backend has no more events of this kind
+ * than the driver has requests, whatever it writes.
+ */
+static bool vx_is_news(struct vx_queue *queue)
+{
+	const struct vring *ring = virtqueue_get_vring(queue->vq);
+	u16 used = le16_to_cpu((__force __le16)READ_ONCE(queue->used->idx));
+	u16 avail = le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx));
+
+	if (used == queue->seen || (u16)(used - queue->seen) > queue->size ||
+	    (u16)(avail - used) > queue->size)
+		return false;
+	queue->seen = used;
+	return true;
+}
+
 static irqreturn_t vx_interrupt(int irq, void *data)
 {
 	struct vx_queue *queue = data;
+	bool news = vx_is_news(queue) && !virtqueue_is_broken(queue->vq);
 
-	/* An event may be spurious: the first comes with the binding itself. */
+	/* The first event comes with the binding itself, and tells nothing. */
 	vring_interrupt(irq, queue->vq);
+	/* Xen delivers events that tell nothing less and less often. */
+	xen_irq_lateeoi(irq, news ? 0 : XEN_EOI_FLAG_SPURIOUS);
 	return IRQ_HANDLED;
 }
 
-bool vx_notify(struct virtqueue *vq)
+static bool vx_notify(struct virtqueue *vq)
 {
 	struct vx_queue *queue = vq->priv;
 
@@ -30,21 +52,27 @@ bool vx_notify(struct virtqueue *vq)
 	return true;
 }
 
-static size_t vx_inflight_bytes(const struct vx_queue *queue)
+size_t vx_inflight_bytes(const struct vx_queue *queue)
 {
 	return queue->size * sizeof(*queue->inflight);
 }
 
-static void vx_del_vq(struct vx_device *vx, struct vx_queue *queue)
+/* With the word behind it that says when the device wants notifications. */
+size_t vx_used_bytes(const struct vx_queue *queue)
 {
-	if (!queue->vq)
-		return;
+	return struct_size(queue->used, ring, queue->size) + sizeof(__virtio16);
+}
+
+static void vx_del_vq(struct vx_queue *queue)
+{
 	if (queue->irq > 0)
 		unbind_from_irqhandler(queue->irq, queue);
-	vring_del_virtqueue(queue->vq);
-	if (queue->inflight)
-		dma_free_coherent(&vx->xdev->dev, vx_inflight_bytes(queue),
-				  queue->inflight, queue->inflight_address);
+	if (queue->vq)
+		vring_del_virtqueue(queue->vq);
+	if (queue->ring)
+		vunmap(queue->ring);
+	kvfree(queue->own_used);
+	bitmap_free(queue->lost);
 	memset(queue, 0, sizeof(*queue));
 }
 
@@ -55,7 +83,33 @@ void vx_del_vqs(struct virtio_device *vdev)
 
 	cancel_work_sync(&vx->fail_work);
 	for (i = 0; i < VX_MAX_QUEUES; i++)
-		vx_del_vq(vx, &vx->queue[i]);
+		vx_del_vq(&vx->queue[i]);
+}
+
+/* The pages of a ring, cleared, as virtio_ring lays it out with used ring aligned. */
+static int vx_map_ring(struct vx_device *vx, struct vx_queue *queue, u32 index)
+{
+	const struct vx_ring_place *place = &vx->arena.ring[index];
+	u32 count = place->driver_pages + place->device_pages;
+	struct page **page = kmalloc_array(count, sizeof(*page), GFP_KERNEL);
+
+	if (!page)
+		return -ENOMEM;
+	memcpy(page, vx->arena.page + place->driver_page,
+	       place->driver_pages * sizeof(*page));
+	memcpy(page + place->driver_pages, vx->arena.page + place->device_page,
+	       place->device_pages * sizeof(*page));
+	queue->ring = vmap(page, count, VM_MAP, PAGE_KERNEL);
+	kfree(page);
+	if (!queue->ring)
+		return -ENOMEM;
+	memset(queue->ring, 0, (size_t)count << PAGE_SHIFT);
+	queue->size = place->size;
+	queue->used = queue->ring + ((size_t)place->driver_pages << PAGE_SHIFT);
+	queue->inflight = (void *)queue->used + place->inflight_offset;
+	queue->own_used = kvzalloc(vx_used_bytes(queue), GFP_KERNEL);
+	queue->lost = bitmap_zalloc(queue->size, GFP_KERNEL);
+	return queue->own_used && queue->lost ? 0 : -ENOMEM;
 }
 
 static int vx_setup_vq(struct vx_device *vx, struct virtio_device *vdev, u32 index,
@@ -64,23 +118,22 @@ static int vx_setup_vq(struct vx_device *vx, struct virtio_device *vdev, u32 ind
 	struct vx_queue *queue = &vx->queue[index];
 	int err;
 
-	queue->vq = vring_create_virtqueue(index, vx->offer.size[index], SMP_CACHE_BYTES,
-					   vdev, true, true, ctx, vx_notify, callback, name);
+	queue->vx = vx;
+	err = vx_map_ring(vx, queue, index);
+	if (err)
+		return err;
+	queue->vq = vring_new_virtqueue(index, queue->size, PAGE_SIZE, vdev, true, ctx,
+					queue->ring, vx_notify, callback, name);
 	if (!queue->vq)
 		return -ENOMEM;
 	queue->vq->priv = queue;
-	queue->vx = vx;
-	queue->size = virtqueue_get_vring_size(queue->vq);
-	queue->inflight = dma_alloc_coherent(&vx->xdev->dev, vx_inflight_bytes(queue),
-					     &queue->inflight_address, GFP_KERNEL);
-	if (!queue->inflight)
-		return -ENOMEM;
+	queue->vq->num_max = queue->size;
 	err = xenbus_alloc_evtchn(vx->xdev, &queue->port);
 	if (err)
 		return err;
 	snprintf(queue->name, sizeof(queue->name), "%s-%u", dev_name(&vdev->dev), index);
-	queue->irq = bind_evtchn_to_irqhandler(queue->port, vx_interrupt, 0,
-					       queue->name, queue);
+	queue->irq = bind_evtchn_to_irqhandler_lateeoi(queue->port, vx_interrupt, 0,
+						       queue->name, queue);
 	if (queue->irq < 0) {
 		xenbus_free_evtchn(vx->xdev, queue->port);
 		return queue->irq;
@@ -146,150 +199,23 @@ void vx_queue_entries(struct vx_device *vx, struct vx_setup *setup)
 	u32 i;
 
 	for (i = 0; i < VX_MAX_QUEUES; i++) {
+		const struct vx_ring_place *place = &vx->arena.ring[i];
 		struct vx_queue *queue = &vx->queue[i];
+		u64 desc = (u64)place->driver_page << PAGE_SHIFT;
+		u64 used = (u64)place->device_page << PAGE_SHIFT;
 
 		if (!queue->vq)
 			continue;
 		entry->index = cpu_to_le16(i);
 		entry->size = cpu_to_le16(queue->size);
 		entry->port = cpu_to_le32(queue->port);
-		entry->desc = cpu_to_le64(virtqueue_get_desc_addr(queue->vq));
-		entry->avail = cpu_to_le64(virtqueue_get_avail_addr(queue->vq));
-		entry->used = cpu_to_le64(virtqueue_get_used_addr(queue->vq));
-		entry->inflight = cpu_to_le32(queue->inflight_address);
+		entry->desc = cpu_to_le64(desc);
+		entry->avail = cpu_to_le64(desc + queue->size * sizeof(struct vring_desc));
+		entry->used = cpu_to_le64(used);
+		entry->inflight = cpu_to_le32(used + place->inflight_offset);
 		entry->inflight_bytes = cpu_to_le32(vx_inflight_bytes(queue));
 		entry++;
 		count++;
 	}
 	setup->queues = cpu_to_le16(count);
-}
-
-/* The memory of the last descriptor of a chain, if the device may write it. */
-static void *vx_last_buffer(struct vx_device *vx, const struct vring *ring, u16 head)
-{
-	size_t bytes = (size_t)vx->arena.pages << PAGE_SHIFT;
-	const struct vring_desc *table = ring->desc;
-	u32 entries = ring->num;
-	u32 at = head;
-	u32 steps;
-	u64 address;
-
-	for (steps = 0; steps <= entries; steps++) {
-		const struct vring_desc *desc = &table[at];
-		u16 flags = le16_to_cpu((__force __le16)desc->flags);
-
-		address = le64_to_cpu((__force __le64)desc->addr);
-		if (flags & VRING_DESC_F_INDIRECT) {
-			u32 length = le32_to_cpu((__force __le32)desc->len);
-
-			if (address >= bytes || length > bytes - address || length < sizeof(*desc))
-				return NULL;
-			table = vx->arena.base + address;
-			entries = length / sizeof(*desc);
-			at = 0;
-			continue;
-		}
-		if (flags & VRING_DESC_F_NEXT) {
-			at = le16_to_cpu((__force __le16)desc->next);
-			if (at >= entries)
-				return NULL;
-			continue;
-		}
-		if (!(flags & VRING_DESC_F_WRITE) || address >= bytes)
-			return NULL;
-		address += le32_to_cpu((__force __le32)desc->len) - 1;
-		return address < bytes ? vx->arena.base + address : NULL;
-	}
-	return NULL;
-}
-
-static void vx_fail_chain(struct vx_device *vx, const struct vring *ring, u16 head)
-{
-	u16 at = le16_to_cpu((__force __le16)ring->used->idx);
-	u32 written = 0;
-	u8 *status;
-
-	if (vx->offer.device == VIRTIO_ID_BLOCK) {
-		status = vx_last_buffer(vx, ring, head);
-		if (status) {
-			*status = VIRTIO_BLK_S_IOERR;
-			written = 1;
-		}
-	}
-	ring->used->ring[at % ring->num].id = (__force __virtio32)cpu_to_le32(head);
-	ring->used->ring[at % ring->num].len = (__force __virtio32)cpu_to_le32(written);
-	virt_wmb();
-	ring->used->idx = (__force __virtio16)cpu_to_le16(at + 1);
-}
-
-/*
- * Answers what the backend had, and what it had not yet taken, with an error.
- *
- * A head's in-flight word is 1 while the backend has it; before its answer is
- * published it becomes 0x10000 + the answer's position, and 0 afterwards.
- */
-static void vx_fail_queue(struct vx_device *vx, struct vx_queue *queue)
-{
-	const struct vring *ring = virtqueue_get_vring(queue->vq);
-	u16 taken = le16_to_cpu((__force __le16)ring->used->idx);
-	u16 used = taken;
-	u16 avail;
-	u32 head;
-
-	for (head = 0; head < ring->num; head++) {
-		u32 word = le32_to_cpu(READ_ONCE(queue->inflight[head]));
-
-		if (word >= 0x10000 && (u16)(used - (u16)word - 1) < 0x8000)
-			word = 0;
-		if (word) {
-			vx_fail_chain(vx, ring, head);
-			taken++;
-		}
-	}
-	memset(queue->inflight, 0, vx_inflight_bytes(queue));
-	/* The driver is to notify us of what it adds from now on. */
-	ring->used->flags = 0;
-	do {
-		avail = le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx));
-		if ((u16)(avail - taken) > ring->num)
-			break;
-		for (; taken != avail; taken++) {
-			virt_rmb();
-			head = le16_to_cpu((__force __le16)ring->avail->ring[taken % ring->num]);
-			if (head < ring->num)
-				vx_fail_chain(vx, ring, head);
-		}
-		vring_avail_event(ring) = (__force __virtio16)cpu_to_le16(avail);
-		virt_mb();
-	} while (le16_to_cpu((__force __le16)READ_ONCE(ring->avail->idx)) != avail);
-	/* In the handler's own context: drivers lock against interrupts. */
-	disable_irq(queue->irq);
-	local_irq_disable();
-	vring_interrupt(queue->irq, queue->vq);
-	local_irq_enable();
-	enable_irq(queue->irq);
-}
-
-/*
- * The backend is gone and will not come back to these rings. Drivers know no
- * other end of a request than an answer, and would wait for ever; so until the
- * device is unregistered, requests are answered here.
- */
-void vx_queue_fail_all(struct vx_device *vx)
-{
-	int i;
-
-	WRITE_ONCE(vx->gone, true);
-	/* Who adds a request sees this, or the request is seen below. */
-	smp_mb();
-	mutex_lock(&vx->fail_lock);
-	for (i = 0; i < VX_MAX_QUEUES; i++)
-		if (vx->queue[i].vq && vx->queue[i].irq > 0)
-			vx_fail_queue(vx, &vx->queue[i]);
-	mutex_unlock(&vx->fail_lock);
-}
-
-void vx_fail_work(struct work_struct *work)
-{
-	vx_queue_fail_all(container_of(work, struct vx_device, fail_work));
 }

@@ -12,6 +12,8 @@ package struct XenbusOffer: Equatable, Sendable {
   package static let version = 1
   /// Pages of an arena at most: 32 directories of 1024 references.
   package static let maximumPages: UInt32 = 32768
+  /// A chain of a disk's with so many device-writable bytes is left with none of them unwritten.
+  package static let filledBytes = 2 << 20
 
   package var profile: DeviceProfile
   package var maximumPages: UInt32
@@ -38,7 +40,8 @@ package struct XenbusOffer: Equatable, Sendable {
     let sizes = profile.queueSizes.map { "\($0)" }.joined(separator: ",")
     let features = String(Self.features(profile.offeredFeatures).rawValue, radix: 16)
     return "version=\(Self.version) device=\(profile.deviceID) vendor=0x1af4 features=0x\(features) "
-      + "queues=\(profile.queueSizes.count) sizes=\(sizes) arena=\(maximumPages) config=\(configurationBytes) epoch=\(epoch)"
+      + "queues=\(profile.queueSizes.count) sizes=\(sizes) arena=\(maximumPages) config=\(configurationBytes) epoch=\(epoch) "
+      + "readonly=1" + (profile.deviceID == 2 ? " fills=\(Self.filledBytes)" : "")
   }
 }
 
@@ -61,6 +64,8 @@ package struct XenbusSetup: Equatable, Sendable {
   /// What was accepted, less what concerns the transport alone.
   package var features: FeatureBits
   package var pages: UInt32
+  /// Pages 1 to this one are granted read-only, and hold what a device only reads of its rings.
+  package var readOnlyPages: UInt32
   /// Grant references of the directory pages.
   package var directories: [UInt32]
   /// By number; nil where the driver uses none.
@@ -91,6 +96,10 @@ package struct XenbusSetup: Equatable, Sendable {
     guard (2...min(offer.maximumPages, XenbusOffer.maximumPages)).contains(pages) else {
       throw SetupFault("an arena of \(pages) pages is not offered")
     }
+    readOnlyPages = word(0x14)
+    guard readOnlyPages < pages else {
+      throw SetupFault("\(readOnlyPages) pages of an arena of \(pages) cannot be read-only")
+    }
     let directoryCount = (Int(pages) + Self.directoryCapacity - 1) / Self.directoryCapacity
     guard Int(word(0x1c)) == directoryCount else {
       throw SetupFault("\(pages) pages need \(directoryCount) directories, not \(word(0x1c))")
@@ -107,7 +116,8 @@ package struct XenbusSetup: Equatable, Sendable {
       }
       queues[index] = try Self.queue(
         half(entry + 2), word(entry + 4), long(entry + 16), long(entry + 24), long(entry + 32), word(entry + 40),
-        word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, "queue \(index)")
+        word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, readOnlyPages: readOnlyPages,
+        "queue \(index)")
     }
     let ports = queues.compactMap { $0?.port }
     guard Set(ports).count == ports.count else { throw SetupFault("two queues share a port") }
@@ -115,7 +125,7 @@ package struct XenbusSetup: Equatable, Sendable {
 
   private static func queue(
     _ size: UInt16, _ port: UInt32, _ descriptors: UInt64, _ driver: UInt64, _ device: UInt64, _ inFlight: UInt32,
-    _ inFlightBytes: UInt32, maximum: UInt16, pages: UInt32, _ name: String
+    _ inFlightBytes: UInt32, maximum: UInt16, pages: UInt32, readOnlyPages: UInt32, _ name: String
   ) throws(SetupFault) -> Queue {
     guard port != 0 else { throw SetupFault("\(name) has no port") }
     var layout = QueueLayout()
@@ -135,14 +145,21 @@ package struct XenbusSetup: Equatable, Sendable {
       throw SetupFault("\(name): \(error.message)")
     }
     let end = UInt64(pages) << 12
-    let areas = [
-      (descriptors, layout.descriptorBytes), (driver, layout.driverBytes(packed: false)),
-      (device, layout.deviceBytes(packed: false)),
-      (layout.inFlightArea ?? 4096, layout.inFlightArea == nil ? 0 : layout.inFlightBytes),
-    ]
-    for (start, length) in areas {
+    let writable = (UInt64(readOnlyPages) + 1) << 12
+    let read = [(descriptors, layout.descriptorBytes), (driver, layout.driverBytes(packed: false))]
+    var written = [(device, layout.deviceBytes(packed: false))]
+    if let area = layout.inFlightArea { written.append((area, layout.inFlightBytes)) }
+    for (start, length) in read + written {
       // No overflow: `validate` has looked at the sums.
       guard start >= 4096, start + UInt64(length) <= end else { throw SetupFault("\(name) is not inside the arena") }
+    }
+    if readOnlyPages > 0 {
+      for (start, length) in read where start + UInt64(length) > writable {
+        throw SetupFault("\(name): descriptors and available ring are not within the read-only pages")
+      }
+      for (start, _) in written where start < writable {
+        throw SetupFault("\(name): the used ring or the in-flight area is in a read-only page")
+      }
     }
     return Queue(layout: layout, port: port)
   }

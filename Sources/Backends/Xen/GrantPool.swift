@@ -42,13 +42,22 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     var mode = Mode.unattached
     var handle: (any GrantHandle)?
     var references: [UInt32] = []
-    /// The whole arena.
+    /// The arena from page `firstWritable` on.
     var arena: Mapping?
+    /// The pages that the guest granted read-only, from page 1 on.
+    var readOnly: Mapping?
+    var readOnlyPages = 0
     var ranges: [UInt64: Mapping] = [:]
     /// Left the pool, still mapped.
     var limbo = MappingLimbo<Mapping>()
     var nextRange: UInt64 = 1
     var statistics = PoolStatistics()
+
+    var firstWritable: Int { readOnlyPages == 0 ? 0 : readOnlyPages + 1 }
+    /// Where page 0 of the arena would be mapped.
+    var base: UnsafeMutableRawPointer? { arena.map { $0.start - firstWritable << 12 } }
+
+    func isReadOnly(_ pages: ClosedRange<Int>) -> Bool { pages.lowerBound >= 1 && pages.upperBound <= readOnlyPages }
   }
 
   /// Bytes of the largest arena: one bucket holds any of them.
@@ -98,18 +107,19 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   ///
   /// - Parameters:
   ///   - references: of each page, in order; 2 to 32768.
+  ///   - readOnly: pages 1 to this one are granted read-only; below the count of references.
   ///   - rings: ranges that must be mapped, inside the arena.
   package func attach(
-    _ handle: any GrantHandle, _ references: [UInt32], rings: [(address: UInt64, length: Int)]
+    _ handle: any GrantHandle, _ references: [UInt32], readOnly: Int, rings: [(address: UInt64, length: Int)]
   ) throws(AttachFault) {
     detach()
     let result: Result<Void, AttachFault> = state.withLock { state in
       state.handle = handle
       state.references = references
-      if let arena = map(references[...], &state) {
-        state.arena = arena
+      state.readOnlyPages = min(readOnly, references.count - 1)
+      if mapWhole(&state) {
         state.mode = .mapped
-        for index in references.indices { valid[index >> 6] |= 1 << UInt64(index & 63) }
+        for index in state.firstWritable..<references.count { valid[index >> 6] |= 1 << UInt64(index & 63) }
         return .success(())
       }
       // The error says too little: what can be copied from is a good reference.
@@ -126,7 +136,10 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       var trial: [Mapping] = []
       defer { for mapping in trial { unmap(mapping, &state) } }
       for (address, length) in rings {
-        guard let mapping = map(references[Self.pages(address, length)], &state) else { return .failure(.noRoom) }
+        let pages = Self.pages(address, length)
+        guard let mapping = map(references[pages], writable: !state.isReadOnly(pages), &state) else {
+          return .failure(.noRoom)
+        }
         trial.append(mapping)
       }
       state.mode = .copied
@@ -149,16 +162,17 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   package func detach() {
     state.withLock { state in
       guard state.handle != nil else { return }
-      let (arena, ranges) = (state.arena, state.ranges)
+      let mappings = [state.arena, state.readOnly].compactMap { $0 } + state.ranges.values
       state.arena = nil
+      state.readOnly = nil
+      state.readOnlyPages = 0
       state.ranges = [:]
       state.references = []
       state.handle = nil
       state.mode = .unattached
       let next = generation.advance()
       generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
-      if let arena { state.limbo.put(arena, next) }
-      for range in ranges.values { state.limbo.put(range, next) }
+      for mapping in mappings { state.limbo.put(mapping, next) }
     }
     waitForBatches {
       state.withLock { state in
@@ -170,10 +184,27 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     }
   }
 
-  private func map(_ references: ArraySlice<UInt32>, _ state: inout State) -> Mapping? {
+  /// All of the arena: what is read-only apart from the rest, and page 0 only where there is nothing read-only.
+  private func mapWhole(_ state: inout State) -> Bool {
+    let first = state.firstWritable
+    guard first < state.references.count, let arena = map(state.references[first...], writable: true, &state) else {
+      return false
+    }
+    if state.readOnlyPages > 0 {
+      state.readOnly = map(state.references[1...state.readOnlyPages], writable: false, &state)
+      guard state.readOnly != nil else {
+        unmap(arena, &state)
+        return false
+      }
+    }
+    state.arena = arena
+    return true
+  }
+
+  private func map(_ references: ArraySlice<UInt32>, writable: Bool, _ state: inout State) -> Mapping? {
     guard let handle = state.handle, budget.take(references.count) else { return nil }
     state.statistics.mapCalls &+= 1
-    guard let start = try? handle.map(Array(references), writable: true) else {
+    guard let start = try? handle.map(Array(references), writable: writable) else {
       budget.give(references.count)
       return nil
     }
@@ -198,7 +229,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     let result: Result<BucketMapping, GuestMemoryFault> = state.withLock { state in
       state.statistics.misses &+= 1
       guard number == 0, state.mode != .unattached else { return .failure(.unmapped(address: number << 27)) }
-      guard let base = state.arena?.start else { return .failure(.mappingFailed) }
+      guard let base = state.base else { return .failure(.mappingFailed) }
       return .success(BucketMapping(base: base, validPages: UnsafePointer(valid), stamp: stamp))
     }
     return try result.get()
@@ -210,8 +241,16 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
       let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1)))
       guard !overflow, end <= UInt64(state.references.count) << 12 else { return .failure(.unmapped(address: address)) }
-      if let base = state.arena?.start { return .success(RangeMapping(start: base + Int(address), identifier: 0)) }
-      guard let mapping = map(state.references[Self.pages(address, length)], &state) else {
+      let pages = Self.pages(address, length)
+      let isReadOnly = state.isReadOnly(pages)
+      if isReadOnly, let readOnly = state.readOnly {
+        return .success(RangeMapping(start: readOnly.start + Int(address) - 4096, identifier: 0))
+      }
+      if let base = state.base {
+        guard pages.lowerBound >= state.firstWritable else { return .failure(.unmapped(address: address)) }
+        return .success(RangeMapping(start: base + Int(address), identifier: 0))
+      }
+      guard let mapping = map(state.references[pages], writable: !isReadOnly, &state) else {
         return .failure(.mappingFailed)
       }
       let identifier = state.nextRange

@@ -52,7 +52,7 @@ package enum XenbusConnection {
       if let area = layout.inFlightArea { rings.append((area, layout.inFlightBytes)) }
     }
     do throws(GrantPool.AttachFault) {
-      try pool.attach(handle, references, rings: rings)
+      try pool.attach(handle, references, readOnly: Int(setup.readOnlyPages), rings: rings)
     } catch {
       switch error {
       case .badGrants: throw .setup("the arena's grants cannot be used")

@@ -36,6 +36,8 @@ package final class XenbusRegisters: RegisterAccess {
   private var directoryReferences: [UInt32] = []
   /// Changes the setup page before the backend may look at it.
   package var alter: (UnsafeMutableRawPointer) -> Void = { _ in }
+  /// Pages 1 to this one are granted read-only; the rings must lie accordingly.
+  package var readOnlyPages = 0
   /// Seconds to wait for the backend.
   package var patience = 30
   /// Frames at the end of the guest's memory: in-flight areas (64 of them, one page each), directories, setup page.
@@ -157,7 +159,9 @@ package final class XenbusRegisters: RegisterAccess {
 
   private func grantAll() {
     guard references.isEmpty else { return }
-    references = (0..<reserved + 64).map { domain.grants.grant(frame: UInt64($0), writable: true) }
+    references = (0..<reserved + 64).map {
+      domain.grants.grant(frame: UInt64($0), writable: $0 == 0 || $0 > readOnlyPages)
+    }
     let directories = (references.count + 1023) / 1024
     for directory in 0..<directories {
       let frame = reserved + 64 + directory
@@ -182,6 +186,7 @@ package final class XenbusRegisters: RegisterAccess {
     setup.storeBytes(of: 1, toByteOffset: 4, as: UInt16.self)
     setup.storeBytes(of: features | 3 << 32, toByteOffset: 8, as: UInt64.self)
     setup.storeBytes(of: UInt32(offer["epoch"] ?? "") ?? 0, toByteOffset: 0x10, as: UInt32.self)
+    setup.storeBytes(of: UInt32(readOnlyPages), toByteOffset: 0x14, as: UInt32.self)
     setup.storeBytes(of: UInt32(references.count), toByteOffset: 0x18, as: UInt32.self)
     setup.storeBytes(of: UInt32(directoryReferences.count), toByteOffset: 0x1c, as: UInt32.self)
     for (index, reference) in directoryReferences.enumerated() {

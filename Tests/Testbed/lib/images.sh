@@ -211,6 +211,9 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   mkdir -p "$image/guest"
   build_boot_image "$image/guest/boot.img" "$2"
   install -m 755 "$TESTBED/dom0/init" "$image/init"
+  gcc -O2 -Wall -Werror -o "$IMAGES/hostile-backend" "$TESTBED/dom0/hostile-backend.c" -lxengnttab -lxenevtchn -lxenstore ||
+    die "the hostile backend does not build (libxen-dev is missing? run: make deps)"
+  copy_with_libraries "$image" "$IMAGES/hostile-backend" /bin/hostile-backend
   pack "$image" "$1"
   rm -rf "$image"
 }
@@ -238,7 +241,7 @@ prepare_images_alone() { # [RELEASE]
     fetch_packages
   fi
   local key
-  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$RELEASE-$key
   [ -e "$IMAGES/complete" ] && touch "$IMAGES" && return
   say "building the dom0 and guest images in $IMAGES"

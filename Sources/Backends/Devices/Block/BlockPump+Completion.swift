@@ -1,3 +1,4 @@
+import Transport
 import Virtqueue
 
 /// From the engine's answers to the guest's, and what happens in between when the store fails.
@@ -5,6 +6,12 @@ extension BlockPump {
   private static var shortTransfer: Int { -5 }  // EIO
   private static var noSpace: Int { -28 }  // ENOSPC
   private static var notSupported: Int { -95 }  // EOPNOTSUPP
+  /// A page of zeros. Unsafe: never written after this, never freed.
+  nonisolated(unsafe) private static let zeros: UnsafeRawPointer = {
+    let page = UnsafeMutableRawPointer.allocate(byteCount: 4096, alignment: 4096)
+    page.initializeMemory(as: UInt8.self, repeating: 0, count: 4096)
+    return UnsafeRawPointer(page)
+  }()
 
   mutating func finishStep(_ slot: Int, _ result: Int) {
     inFlight &-= 1
@@ -65,8 +72,10 @@ extension BlockPump {
     if status == .ioError { tally.failed &+= 1 }
     if status == .unsupported { tally.unsupported &+= 1 }
     var byte = status.rawValue
-    var written = status == .ok ? record.pointee.written : 1
+    var written = record.pointee.written
     do throws(GuestMemoryFault) {
+      // A read that went well has filled its buffers.
+      if status != .ok || record.pointee.kind != .read { written = fill(slot, from: status == .ok ? written &- 1 : 0) }
       try memory.copyOut(from: &byte, to: record.pointee.statusAddress, count: 1)
     } catch {
       written = 0  // nowhere to say it; the used element alone tells the driver that the request is over
@@ -74,6 +83,36 @@ extension BlockPump {
     queue.pushUsed(record.pointee.ticket, length: written)
     releaseMeans(slot)
     if record.pointee.submittedAt != 0 { recordLatency(slot) }
+  }
+
+  /// Zeros in what is left of the memory that the device may write, up to the status: a driver that has its buffers copied shows its user
+  /// what is there, whatever the status says (`fills` in PROTOCOL.md). Chains beyond the promised size stay as they are, so that the
+  /// work is bounded.
+  ///
+  /// - Parameter done: bytes of the data that are written already.
+  /// - Returns: bytes from the first on that are written then, with the status if there is no gap before it.
+  private mutating func fill(_ slot: Int, from done: UInt32) -> UInt32 {
+    let record = slab.records + slot
+    let buffers = slab.buffers(slot) + record.pointee.readableCount
+    // Of writes and flushes there is the status alone.
+    if record.pointee.writableCount == 1, buffers.pointee.length == 1 { return 1 }
+    var data: UInt64 = 0
+    for index in 0..<record.pointee.writableCount { data &+= UInt64(buffers[index].length) }
+    data &-= 1
+    guard UInt64(done) < data else { return done &+ 1 }
+    guard data < XenbusOffer.filledBytes else { return done }
+    var cursor = ChainCursor(buffers, count: record.pointee.writableCount)
+    cursor.skip(UInt64(done))
+    var rest = Int(truncatingIfNeeded: data &- UInt64(done))
+    do throws(GuestMemoryFault) {
+      while rest > 0, let run = cursor.take(min(rest, 4096)) {
+        try memory.copyOut(from: Self.zeros, to: run.address, count: Int(run.length))
+        rest &-= Int(run.length)
+      }
+    } catch {
+      return done  // no memory of the guest's that could show anything
+    }
+    return UInt32(truncatingIfNeeded: data &+ 1)
   }
 
   private func recordLatency(_ slot: Int) {
