@@ -11,7 +11,9 @@ release_of() { local name=${1%%~*}; case $name in *@*) echo "${name#*@}" ;; *) e
 variation_of() { case $1 in *~*) echo "${1##*~}" ;; *) echo 0 ;; esac; }
 # "# KEY: VALUE" among a scenario's first lines.
 header() { # FILE KEY DEFAULT
-  sed -n "s/^# $2: \([^ ]*\).*/\1/p; /^[^#]/q" "$1" | grep -m 1 . || echo "$3"
+  local value
+  value=$(sed -n "/^# $2: /{s/^# $2: \([^ ]*\).*/\1/p;q}; /^[^#]/q" "$1")
+  echo "${value:-$3}"
 }
 
 # The names of all scenarios, those first that take longest ("# takes: SECONDS").
