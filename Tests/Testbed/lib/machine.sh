@@ -47,13 +47,15 @@ choose_variation() { # NUMBER : sets SHIFT and DELAY
 }
 
 # Its console on standard output; what dom0 sends by its second serial port goes to FOLDER/logs.tar.gz.
-boot() { # INITRD FOLDER : becomes the machine
+boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
+  local initrd=$1 folder=$2
+  shift 2
   local clock=(-accel "tcg,thread=single" -icount "shift=${SHIFT:-1},sleep=off" -rtc "base=$MACHINE_DATE,clock=vm")
   [ "${PARALLEL:-no}" = no ] || clock=(-accel "tcg,thread=multi")
-  exec qemu-system-x86_64 -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
-    -nographic -monitor none -serial stdio -serial "file:$2/logs.tar.gz" -no-reboot -nodefaults -display none \
+  exec "$@" qemu-system-x86_64 -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
+    -nographic -monitor none -serial stdio -serial "file:$folder/logs.tar.gz" -no-reboot -nodefaults -display none \
     -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 bootscrub=0 loglvl=warning guest_loglvl=warning" \
-    -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$1"
+    -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$initrd"
 }
 
 prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD

@@ -107,7 +107,10 @@ run() { # JOBS NAME...
       work "$queue" &
       workers+=($!)
     done
+    # shellcheck disable=SC2064
+    trap "kill ${workers[*]}; exit 1" TERM INT
     wait "${workers[@]}"
+    trap - TERM INT
   fi
   report "$queue"
   local code=$?
@@ -139,17 +142,13 @@ run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
     shown "$folder" <"$folder/console.fifo" >"$folder/checks.log" &
   fi
   reader=$!
-  (boot "$INITRD" "$folder") </dev/null >"$folder/console.fifo" 2>&1 &
+  (boot "$INITRD" "$folder" timeout $LAST_RESORT) </dev/null >"$folder/console.fifo" 2>&1 &
   machine=$!
-  (
-    sleep $LAST_RESORT
-    echo "TESTBED the machine did not end within $LAST_RESORT s" >>"$folder/console.log"
-    kill $machine
-  ) >/dev/null 2>&1 &
-  local guard=$!
+  trap 'kill $machine; exit 1' TERM INT
   wait $machine 2>/dev/null
-  kill $guard 2>/dev/null
-  wait $reader $guard 2>/dev/null
+  [ $? -ne 124 ] || echo "TESTBED the machine did not end within $LAST_RESORT s" >>"$folder/console.log"
+  trap - TERM INT
+  wait $reader 2>/dev/null
   rm -f "$folder/initrd" "$folder/overlay.cpio" "$folder/console.fifo"
   [ -s "$folder/logs.tar.gz" ] || rm -f "$folder/logs.tar.gz"
   verdict=$(sed -n 's/^TESTBED VERDICT //p' "$folder/console.log" | head -n 1)
