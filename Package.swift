@@ -123,3 +123,10 @@ if Context.environment["VXD_FUZZ"] != nil {
       ],
       path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))
 }
+
+// Under ThreadSanitizer the programs that tests start have to know the standard library's locks, as the tests do: see Tests/run-unit-tests.
+if Context.environment["VXD_THREAD_SANITIZER"] != nil {
+  for target in package.targets where ["vxd", "vxctl"].contains(target.name) {
+    target.dependencies.append("CThreadSanitizer")
+  }
+}

@@ -6,6 +6,7 @@
 #if defined(__has_feature)
 #if __has_feature(thread_sanitizer)
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <sys/socket.h>
 
@@ -16,13 +17,21 @@ extern void *dlsym(void *, const char *);
 typedef __attribute__((swiftcall)) void (*lock_function)(uint32_t, __attribute__((swift_context)) void *);
 typedef __attribute__((swiftcall)) void (*unlock_function)(__attribute__((swift_context)) void *);
 
-static void *next(const char *name) { return dlsym((void *)-1l /* RTLD_NEXT */, name); }
+/* The library's function behind ours; looked up by whichever thread comes first, or by several. */
+static void *next(void *_Atomic *known, const char *name) {
+  void *found = atomic_load_explicit(known, memory_order_acquire);
+  if (!found) {
+    found = dlsym((void *)-1l /* RTLD_NEXT */, name);
+    atomic_store_explicit(known, found, memory_order_release);
+  }
+  return found;
+}
 
 __attribute__((swiftcall)) void mutex_lock_slow(uint32_t thread, __attribute__((swift_context)) void *handle)
     __asm__("$s15Synchronization12_MutexHandleV9_lockSlowyys6UInt32VF");
 __attribute__((swiftcall)) void mutex_lock_slow(uint32_t thread, __attribute__((swift_context)) void *handle) {
-  static lock_function original;
-  if (!original) original = (lock_function)next("$s15Synchronization12_MutexHandleV9_lockSlowyys6UInt32VF");
+  static void *_Atomic known;
+  lock_function original = (lock_function)next(&known, "$s15Synchronization12_MutexHandleV9_lockSlowyys6UInt32VF");
   original(thread, handle);
   __tsan_acquire(handle);
 }
@@ -30,8 +39,8 @@ __attribute__((swiftcall)) void mutex_lock_slow(uint32_t thread, __attribute__((
 __attribute__((swiftcall)) void mutex_unlock_slow(__attribute__((swift_context)) void *handle)
     __asm__("$s15Synchronization12_MutexHandleV11_unlockSlowyyF");
 __attribute__((swiftcall)) void mutex_unlock_slow(__attribute__((swift_context)) void *handle) {
-  static unlock_function original;
-  if (!original) original = (unlock_function)next("$s15Synchronization12_MutexHandleV11_unlockSlowyyF");
+  static void *_Atomic known;
+  unlock_function original = (unlock_function)next(&known, "$s15Synchronization12_MutexHandleV11_unlockSlowyyF");
   __tsan_release(handle);
   original(handle);
 }
@@ -43,8 +52,8 @@ struct xs_handle {
 };
 
 void xs_close(struct xs_handle *handle) {
-  static void (*original)(struct xs_handle *);
-  if (!original) original = (void (*)(struct xs_handle *))next("xs_close");
+  static void *_Atomic known;
+  void (*original)(struct xs_handle *) = (void (*)(struct xs_handle *))next(&known, "xs_close");
   if (handle) {
     shutdown(handle->descriptor, SHUT_RDWR);
     for (int turns = 0; turns < 1000000 && (handle->descriptor != -1 || turns < 10000); turns++) sched_yield();

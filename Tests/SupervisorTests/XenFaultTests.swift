@@ -91,6 +91,30 @@ import Xen
     #expect(try toolstack.destroy(6, disks: ["xvde"]))
   }
 
+  /// As xenstored's: what others do elsewhere in the tree disturbs no transaction.
+  @Test func transactionsOfTheSimulatedXenstoreConflictWhereTheyMeet() throws {
+    let world = try World()
+    defer { world.end() }
+    let (first, second) = (try XenStore(socketPath: world.server.path), try XenStore(socketPath: world.server.path))
+    try first.transaction { transaction throws(XenError) in
+      try first.write("/a/x", "1", in: transaction)
+      try second.write("/b/y", "1")
+    }
+    #expect(first.read("/a/x") == "1" && first.read("/b/y") == "1")
+    for path in ["/b/y", "/b", "/b/y/z"] {
+      var tries = 0
+      try first.transaction { transaction throws(XenError) in
+        tries += 1
+        _ = first.read("/b/y", in: transaction)
+        _ = first.list("/b", in: transaction)
+        _ = first.read("/b/y/z", in: transaction)
+        if tries == 1 { try second.write(path, "2") }
+        try first.write("/a/x", "2", in: transaction)
+      }
+      #expect(tries == 2, "\(path)")
+    }
+  }
+
   @Test func conflictsOfTransactionsAreTriedAgain() throws {
     let (world, domain) = try world()
     defer { world.end() }

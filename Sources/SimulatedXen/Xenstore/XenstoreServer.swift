@@ -14,8 +14,8 @@ package final class XenstoreServer: @unchecked Sendable {
   private let thread: LoopThread
   private let listener: OwnedDescriptor
   private var tree = XenstoreTree()
-  /// Counts changes: a transaction that began at another count has a conflict.
-  private var changes: UInt64 = 0
+  /// Changes since the oldest transaction that is open began, in their order: a transaction conflicts with those of nodes that it looked at.
+  private var history: [Change] = []
   private var clients: [Int32: Client] = [:]
   private var transactions: [UInt32: Transaction] = [:]
   private var nextTransaction: UInt32 = 1
@@ -26,8 +26,19 @@ package final class XenstoreServer: @unchecked Sendable {
 
   private struct Transaction {
     var tree: XenstoreTree
-    var changesAtStart: UInt64
+    /// Changes that had happened by its start.
+    var start: Int
+    var seen: Set<String> = []
     var touched: [Change] = []
+    /// What it does to the tree, to be done again to that of its end.
+    var steps: [(inout XenstoreTree) -> Void] = []
+
+    /// Whether a change is of a node that was looked at, of what is below it, or of what is above it and gone.
+    func conflicts(with change: Change) -> Bool {
+      let parent = change.path.split(separator: "/").dropLast().reduce(into: "") { $0 += "/" + $1 }
+      return seen.contains(change.path) || seen.contains(parent)
+        || change.isRemoval && seen.contains { $0.hasPrefix(change.path + "/") }
+    }
   }
 
   private struct Change {
@@ -179,7 +190,7 @@ package final class XenstoreServer: @unchecked Sendable {
     else { return }
     self.interjection = nil
     for (path, value) in interjection.values { tree.modify(path) { $0.value = Array(value.utf8) } }
-    self.changes &+= 1
+    history += interjection.values.keys.map { Change(path: $0) }
     notify(interjection.values.keys.map { Change(path: $0) })
   }
 
@@ -244,7 +255,8 @@ package final class XenstoreServer: @unchecked Sendable {
     case .transactionStart:
       let identifier = nextTransaction
       nextTransaction &+= 1
-      transactions[identifier] = Transaction(tree: tree, changesAtStart: self.changes)
+      if transactions.isEmpty { history = [] }
+      transactions[identifier] = Transaction(tree: tree, start: history.count)
       return Array("\(identifier)".utf8) + [0]
     case .transactionEnd:
       guard let transaction = transactions.removeValue(forKey: message.transaction) else {
@@ -255,9 +267,11 @@ package final class XenstoreServer: @unchecked Sendable {
         conflicts -= 1
         throw StoreFault(name: "EAGAIN")
       }
-      guard transaction.changesAtStart == self.changes else { throw StoreFault(name: "EAGAIN") }
-      tree = transaction.tree
-      self.changes &+= 1
+      guard !history[transaction.start...].contains(where: { transaction.conflicts(with: $0) }) else {
+        throw StoreFault(name: "EAGAIN")
+      }
+      for step in transaction.steps { step(&tree) }
+      history += transaction.touched
       changes = transaction.touched
       return ok
     case .getDomainPath: return Array("/local/domain/\(first)".utf8) + [0]
@@ -270,6 +284,7 @@ package final class XenstoreServer: @unchecked Sendable {
   private func node(_ path: String, _ message: XenstoreMessage) throws(StoreFault) -> XenstoreTree.Node {
     let path = try Self.absolute(path)
     let source = try message.transaction == 0 ? tree : open(message.transaction).tree
+    transactions[message.transaction]?.seen.insert(path)
     guard let node = source.node(path) else { throw StoreFault(name: "ENOENT") }
     return node
   }
@@ -280,16 +295,19 @@ package final class XenstoreServer: @unchecked Sendable {
   }
 
   private func change(
-    _ path: String, _ message: XenstoreMessage, _ changes: inout [Change], _ body: (inout XenstoreTree.Node) -> Void
+    _ path: String, _ message: XenstoreMessage, _ changes: inout [Change],
+    _ body: @escaping (inout XenstoreTree.Node) -> Void
   ) throws(StoreFault) {
     let path = try Self.absolute(path)
     if message.transaction == 0 {
       tree.modify(path, body)
-      self.changes &+= 1
+      history.append(Change(path: path))
       changes.append(Change(path: path))
     } else {
       _ = try open(message.transaction)
       transactions[message.transaction]?.tree.modify(path, body)
+      transactions[message.transaction]?.seen.insert(path)
+      transactions[message.transaction]?.steps.append { $0.modify(path, body) }
       transactions[message.transaction]?.touched.append(Change(path: path))
     }
   }
@@ -298,11 +316,13 @@ package final class XenstoreServer: @unchecked Sendable {
     let path = try Self.absolute(path)
     if message.transaction == 0 {
       guard tree.remove(path) else { throw StoreFault(name: "ENOENT") }
-      self.changes &+= 1
+      history.append(Change(path: path, isRemoval: true))
       changes.append(Change(path: path, isRemoval: true))
     } else {
       _ = try open(message.transaction)
       guard transactions[message.transaction]?.tree.remove(path) == true else { throw StoreFault(name: "ENOENT") }
+      transactions[message.transaction]?.seen.insert(path)
+      transactions[message.transaction]?.steps.append { _ = $0.remove(path) }
       transactions[message.transaction]?.touched.append(Change(path: path, isRemoval: true))
     }
   }
