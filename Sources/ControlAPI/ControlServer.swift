@@ -13,7 +13,7 @@ package final class ControlServer: @unchecked Sendable {
   private let methods: ControlMethods
   private let listener: OwnedDescriptor
   private var clients: [Int32: ControlConnection] = [:]
-  private var token: EventLoop.Token?
+  private var accepting: AcceptLoop?
   private let access: ControlAccess
   private let history = EventHistory()
   /// The socket's file is the service manager's.
@@ -41,44 +41,22 @@ package final class ControlServer: @unchecked Sendable {
     }
     thread = try LoopThread(name: "vxd-control")
     thread.loop.enqueue { [self] in
-      listen()
+      accepting = try? AcceptLoop(listener.raw, on: thread.loop) { [unowned self] in accept($0) }
     }
   }
 
-  private func listen() {
-    token = try? thread.loop.onReadable(listener.raw) { [unowned self] in accept() }
-  }
-
-  /// Leaves waiting clients waiting for a second: without a free descriptor the listener would stay readable and the thread spin.
-  private func pause() {
-    if let token { thread.loop.remove(token) }
-    token = nil
-    thread.loop.schedule(afterMilliseconds: 1000) { [self] in listen() }
-  }
-
-  private func accept() {
-    while true {
-      let raw = clinux_accept(listener.raw)
-      guard raw >= 0 else {
-        if errno == EMFILE || errno == ENFILE { pause() }
-        return
-      }
-      guard clients.count < Self.clientLimit else {
-        close(raw)
-        continue
-      }
-      let connection = ControlConnection(
-        OwnedDescriptor(adopting: raw), methods: methods, role: access.role(of: raw), history: history)
-      do throws(Errno) {
-        let token = try thread.loop.add(
-          raw, events: EPOLLIN.rawValue,
-          source: ActionSource { [unowned self] events in serve(raw, events) })
-        connection.token = token
-        clients[raw] = connection
-      } catch {
-        continue
-      }
+  private func accept(_ raw: Int32) {
+    guard clients.count < Self.clientLimit else {
+      close(raw)
+      return
     }
+    let connection = ControlConnection(
+      OwnedDescriptor(adopting: raw), methods: methods, role: access.role(of: raw), history: history)
+    let token = try? thread.loop.add(
+      raw, events: EPOLLIN.rawValue, source: ActionSource { [unowned self] events in serve(raw, events) })
+    guard let token else { return }
+    connection.token = token
+    clients[raw] = connection
   }
 
   private func serve(_ raw: Int32, _ events: UInt32) {
@@ -116,7 +94,7 @@ package final class ControlServer: @unchecked Sendable {
   /// Closes the socket and ends the thread.
   package func stop() {
     thread.perform { [self] in
-      if let token { thread.loop.remove(token) }
+      accepting?.close()
       for connection in clients.values {
         if let token = connection.token { thread.loop.remove(token) }
       }

@@ -30,6 +30,7 @@ package final class MetricsServer: @unchecked Sendable {
   private let contentType: String
   private let listeners: [Int32]
   private let path: String?
+  private var accepting: [AcceptLoop] = []
   private var clients: [Int32: Client] = [:]
 
   /// - Parameters:
@@ -52,8 +53,8 @@ package final class MetricsServer: @unchecked Sendable {
     }
     let all = listeners
     thread.loop.enqueue { [self] in
-      for listener in all {
-        _ = try? thread.loop.onReadable(listener) { [unowned self] in accept(listener) }
+      accepting = all.compactMap { listener in
+        try? AcceptLoop(listener, on: thread.loop) { [unowned self] in accept($0) }
       }
     }
   }
@@ -78,23 +79,19 @@ package final class MetricsServer: @unchecked Sendable {
     return raw
   }
 
-  private func accept(_ listener: Int32) {
-    while true {
-      let raw = clinux_accept(listener)
-      guard raw >= 0 else { return }
-      guard clients.count < Self.clientLimit else {
-        close(raw)
-        continue
-      }
-      let client = Client(raw)
-      client.token = try? thread.loop.add(
-        raw, events: EPOLLIN.rawValue, source: ActionSource { [unowned self] _ in serve(raw) })
-      guard client.token != nil else { continue }
-      client.timer = thread.loop.schedule(afterMilliseconds: Self.patience) { [weak self] in
-        if let client = self?.clients[raw] { self?.end(client) }
-      }
-      clients[raw] = client
+  private func accept(_ raw: Int32) {
+    guard clients.count < Self.clientLimit else {
+      close(raw)
+      return
     }
+    let client = Client(raw)
+    client.token = try? thread.loop.add(
+      raw, events: EPOLLIN.rawValue, source: ActionSource { [unowned self] _ in serve(raw) })
+    guard client.token != nil else { return }
+    client.timer = thread.loop.schedule(afterMilliseconds: Self.patience) { [weak self] in
+      if let client = self?.clients[raw] { self?.end(client) }
+    }
+    clients[raw] = client
   }
 
   private func end(_ client: Client) {

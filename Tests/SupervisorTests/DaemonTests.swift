@@ -148,6 +148,51 @@ import Xen
     }
   }
 
+  /// Nobody spins over a socket whose clients cannot be accepted.
+  @Test func daemonWithoutDescriptorsRests() throws {
+    let folder = TemporaryFolder()
+    let socket = folder.path + "/control.sock"
+    let log = open(folder.path + "/log", O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
+    defer { close(log) }
+    let command = "ulimit -n 150; exec \(Self.products)/vxd --simulate --socket \(socket)"
+    let pid = spawn("sh", ["-c", command], [:], output: log, other: -1)
+    defer {
+      kill(pid, SIGKILL)
+      var status: Int32 = 0
+      waitpid(pid, &status, 0)
+    }
+    #expect(eventually { (try? ControlClient(path: socket)) != nil })
+    // They wait in the socket's queue once the daemon has no descriptor left.
+    var clients: [Int32] = []
+    defer { for client in clients { close(client) } }
+    #expect(eventually { access(folder.path + "/metrics.sock", F_OK) == 0 })
+    let isFull = eventually {
+      if let client = try? UnixSocket.connect(socket, nonBlocking: true) { clients.append(client) }
+      // Twice: one alone may be a descriptor that is on its way out.
+      return (0..<2).allSatisfy { _ in TemporaryFolder.names("/proc/\(pid)/fd").count >= 150 }
+    }
+    #expect(isFull, "\(clients.count) clients")
+    for _ in 0..<10 { clients.append(try UnixSocket.connect(folder.path + "/metrics.sock", nonBlocking: true)) }
+    let before = try #require(ticks(of: "vxd-metrics", in: pid))
+    // What is measured: the work of this time.
+    sleep(2)
+    let after = try #require(ticks(of: "vxd-metrics", in: pid))
+    #expect(after - before < 10, "\(after - before) hundredths of a second of work within two seconds")
+  }
+
+  /// Hundredths of a second that a thread of a process has run.
+  private func ticks(of thread: String, in pid: pid_t) -> Int? {
+    let tasks = "/proc/\(pid)/task"
+    for task in TemporaryFolder.names(tasks) {
+      let text = run("cat", ["\(tasks)/\(task)/stat"]).0
+      guard text.contains("(\(thread))"), let rest = text.split(separator: ")").last else { continue }
+      let words = rest.split(separator: " ")
+      // User and system time: fields 14 and 15 of the line.
+      return words.count > 12 ? Int(words[11]).flatMap { user in Int(words[12]).map { user + $0 } } : nil
+    }
+    return nil
+  }
+
   /// A driver domain owns its nodes, and dom0's operator looks at them.
   @Test func wordsOfADriverDomainDoNothingToATerminal() throws {
     let world = try World()

@@ -1,12 +1,10 @@
-import CLinux
 import EventLoop
 import Glibc
 
 /// A listening Unix socket on a loop.
 final class ConsoleListener {
   private let descriptor: OwnedDescriptor
-  private let loop: EventLoop
-  private var token: EventLoop.Token?
+  private var accepting: AcceptLoop?
   private let path: String
 
   /// - Parameters:
@@ -14,22 +12,17 @@ final class ConsoleListener {
   ///   - onClient: gets each connection, which is its from then on.
   init(path: String, mode: mode_t = 0o660, loop: EventLoop, onClient: @escaping (Int32) -> Void) throws(Errno) {
     self.path = path
-    self.loop = loop
-    let raw = try UnixSocket.make()
+    let raw = try UnixSocket.make(nonBlocking: true)
     descriptor = OwnedDescriptor(adopting: raw)
     try UnixSocket.removeLeft(path)
     try UnixSocket.withAddress(path) { address, length in bind(raw, address, length) }
     // Not by the mask of the process, as `UnixSocket.listen`: this is not the only thread that makes files.
     guard chmod(path, mode) == 0, listen(raw, 16) == 0 else { throw Errno.last }
-    token = try loop.onReadable(raw) {
-      let client = clinux_accept(raw)
-      if client >= 0 { onClient(client) }
-    }
+    accepting = try AcceptLoop(raw, on: loop, onClient: onClient)
   }
 
   func close() {
-    if let token { loop.remove(token) }
-    token = nil
+    accepting?.close()
     unlink(path)
   }
 }
