@@ -12,7 +12,7 @@ final class ConsoleListener {
   ///   - onClient: gets each connection, which is its from then on.
   init(path: String, mode: mode_t = 0o660, loop: EventLoop, onClient: @escaping (Int32) -> Void) throws(Errno) {
     self.path = path
-    let raw = try UnixSocket.make()
+    let raw = try UnixSocket.make(nonBlocking: true)
     descriptor = OwnedDescriptor(adopting: raw)
     try UnixSocket.removeLeft(path)
     try UnixSocket.withAddress(path) { address, length in bind(raw, address, length) }
