@@ -1,4 +1,4 @@
-# limit: 2400 s
+# limit: 1800 s
 # needs: xenbus
 # A guest with a disk of an honest backend, in a driver domain, and one device after another of a backend in dom0 that lies
 # (dom0/hostile-backend.c): the guest stays up, its other disk goes on, and what lied is gone from the guest afterwards. PV guests: the
