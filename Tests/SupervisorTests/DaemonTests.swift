@@ -111,7 +111,7 @@ import Xen
   ]) func timesBeyondReasonAreRefused(arguments: [String]) throws {
     try withDaemon { socket, _ in
       let takesSocket = arguments[0] != "reattach"
-      let (text, status) = run(Self.products + "/vxctl", arguments + (takesSocket ? ["--socket", socket] : []))
+      let (text, status) = try vxctl(arguments + (takesSocket ? ["--socket", socket] : []))
       #expect(status == 64, "\(text)")
       #expect(text.contains("expected a number of seconds from"), "\(text)")
     }
@@ -123,13 +123,10 @@ import Xen
     let socket = folder.path + "/control.sock"
     let log = open(folder.path + "/log", O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
     defer { close(log) }
-    let command = "ulimit -n 150; exec \(Self.products)/vxd --simulate --socket \(socket)"
-    let pid = spawn("sh", ["-c", command], [:], output: log, other: -1)
-    defer {
-      kill(pid, SIGKILL)
-      var status: Int32 = 0
-      waitpid(pid, &status, 0)
-    }
+    let command = "ulimit -n 150; exec \(ChildProcess.products)/vxd --simulate --socket \(socket)"
+    let daemon = try ChildProcess("sh", ["-c", command], output: log)
+    defer { daemon.kill() }
+    let pid = daemon.pid
     #expect(eventually { (try? ControlClient(path: socket)) != nil })
     // They wait in the socket's queue once the daemon has no descriptor left.
     var clients: [Int32] = []
@@ -153,7 +150,7 @@ import Xen
   private func ticks(of thread: String, in pid: pid_t) -> Int? {
     let tasks = "/proc/\(pid)/task"
     for task in TemporaryFolder.names(tasks) {
-      let text = run("cat", ["\(tasks)/\(task)/stat"]).0
+      let text = (try? ChildProcess.run("cat", ["\(tasks)/\(task)/stat"]).output) ?? ""
       guard text.contains("(\(thread))"), let rest = text.split(separator: ")").last else { continue }
       let words = rest.split(separator: " ")
       // User and system time: fields 14 and 15 of the line.
@@ -178,8 +175,9 @@ import Xen
       guard eventually({ store.list(folder)?.isEmpty == false }), let device = store.list(folder)?.first else { return }
       try? store.write("\(folder)/\(device)/error", "no\u{1b}[2J\u{1b}]0;owned\u{07}\u{9b}31m\u{202e}text")
     }
-    let (text, status) = run(
-      Self.products + "/vxctl", ["attach", "web1", "disk", "--image", "/x.img", "--backend", "0", "--wait", "20"],
+    let (text, status) = try ChildProcess.run(
+      ChildProcess.products + "/vxctl",
+      ["attach", "web1", "disk", "--image", "/x.img", "--backend", "0", "--wait", "20"],
       environment: ["XENSTORED_PATH": server])
     #expect(status == 1, "\(text)")
     #expect(text.contains(#"no\u001b[2J\u001b]0;owned\u0007\u009b31m\u202etext"#), "\(text)")
