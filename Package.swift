@@ -55,7 +55,8 @@ let package = Package(
       dependencies: ["Virtqueue", "Devices", "Transport", "EventLoop", "Xen", "ControlAPI", "CLinux"],
       swiftSettings: house),
 
-    // The control plane.
+    // The control plane. What a guest and a device go through, as values: depends on nothing.
+    .target(name: "Lifecycle", swiftSettings: house),
     .target(
       name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
     .target(
@@ -108,6 +109,7 @@ let package = Package(
         "vxd", "vxctl",
       ],
       swiftSettings: house),
+    .testTarget(name: "LifecycleTests", dependencies: ["Lifecycle"], swiftSettings: house),
     .testTarget(name: "HouseTests", swiftSettings: house),
   ]
 )

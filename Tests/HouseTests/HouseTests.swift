@@ -10,7 +10,7 @@ import Testing
     "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
     "Backends/Xen": ["CXen", "Glibc"], "Backends/Assembly": ["Glibc"],
     "SimulatedXen": ["CLinux", "Glibc"], "ControlAPI": ["CJSON", "CLinux", "Glibc"],
-    "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],
+    "Lifecycle": [], "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],
   ]
 
   private static let root = "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/")
@@ -61,6 +61,16 @@ import Testing
         guard let last = words.last, words.dropLast().last == "import" else { continue }
         #expect(last != "Foundation" && last != "Dispatch", "Sources/\(file) imports \(last)")
         if Self.cModules.contains(last) { #expect(permitted.contains(last), "Sources/\(file) imports \(last)") }
+      }
+    }
+  }
+
+  @Test func lifecycleDependsOnNothing() throws {
+    let files = Self.files("\(Self.root)/Sources/Lifecycle")
+    #expect(files.count > 10)
+    for file in files {
+      for line in try Self.lines("\(Self.root)/Sources/Lifecycle/\(file)") {
+        #expect(!line.split(separator: " ").contains("import"), "\(file): \(line)")
       }
     }
   }
