@@ -46,7 +46,8 @@ let package = Package(
       name: "Xen", dependencies: ["Virtqueue", "Transport", "EventLoop", "CXen", "CLinux"],
       path: "Sources/Backends/Xen", swiftSettings: house),
     .target(
-      name: "Backends", dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen"],
+      name: "Backends",
+      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle"],
       path: "Sources/Backends/Assembly", swiftSettings: house),
 
     // An in-process Xen with guests that play the virtio driver's side.
@@ -61,7 +62,10 @@ let package = Package(
       name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
     .target(
       name: "Supervisor",
-      dependencies: ["Backends", "Devices", "Engines", "Xen", "EventLoop", "ControlAPI", "CSystemd", "CLinux", log],
+      dependencies: [
+        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "Lifecycle",
+        "CSystemd", "CLinux", log,
+      ],
       exclude: ["CModules"], swiftSettings: house),
 
     .executableTarget(

@@ -140,5 +140,5 @@ package enum DeviceTimer: Hashable, Sendable {
   /// The deadline of a detach.
   case drain(BackendID)
   /// The end should have been reached by now.
-  case end
+  case end(BackendID)
 }

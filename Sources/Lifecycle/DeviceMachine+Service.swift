@@ -72,7 +72,7 @@ extension DeviceMachine {
       start(.restart("nothing is attached"))
     case .use(let occasion):
       service = .waiting(.rest(.failed(reason)))
-      if connection == .absent {
+      if connection == .absent || isFinal {
         couldNotServe(occasion, reason, isFinal: isFinal, now)
       } else {
         backendFailed(reason, now)

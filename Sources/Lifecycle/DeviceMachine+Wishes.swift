@@ -125,7 +125,8 @@ extension DeviceMachine {
       connection = .xenbus(handshake)
       lookAtDriver(now)
     case .drain(let number): drained(number, "detached by force", now)
-    case .end:
+    case .end(let number):
+      guard number == endNumber else { return }  // of another device, which had this name before
       switch service {
       case .starting(_, .next(.end)), .stopping(_, .end):
         effects.append(.tell(.deviceClosesSlowly, "its storage does not answer"))
@@ -163,7 +164,9 @@ extension DeviceMachine {
     case .leaveDue, .leaving: effects.append(unexpected("end"))
     }
     proceed(.end(departure))
-    effects += [.schedule(.end, rules.slowEnd), .leaving]
+    let number = newNumber()
+    endNumber = number
+    effects += [.schedule(.end(number), rules.slowEnd), .leaving]
   }
 
   /// Somebody waits for state 6 of a device that is ending already.

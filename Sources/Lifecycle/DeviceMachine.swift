@@ -110,13 +110,20 @@ package struct DeviceMachine: Hashable, Sendable {
   package internal(set) var isEntryNewer = false
   /// A detach waits for the device's requests, under this number.
   package internal(set) var drain: BackendID?
+  /// Of the timer that began with the device's end.
+  package internal(set) var endNumber: BackendID?
   /// The last number that was given away.
-  package internal(set) var lastNumber: UInt64 = 0
+  package internal(set) var lastNumber: UInt64
   /// Collected while an event is handled; empty between events.
   var effects: [DeviceEffect] = []
 
-  package init(_ style: BusStyle, _ rules: DeviceRules, bus: Bus = .pending, earlier: Earlier = .nothing) {
+  /// - Parameter numbersAfter: where its numbers begin: they must differ from those of every earlier device of the same name, whose
+  ///   timers may still run.
+  package init(
+    _ style: BusStyle, _ rules: DeviceRules, bus: Bus = .pending, earlier: Earlier = .nothing, numbersAfter: UInt64 = 0
+  ) {
     self.style = style
+    lastNumber = numbersAfter
     self.rules = rules
     self.bus = bus
     self.earlier = earlier

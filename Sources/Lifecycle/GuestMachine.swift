@@ -36,17 +36,26 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package internal(set) var tries = 0
   /// The daemon ends, and what is left of the guest is for the next one.
   package internal(set) var isHandingOver = false
-  var lastNumber: UInt64 = 0
+  var lastNumber: UInt64
   /// Collected while an event is handled; empty between events.
   var effects: [GuestEffect<Key>] = []
 
-  /// - Parameter hasServer: the guest's accesses are served by a server that must be made first; else devices can be served at once.
-  package init(hasServer: Bool, retry: RestartPolicy = DeviceRules().startRetry) {
+  /// - Parameters:
+  ///   - hasServer: the guest's accesses are served by a server that must be made first; else devices can be served at once.
+  ///   - numbersAfter: as with `DeviceMachine`.
+  package init(hasServer: Bool, retry: RestartPolicy = DeviceRules().startRetry, numbersAfter: UInt64 = 0) {
     self.retry = retry
+    lastNumber = numbersAfter
     if !hasServer { phase = .running }
   }
 
   package subscript(key: Key) -> DeviceMachine? { members.first { $0.key == key }?.machine }
+
+  /// Changes what operators decide about a device's life, for failures from now on.
+  package mutating func set(_ restart: RestartPolicy, of key: Key) {
+    guard let index = members.firstIndex(where: { $0.key == key }) else { return }
+    members[index].machine.rules.restart = restart
+  }
 
   /// Whether devices may be added: not while the guest ends. Its entries are looked at again when it is gone.
   package var acceptsDevices: Bool {

@@ -2,6 +2,7 @@ import Backends
 package import ControlAPI
 import Devices
 import Glibc
+import Lifecycle
 import Synchronization
 import Xen
 
@@ -28,14 +29,17 @@ extension SupervisorControl {
 
     func endDaemon(handsOver: Bool) { shutdown.withLock { $0 }?(handsOver) }
 
-    /// Runs on the supervisor's loop with the device, if it is there by then.
-    func change(
-      _ device: StatusBoard.Device, _ body: @escaping @Sendable (isolated Supervisor, DeviceKey) -> Void
-    ) -> JSONValue {
-      let key = device.key
-      supervisor.withLock { $0 }?.onLoop { body($0, key) }
+    /// Has something done to a device's life, if it is there by then.
+    func order(_ device: StatusBoard.Device, _ command: DeviceEvent.Command) -> JSONValue {
+      supervisor.withLock { $0 }?.order(device.key, command)
       return ["accepted": true]
     }
+
+    func fill(_ key: DeviceKey, image: String, limits: RateLimits?) {
+      supervisor.withLock { $0 }?.fill(key, image: image, limits: limits)
+    }
+
+    func detach(_ key: DeviceKey, deadline: UInt64) { supervisor.withLock { $0 }?.detach(key, deadline: deadline) }
 
     func onLoop(_ body: @escaping @Sendable (isolated Supervisor) -> Void) {
       supervisor.withLock { $0 }?.onLoop(body)

@@ -1,5 +1,6 @@
 import Backends
 import Devices
+import Lifecycle
 import Transport
 import Xen
 
@@ -141,9 +142,7 @@ package enum Metrics {
   }
 
   private static func writeDevices(_ writer: inout Writer, _ devices: [StatusBoard.Device]) {
-    let phases = [
-      "opening", "ready", "connected", "failed", "faulted", "held", "restarting", "quarantined", "paused", "closing",
-    ]
+    let phases = DevicePhase.names
     writer.put(
       "vxd_device_state", "stateset", "The state that a device is in.",
       devices.flatMap { device in

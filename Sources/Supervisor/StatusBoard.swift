@@ -1,5 +1,6 @@
 import Backends
 import Devices
+import Lifecycle
 import Synchronization
 import Transport
 import Xen

@@ -3,6 +3,7 @@ import ControlAPI
 import Devices
 import EventLoop
 import Glibc
+import Lifecycle
 import Xen
 
 /// How guests and devices are told to clients.

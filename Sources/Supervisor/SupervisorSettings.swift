@@ -1,5 +1,5 @@
-package import Backends
 package import Devices
+package import Lifecycle
 import Xen
 
 /// How the daemon serves its guests.

@@ -48,6 +48,6 @@ enum SetupTarget {
         precondition(layout.deviceArea + UInt64(layout.deviceBytes(packed: false)) <= end)
       }
     }
-    _ = Supervisor.bytes(Substring(String(decoding: bytes, as: UTF8.self)))
+    _ = FrontendText.bytes(Substring(String(decoding: bytes, as: UTF8.self)))
   }
 }

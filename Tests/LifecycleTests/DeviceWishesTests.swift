@@ -82,7 +82,7 @@ import Testing
 
   // MARK: The end
 
-  private static let closing: [DeviceEffect] = [.schedule(.end, 30_000), .leaving]
+  private static let closing: [DeviceEffect] = [.schedule(.end(id(2)), 30_000), .leaving]
 
   @Test(arguments: [
     Row(
@@ -125,7 +125,7 @@ import Testing
       "writes closed for one who waits later", .after(DeviceMachine.live + [.entry(.gone)]), .entry(.closing),
       .stopping(id(1), .end(.closed(isAwaited: true))), .leaving, [], "closing"),
     Row(
-      "says that its end takes long", .after(DeviceMachine.live + [.entry(.gone)]), .timer(.end),
+      "says that its end takes long", .after(DeviceMachine.live + [.entry(.gone)]), .timer(.end(id(2))),
       .stopping(id(1), .end(.closed(isAwaited: false))), .leaving,
       [.tell(.deviceClosesSlowly, "its storage does not answer")], "closing"),
     Row(

@@ -89,7 +89,7 @@ import Testing
     #expect(
       run(&guest, .device(1, .entry(.closing))) == [
         .device(1, .tell(.deviceClosing, nil)), .device(1, .remove), .device(1, .stop(id(1))),
-        .device(1, .schedule(.end, 30_000)),
+        .device(1, .schedule(.end(id(2)), 30_000)),
       ])
     #expect(run(&guest, .device(1, .removed)) == [])
     #expect(run(&guest, .device(1, .stopped(id(1)))) == [.device(1, .join(id(1))), .closeServer])
@@ -144,7 +144,7 @@ import Testing
     _ = run(&guest, .device(1, .driver(.live)))
     #expect(
       run(&guest, .end(.handedOver)) == [
-        .leaveServer, .device(1, .stop(id(1))), .device(1, .schedule(.end, 30_000)),
+        .leaveServer, .device(1, .stop(id(1))), .device(1, .schedule(.end(id(2)), 30_000)),
       ])
     #expect(run(&guest, .device(1, .stopped(id(1)))) == [.device(1, .join(id(1))), .closeServer])
     #expect(run(&guest, .serverClosed) == [.joinThread, .tell(.guestGone, nil), .gone])

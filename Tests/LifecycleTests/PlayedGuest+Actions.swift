@@ -187,15 +187,14 @@ struct Shift {
     case .start(let id): .start(self(id))
     case .room(let id): .room(self(id))
     case .drain(let id): .drain(self(id))
-    case .end: .end
+    case .end(let id): .end(self(id))
     }
   }
 
   /// Timers that nobody waits for any more differ in nothing but their numbers: one of them is enough.
   func isRecent(_ timer: DeviceTimer) -> Bool {
     switch timer {
-    case .start(let id), .room(let id), .drain(let id): Self.base - id.number < 2
-    case .end: true
+    case .start(let id), .room(let id), .drain(let id), .end(let id): Self.base - id.number < 2
     }
   }
 }
@@ -227,6 +226,7 @@ extension DeviceMachine {
       connection = .xenbus(handshake)
     }
     drain = drain.map { shift($0) }
+    endNumber = endNumber.map { shift($0) }
     restarts.count = 0
     faults.count = 0
     failedStarts = min(failedStarts, 1)

@@ -143,7 +143,8 @@ import Testing
     #expect(machine.departure == .closed(isAwaited: true))
     #expect(
       effects == [
-        .tell(.deviceReset, nil), .tell(.deviceClosing, nil), .remove, .stop(id(1)), .schedule(.end, 30_000), .leaving,
+        .tell(.deviceReset, nil), .tell(.deviceClosing, nil), .remove, .stop(id(1)), .schedule(.end(id(2)), 30_000),
+        .leaving,
       ])
   }
 

@@ -1,6 +1,7 @@
 package import Devices
 package import Engines
 package import EventLoop
+package import Lifecycle
 import Transport
 package import Virtqueue
 

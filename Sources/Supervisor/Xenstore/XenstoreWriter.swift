@@ -1,0 +1,75 @@
+import Lifecycle
+import Logging
+import Xen
+
+/// The one place that writes Xenstore. Confined to the supervisor's loop.
+///
+/// Every write is guarded: an entry that the toolstack has removed meanwhile must not come back by it.
+final class XenstoreWriter {
+  private let reader: XenstoreReader
+  private let log: Logger
+
+  init(_ reader: XenstoreReader, log: Logger) {
+    self.reader = reader
+    self.log = log
+  }
+
+  func write(_ key: DeviceKey, _ name: String, _ value: String) {
+    change(key, "write \(key.path)/\(name)") { store, transaction throws(XenError) in
+      try store.write("\(key.path)/\(name)", value, in: transaction)
+    }
+  }
+
+  /// The `error` node; nil removes it.
+  func writeError(_ key: DeviceKey, _ reason: String?) {
+    if let reason { return write(key, "error", reason) }
+    guard reader.node(key, "error") != nil else { return }
+    try? reader.connection?.remove("\(key.path)/error")
+  }
+
+  /// The `state` node, when it holds one of `over` now; any value when that is empty.
+  func writeState(_ key: DeviceKey, _ state: XenbusState, over: [XenbusState]) {
+    guard let old = reader.node(key, "state"), old != state.rawValue else { return }
+    guard over.isEmpty || over.contains(where: { $0.rawValue == old }) else { return }
+    write(key, "state", state.rawValue)
+  }
+
+  /// Tells the toolstack that everything of the device is given back.
+  func writeClosed(_ key: DeviceKey) { writeState(key, .closed, over: []) }
+
+  /// State 2, with what the driver needs to set the device up.
+  func offer(_ key: DeviceKey, _ offer: String, configuration: String) {
+    change(key, "write the offer of \(key.path)") { store, transaction throws(XenError) in
+      let path = key.path
+      // An end that the toolstack wants is not overwritten.
+      guard store.read("\(path)/state", in: transaction) != XenbusState.closing.rawValue else { return }
+      // What was said of an earlier setup is not about one of this offer.
+      try store.remove("\(path)/vx-ack", in: transaction)
+      try store.write("\(path)/vx-offer", offer, in: transaction)
+      try store.write("\(path)/vx-config", configuration, in: transaction)
+      try store.write("\(path)/state", XenbusState.initWait.rawValue, in: transaction)
+    }
+  }
+
+  /// Removes an entry, and what is empty then, as libxl does.
+  func remove(_ key: DeviceKey) {
+    guard let store = reader.connection else { return }
+    try? store.remove(key.path)
+    let parent = "backend/\(key.kind.rawValue)"
+    for path in ["\(parent)/\(key.domain)", parent] where store.list(path)?.isEmpty == true { try? store.remove(path) }
+  }
+
+  private func change(
+    _ key: DeviceKey, _ words: String, _ body: (XenStore, UInt32) throws(XenError) -> Void
+  ) {
+    guard let store = reader.connection else { return }
+    do throws(XenError) {
+      try store.transaction { transaction throws(XenError) in
+        guard store.list(key.path, in: transaction) != nil else { return }
+        try body(store, transaction)
+      }
+    } catch {
+      log.warning("cannot \(words): \(error)")
+    }
+  }
+}
