@@ -7,7 +7,7 @@ extension DeviceMachine {
       effects.append(.tell(.deviceQuarantined, fuse))
       releaseCreation()
     } else {
-      startLater(.first, after: pause)
+      startLater(pause > 0 ? .retry("its guest closes and opens it too often") : .first, after: pause)
     }
   }
 

@@ -23,7 +23,7 @@ extension DeviceMachine {
   private mutating func corrected() {
     switch service {
     case .new, .plugging, .serving, .waiting(.bus): isEntryNewer = true
-    case .waiting(.start(_, .first)), .waiting(.rest(.paused)): isEntryNewer = true
+    case .waiting(.rest(.paused)): isEntryNewer = true
     case .starting(_, .next(.rest(.paused))), .stopping(_, .rest(.paused)): isEntryNewer = true
     case .starting(_, .next(.bus)), .stopping(_, .bus): isEntryNewer = true
     case .waiting(.start(_, let occasion)), .starting(_, .use(let occasion)), .opened(_, let occasion),

@@ -215,9 +215,10 @@ final class EffectRunner {
 
   /// What the device's frontend says now; nil when nothing can be said.
   func view(_ key: DeviceKey, _ guest: Guest) -> DeviceEvent? {
-    guard let frontend = guest.bus.frontend(of: key) else { return nil }
+    guard let frontend = guest.bus.frontend(of: key), let nodes = guest.devices[key]?.nodes else { return nil }
     do throws(XenError) {
-      return try reader.view(frontend: frontend).map { .frontend($0) } ?? .entry(.abandoned)
+      if let view = try reader.view(frontend: frontend) { return .frontend(view) }
+      return try reader.hasFrontend(key, nodes) ? nil : .entry(.abandoned)
     } catch {
       return nil  // nothing follows from an answer that did not come
     }

@@ -69,7 +69,8 @@ extension DeviceMachine {
     Row("begins", .after([]), DeviceMachine.begin, .starting(id(1), .use(.first)), .absent, [.start(id(1))], "opening"),
     Row(
       "begins later when its guest opens and closes it too often", .after([]), .begin(after: 50, fuse: nil),
-      .waiting(.start(id(1), .first)), .absent, [.schedule(.start(id(1)), 50)], "opening"),
+      .waiting(.start(id(1), .retry("its guest closes and opens it too often"))), .absent,
+      [.schedule(.start(id(1)), 50)], "failed"),
     Row(
       "begins quarantined when it was part of the last crashes", .after([]), .begin(after: 0, fuse: "crashes"),
       .waiting(.rest(.quarantined("crashes"))), .absent,
