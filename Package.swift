@@ -109,8 +109,8 @@ let package = Package(
     .testTarget(
       name: "SupervisorTests",
       dependencies: [
-        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "TestSupport", "CLinux", log,
-        "vxd", "vxctl",
+        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "Lifecycle", "Transport",
+        "Virtqueue", "TestSupport", "CLinux", log, "vxd", "vxctl",
       ],
       swiftSettings: house),
     .testTarget(name: "LifecycleTests", dependencies: ["Lifecycle"], swiftSettings: house),

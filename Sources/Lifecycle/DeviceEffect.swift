@@ -60,7 +60,8 @@ package enum DeviceEffect: Hashable, Sendable {
   case forgetFilling
   /// The state file.
   case forgetState
-  /// What outlives backends: interfaces, consoles' memories.
+  /// What outlives backends: interfaces, consoles' memories. On the guest's thread, since other programs may be waited for. Answered by
+  /// `cleared`.
   case removeTraces
 
   // MARK: Others

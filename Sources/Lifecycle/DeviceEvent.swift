@@ -35,6 +35,8 @@ package enum DeviceEvent: Hashable, Sendable {
   case insertFailed(BackendID, String)
   /// Nothing of the device is where the guest could reach it; over Xenbus, no page of the guest is mapped.
   case removed
+  /// What outlives backends is removed.
+  case cleared
   /// The driver started or reset the device by its registers.
   case driver(Driver)
   case frontend(FrontendView)
@@ -107,7 +109,8 @@ package enum DeviceEvent: Hashable, Sendable {
     case .started(let id, _), .startFailed(let id, _, _), .stopped(let id), .report(let id, _), .plugged(let id, _),
       .insertFailed(let id, _):
       id
-    case .begin, .entry, .command, .busReady, .busFailed, .removed, .driver, .frontend, .connected, .disconnected,
+    case .begin, .entry, .command, .busReady, .busFailed, .removed, .cleared, .driver, .frontend, .connected,
+      .disconnected,
       .timer, .drained, .dismissed:
       nil
     }

@@ -63,7 +63,7 @@ extension DeviceMachine {
     switch service {
     case .plugging, .serving: backendFailed(reason, now)
     // No backend is at work that may be at fault.
-    case .new, .waiting, .starting, .opened, .stopping, .ended, .released, .gone: break
+    case .new, .waiting, .starting, .opened, .stopping, .ended, .clearing, .released, .gone: break
     }
   }
 
@@ -131,7 +131,7 @@ extension DeviceMachine {
   var isStopping: Bool {
     switch service {
     case .stopping: true
-    case .new, .waiting, .starting, .opened, .plugging, .serving, .ended, .released, .gone: false
+    case .new, .waiting, .starting, .opened, .plugging, .serving, .ended, .clearing, .released, .gone: false
     }
   }
 }

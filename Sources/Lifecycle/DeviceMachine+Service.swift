@@ -123,7 +123,7 @@ extension DeviceMachine {
       note(driver)
       earlier = .nothing
     case .starting, .opened, .serving: effects.append(unexpected("plugged"))
-    case .new, .waiting, .ended, .released, .gone: break  // has no backend: `handle` has dropped it
+    case .new, .waiting, .ended, .clearing, .released, .gone: break  // has no backend: `handle` has dropped it
     }
   }
 
@@ -152,7 +152,7 @@ extension DeviceMachine {
       // While the device ends the guest's side is taken away in any case, and says so by itself.
       if connection == .inserting { connection = .absent }
     case .starting, .opened, .serving: effects.append(unexpected("insert failed"))
-    case .new, .waiting, .ended, .released, .gone: break  // has no backend: `handle` has dropped it
+    case .new, .waiting, .ended, .clearing, .released, .gone: break  // has no backend: `handle` has dropped it
     }
   }
 
@@ -163,7 +163,7 @@ extension DeviceMachine {
     case .starting(_, .use), .opened, .plugging, .serving: break
     // Has nothing to say any more: each of its queues may report the same.
     case .starting(_, .next), .stopping: return
-    case .new, .waiting, .ended, .released, .gone: return  // has no backend: `handle` has dropped it
+    case .new, .waiting, .ended, .clearing, .released, .gone: return  // has no backend: `handle` has dropped it
     }
     switch report {
     case .fault(let reason):
@@ -200,7 +200,7 @@ extension DeviceMachine {
       held[queue] = reason
       service = .serving(id, held: held)
       return !was && held.isEmpty
-    case .new, .waiting, .starting, .opened, .stopping, .ended, .released, .gone: return false
+    case .new, .waiting, .starting, .opened, .stopping, .ended, .clearing, .released, .gone: return false
     }
   }
 
@@ -224,7 +224,7 @@ extension DeviceMachine {
   private var occasionOfStart: Occasion? {
     switch service {
     case .starting(_, .use(let occasion)), .opened(_, let occasion): occasion
-    case .new, .waiting, .starting, .plugging, .serving, .stopping, .ended, .released, .gone: nil
+    case .new, .waiting, .starting, .plugging, .serving, .stopping, .ended, .clearing, .released, .gone: nil
     }
   }
 
@@ -238,7 +238,7 @@ extension DeviceMachine {
     switch service {
     case .waiting(.rest(.quarantined)), .stopping(_, .rest(.quarantined)), .starting(_, .next(.rest(.quarantined))):
       true
-    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .released, .gone: false
+    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .clearing, .released, .gone: false
     }
   }
 
@@ -263,7 +263,7 @@ extension DeviceMachine {
     case .starting(let id, _): service = .starting(id, .next(next))
     case .opened(let id, _), .plugging(let id, _, _), .serving(let id, _): stop(id, next)
     case .stopping(let id, _): service = .stopping(id, next)
-    case .ended, .released, .gone: effects.append(unexpected("\(next)"))
+    case .ended, .clearing, .released, .gone: effects.append(unexpected("\(next)"))
     }
   }
 
@@ -288,7 +288,7 @@ extension DeviceMachine {
       // It was given up when the bus had failed, which may be mended before the image is open. An older entry's is not used.
       service = .starting(id, isEntryNewer ? .next(.again(occasion, after: 0)) : .use(occasion))
     case .stopping(let id, .bus(let occasion)): service = .stopping(id, .again(occasion, after: 0))
-    case .new, .waiting, .starting, .plugging, .serving, .stopping, .ended, .released, .gone: break
+    case .new, .waiting, .starting, .plugging, .serving, .stopping, .ended, .clearing, .released, .gone: break
     }
   }
 
@@ -304,7 +304,7 @@ extension DeviceMachine {
       if !wasFailed { refuse(reason) }
     case .waiting(.bus), .starting(_, .next(.bus)), .stopping(_, .bus): break
     case .waiting(.rest), .starting(_, .next(.rest)), .stopping(_, .rest): break  // comes to it when it is started
-    case .starting(_, .next(.end)), .stopping(_, .end), .ended, .released, .gone: break
+    case .starting(_, .next(.end)), .stopping(_, .end), .ended, .clearing, .released, .gone: break
     case .new: break  // `begin` looks at the bus
     case .plugging, .serving: effects.append(unexpected("bus failed"))
     }

@@ -36,7 +36,7 @@ extension DeviceMachine {
       restarts.forgive()
       faults.forgive()
       follow(connection == .absent ? .first : .restart("the entry was corrected"))
-    case .starting(_, .next(.end)), .stopping(_, .end), .ended, .released, .gone:
+    case .starting(_, .next(.end)), .stopping(_, .end), .ended, .clearing, .released, .gone:
       break  // looked at again when the device is gone
     }
   }
@@ -76,7 +76,7 @@ extension DeviceMachine {
     case .opened: return  // open, and waits for the bus alone
     case .new: return  // is being started as it is
     case .waiting, .starting, .plugging, .serving, .stopping: break
-    case .ended, .released, .gone: return  // `obey` has returned
+    case .ended, .clearing, .released, .gone: return  // `obey` has returned
     }
     guard connection != .absent else {
       failedStarts = 0
@@ -95,7 +95,7 @@ extension DeviceMachine {
       guard connection != .absent else { return }  // nobody's requests wait
     case .stopping(_, .rest), .stopping(_, .bus), .waiting(.rest), .waiting(.bus): return  // rests already
     case .new, .opened: return  // the guest does not know it yet
-    case .stopping(_, .end), .ended, .released, .gone: return  // `obey` has returned
+    case .stopping(_, .end), .ended, .clearing, .released, .gone: return  // `obey` has returned
     }
     effects.append(.tell(.devicePaused, nil))
     proceed(.rest(.paused))
@@ -107,7 +107,7 @@ extension DeviceMachine {
     case .plugging(let id, _, let early): if !early.held.isEmpty { effects.append(.resume(id)) }
     case .waiting(.rest(.paused)), .starting(_, .next(.rest(.paused))), .stopping(_, .rest(.paused)): restart()
     case .new, .waiting, .starting, .opened, .stopping: break  // neither held nor paused
-    case .ended, .released, .gone: break  // `obey` has returned
+    case .ended, .clearing, .released, .gone: break  // `obey` has returned
     }
   }
 
@@ -131,6 +131,7 @@ extension DeviceMachine {
       case .starting(_, .next(.end)), .stopping(_, .end):
         effects.append(.tell(.deviceClosesSlowly, "its storage does not answer"))
       case .ended: effects.append(.tell(.deviceClosesSlowly, "its guest's thread does not answer"))
+      case .clearing: effects.append(.tell(.deviceClosesSlowly, "its interface or files are not removed"))
       case .released, .gone: break  // done
       case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping: effects.append(unexpected("end timer"))
       }
@@ -176,8 +177,9 @@ extension DeviceMachine {
     case .starting(let id, .next(.end(.closed))): service = .starting(id, .next(.end(departure)))
     case .stopping(let id, .end(.closed)): service = .stopping(id, .end(departure))
     case .ended(.closed): service = .ended(departure)
+    case .clearing(.closed): service = .clearing(departure)
     case .released(.closed): service = .released(departure)
-    case .starting, .stopping, .ended, .released: break  // handed over
+    case .starting, .stopping, .ended, .clearing, .released: break  // handed over
     case .gone: break
     case .new, .waiting, .opened, .plugging, .serving: effects.append(unexpected("merge"))
     }
@@ -205,6 +207,18 @@ extension DeviceMachine {
       }
     }
     guard connection == .absent else { return }
+    switch departure {
+    case .handedOver:
+      service = .released(departure)
+      effects.append(.released)
+    case .closed:
+      service = .clearing(departure)
+      effects.append(.removeTraces)
+    }
+  }
+
+  mutating func cleared() {
+    guard case .clearing(let departure) = service else { return effects.append(unexpected("cleared")) }
     service = .released(departure)
     effects.append(.released)
   }
@@ -215,7 +229,7 @@ extension DeviceMachine {
     switch departure {
     case .handedOver: break
     case .closed(let isAwaited):
-      effects += [.forgetState, .forgetFilling, .removeTraces]
+      effects += [.forgetState, .forgetFilling]
       if isAwaited { effects.append(.writeClosed) }
       effects += [.removeEntry, .tell(.deviceGone, nil), .lookAgain]
     }
@@ -240,7 +254,7 @@ extension DeviceMachine {
       case .live: held.min { $0.key < $1.key }.map { .held(reason: $0.value) } ?? .connected
       case .absent: .ready
       }
-    case .starting(_, .next(.end)), .stopping(_, .end), .ended, .released, .gone: .closing
+    case .starting(_, .next(.end)), .stopping(_, .end), .ended, .clearing, .released, .gone: .closing
     }
   }
 

@@ -22,6 +22,8 @@ package struct DeviceMachine: Hashable, Sendable {
     case stopping(BackendID, Next)
     /// It is joined; the guest's side is being given back.
     case ended(Departure)
+    /// Nothing of the guest is held any more; what outlives backends is being removed.
+    case clearing(Departure)
     /// Everything of the device is given back; the guest decides when it may be forgotten.
     case released(Departure)
     case gone
@@ -136,7 +138,7 @@ package struct DeviceMachine: Hashable, Sendable {
     switch service {
     case .starting(let id, _), .opened(let id, _), .plugging(let id, _, _), .serving(let id, _), .stopping(let id, _):
       id
-    case .new, .waiting, .ended, .released, .gone: nil
+    case .new, .waiting, .ended, .clearing, .released, .gone: nil
     }
   }
 
@@ -144,7 +146,7 @@ package struct DeviceMachine: Hashable, Sendable {
   package var departure: Departure? {
     switch service {
     case .starting(_, .next(.end(let departure))), .stopping(_, .end(let departure)), .ended(let departure),
-      .released(let departure):
+      .clearing(let departure), .released(let departure):
       departure
     case .gone: .closed(isAwaited: false)
     case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping: nil
@@ -180,6 +182,7 @@ package struct DeviceMachine: Hashable, Sendable {
     case .plugged(_, let driver): plugged(driver, now)
     case .insertFailed(_, let reason): insertFailed(reason, now)
     case .removed: removed()
+    case .cleared: cleared()
     case .driver(let driver): driverChanged(driver)
     case .frontend(let view): frontendChanged(view, now)
     case .connected(let sequence, let result): connected(sequence, result, now)

@@ -230,7 +230,7 @@ extension DeviceMachine {
   package var isReleased: Bool {
     switch service {
     case .released: true
-    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .gone: false
+    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .clearing, .gone: false
     }
   }
 }

@@ -65,7 +65,7 @@ final class EffectRunner {
     case .saveFilling: saveFilling(device, guest)
     case .forgetFilling: settings.stateFolder?.forgetFilling(key)
     case .forgetState: settings.stateFolder?.forget(key)
-    case .removeTraces: removeTraces(device)
+    case .removeTraces: run(clearing(device), guest, supervisor)
     case .schedule(let timer, let pause):
       supervisor.later(pause) { $0.handle(.device(key, .timer(timer)), of: key.domain) }
     case .watchDrain(let number): watchDrain(number, key, supervisor)
@@ -103,6 +103,7 @@ final class EffectRunner {
       makeState: stateMaker(device, of: guest),
       report: { [key = device.key] report in supervisor.onLoop { $0.reported(key, id, report) } })
     surroundings.fileName = "\(device.key.domain)-\(entry.name)"
+    surroundings.label = CrashRecord.label(device.key)
     surroundings.consoleFolder = settings.consoleFolder
     surroundings.mayAttach = settings.mayAttachConsoles
     let (logLine, guestName, deviceName) = (logLine, guest.name, entry.name)
@@ -155,11 +156,16 @@ final class EffectRunner {
   private func stop(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) {
     guard let backend = device.backend else { return }
     device.running?.backend = nil
-    if case .stopping(_, .end) = guest.machine[device.key]?.service, !guest.machine.isHandingOver { backend.retire() }
     let (key, transport) = (device.key, guest.bus.transport(of: device.key))
-    guest.bus.thread.loop.enqueue {
+    var isLast = false
+    if case .closed? = guest.machine[key]?.departure { isLast = true }
+    guest.bus.thread.loop.enqueue { [isLast] in
       transport?.unplug()
-      backend.stop { supervisor.post(.device(key, .stopped(id)), of: key.domain) }
+      backend.stop {
+        // On a data thread: another program may have to be waited for.
+        if isLast { backend.retire() }
+        supervisor.post(.device(key, .stopped(id)), of: key.domain)
+      }
     }
   }
 
@@ -250,17 +256,20 @@ final class EffectRunner {
 
   // MARK: The end
 
-  /// What of a device outlives its backends, and ends with it.
-  private func removeTraces(_ device: Device) {
-    switch device.entry?.form {
-    case .network(let network):
-      if case .created = network.attachment { TapDevice.remove(network.tapName) }
-    case .console(let console):
-      guard let folder = settings.consoleFolder else { return }
-      for port in console.ports.indices {
-        unlink(ConsoleBackend.historyPath(folder, "\(device.key.domain)-\(device.name)", port: port))
+  /// Removes what of a device outlives its backends, and ends with it.
+  private func clearing(_ device: Device) -> BusJob {
+    let (key, form, folder) = (device.key, device.entry?.form, settings.consoleFolder)
+    let fileName = "\(key.domain)-\(device.name)"
+    return {
+      switch form {
+      case .network(let network):
+        if case .created = network.attachment { TapDevice.remove(network.tapName) }
+      case .console(let console):
+        guard let folder else { break }
+        for port in console.ports.indices { unlink(ConsoleBackend.historyPath(folder, fileName, port: port)) }
+      case .disk, .entropy, nil: break
       }
-    case .disk, .entropy, nil: break
+      return .device(key, .cleared)
     }
   }
 }

@@ -75,6 +75,6 @@ final class Guest {
       stuck: device.stuck, account: device.account, limits: device.limits, restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
       isEmptySpare: device.key.kind == .spare && disk?.path.isEmpty != false, entryPath: device.nodes["params"],
-      bus: name, grants: place.grants)
+      bus: name, grants: place.grants, channels: place.channels)
   }
 }

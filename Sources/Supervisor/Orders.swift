@@ -56,6 +56,9 @@ final class Orders {
     log.info("profiles are loaded: limits and restart policies hold at once, running devices keep their other options")
   }
 
+  /// A device is started by an operator, whatever it was part of.
+  func forgive(_ key: DeviceKey) { table.settings.crashes?.forgive(key) }
+
   // MARK: Spare disks
 
   /// Notes an image for a spare disk that is empty.
@@ -96,7 +99,10 @@ extension Supervisor {
 
   /// Has something done to a device's life.
   nonisolated func order(_ key: DeviceKey, _ command: DeviceEvent.Command) {
-    post(.device(key, .command(command)), of: key.domain)
+    onLoop { supervisor in
+      if command == .restart { supervisor.orders.forgive(key) }
+      supervisor.handle(.device(key, .command(command)), of: key.domain)
+    }
   }
 
   nonisolated func fill(_ key: DeviceKey, image: String, limits: RateLimits?) {

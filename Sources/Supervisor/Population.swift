@@ -124,7 +124,7 @@ final class Population {
 
   private func style(of domain: DomainID) -> BusStyle {
     if let guest = table.guests[domain] { return type(of: guest.bus).style }
-    return GuestBuses.bus(for: reader.facts(domain))?.style ?? .registers
+    return settings.bus(for: reader.facts(domain))?.style ?? .registers
   }
 
   private func tell(_ key: DeviceKey, _ event: DeviceEvent, _ supervisor: Supervisor) {
@@ -161,7 +161,8 @@ final class Population {
       type(of: guest.bus).style, rules, earlier: earlier, numbersAfter: table.newNumbers())
     // A device whose guest waits for it is not slowed.
     let pause = earlier == .nothing ? table.herald.churn.pause(for: key, at: .now) : 0
-    table.handle(.add(key, origin, machine, after: pause, fuse: nil), of: guest.domain, for: supervisor)
+    let fuse = settings.crashes?.reason(for: key)
+    table.handle(.add(key, origin, machine, after: pause, fuse: fuse), of: guest.domain, for: supervisor)
   }
 
   // MARK: Guests
@@ -170,7 +171,7 @@ final class Population {
   private func guest(_ domain: DomainID, _ supervisor: Supervisor) throws(XenError) -> Guest {
     if let known = table.guests[domain] { return known }
     let facts = reader.facts(domain)
-    guard let type = GuestBuses.bus(for: facts) else {
+    guard let type = settings.bus(for: facts) else {
       throw XenError("no transport serves the guest", Errno(95) /* EOPNOTSUPP */)
     }
     let host = BusHost(
@@ -229,7 +230,7 @@ final class Population {
 
   private func declaresDevices(_ domain: DomainID) -> Bool {
     guard table.guests[domain] == nil, let name = reader.name(domain),
-      GuestBuses.bus(for: reader.facts(domain))?.hasServer == true
+      settings.bus(for: reader.facts(domain))?.hasServer == true
     else { return false }
     return entries.profiles.options(guest: name, uuid: reader.uuid(domain)).devices.contains(where: \.isCreated)
   }

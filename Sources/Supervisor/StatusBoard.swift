@@ -32,6 +32,8 @@ package final class StatusBoard: Sendable {
     var bus = "mmio"
     /// Granted pages of a Xenbus device.
     var grants: GrantPool?
+    /// Event channels that are bound for it alone.
+    var channels: @Sendable () -> Int = { 0 }
 
     /// The backend of a disk.
     var disk: BlockBackend? { backend as? BlockBackend }
@@ -69,11 +71,12 @@ package final class StatusBoard: Sendable {
 
   func update(_ change: (inout Contents) -> Void) { contents.withLock { change(&$0) } }
 
-  /// Whether the data threads make progress: fewer than half of all devices have one that does not come back from a batch.
+  /// Whether the data threads make progress: fewer than half of all guests, and never one alone, have one that does not come back from a
+  /// batch. Guests are counted, not devices: a guest may have most of all devices, and can make its own hang.
   package var isHealthy: Bool {
-    let devices = current.guests.values.flatMap(\.devices)
-    let hanging = devices.filter { $0.stuck?.layer == .thread }.count
-    return hanging < 2 || hanging * 2 < devices.count
+    let guests = current.guests.values
+    let hanging = guests.count { $0.devices.contains { $0.stuck?.layer == .thread } }
+    return hanging < 2 || hanging * 2 < guests.count
   }
 
   var current: Contents { contents.withLock { $0 } }

@@ -109,6 +109,13 @@ package actor Supervisor {
     try connect()
     log.info("watching Xenstore for virtio devices (\(board.current.hypervisor))")
     checkStoreLater()
+    guard let crashes = settings.crashes else { return }
+    if let death = crashes.lastDeath {
+      log.error(
+        "the vxd before this one died of signal \(death.signal)\(death.label.isEmpty ? "" : ", at work for \(death.label)")"
+      )
+    }
+    later(CrashRecord.healthyAfter) { $0.settings.crashes?.noteHealth() }
   }
 
   private func connect() throws(XenError) {
@@ -163,6 +170,7 @@ package actor Supervisor {
   /// - Parameter handsOver: false ends the devices for good: their slots are empty afterwards.
   package func stop(handsOver: Bool = true, completion: @escaping @Sendable () -> Void) {
     isStopping = true
+    settings.crashes?.noteHealth()
     onStopped = completion
     let departure: Departure = handsOver && settings.stateFolder != nil ? .handedOver : .closed(isAwaited: false)
     for domain in table.guests.keys.sorted() { handle(.end(departure), of: domain) }

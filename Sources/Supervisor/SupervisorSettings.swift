@@ -18,6 +18,8 @@ package struct SupervisorSettings: Sendable {
   package var storeCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
   package var stateFolder: StateFolder?
+  /// Who is behind deaths of the daemon; nil where nothing is kept of them.
+  package var crashes: CrashRecord?
   /// Where `vxctl console` finds the ports of consoles; nil for nowhere.
   package var consoleFolder: String?
   /// Whether the peer of a socket may see and use consoles.
@@ -39,5 +41,11 @@ package struct SupervisorSettings: Sendable {
   /// Try O_DIRECT.
   package var direct = true
 
+  /// What guests may be reached by, in the order in which they are asked.
+  var buses = GuestBuses.all
+
   package init() {}
+
+  /// The bus of a guest; nil when none serves it.
+  func bus(for facts: GuestFacts) -> (any GuestBus.Type)? { buses.first { $0.serves(facts) } }
 }

@@ -31,7 +31,7 @@ struct Watchdog {
   /// - Returns: whether anything is to be published of the device.
   func look(at device: Device, of guest: Guest, _ now: UInt64, _ herald: Herald) -> Bool {
     // A queue that is held waits for the operator, who has been told.
-    guard let backend = device.backend as? BlockBackend, guest.machine[device.key]?.phase == .connected else {
+    guard let backend = device.backend, guest.machine[device.key]?.phase == .connected else {
       device.stuck = nil
       return false
     }
@@ -50,7 +50,7 @@ struct Watchdog {
   }
 }
 
-extension BlockBackend {
+extension DeviceBackend {
   /// The oldest request beyond the limit of the settings.
   package func stuckRequest(at now: UInt64) -> StuckRequest? {
     var worst: StuckRequest?
@@ -58,7 +58,7 @@ extension BlockBackend {
       func consider(_ since: UInt64, _ layer: StuckRequest.Layer) {
         guard since != 0, now > since else { return }
         let age = (now &- since) / 1_000_000
-        guard age >= settings.stuckMilliseconds, age > worst?.age ?? 0 else { return }
+        guard age >= stuckMilliseconds, age > worst?.age ?? 0 else { return }
         worst = StuckRequest(queue: index, layer: layer, age: age)
       }
       let waiting = counters.waiting.load(ordering: .relaxed)

@@ -105,22 +105,26 @@ import Testing
       .after(DeviceMachine.live + [.command(.pause), .entry(.closing)]), .stopped(id(1)),
       .ended(.closed(isAwaited: true)), .leaving, [.join(id(1)), .remove], "closing"),
     Row(
-      "is released when both halves are", .after(DeviceMachine.live + [.entry(.closing), .removed]), .stopped(id(1)),
-      .released(.closed(isAwaited: true)), .absent, [.join(id(1)), .released], "closing"),
+      "leaves no traces when both halves have ended", .after(DeviceMachine.live + [.entry(.closing), .removed]),
+      .stopped(id(1)), .clearing(.closed(isAwaited: true)), .absent, [.join(id(1)), .removeTraces], "closing"),
     Row(
-      "is released when both halves are, the other way round",
-      .after(DeviceMachine.live + [.entry(.closing), .stopped(id(1))]), .removed, .released(.closed(isAwaited: true)),
-      .absent, [.released], "closing"),
+      "leaves no traces when both halves have ended, the other way round",
+      .after(DeviceMachine.live + [.entry(.closing), .stopped(id(1))]), .removed, .clearing(.closed(isAwaited: true)),
+      .absent, [.removeTraces], "closing"),
+    Row(
+      "is released without traces",
+      .after(DeviceMachine.live + [.entry(.closing), .stopped(id(1)), .removed]), .cleared,
+      .released(.closed(isAwaited: true)), .absent, [.released], "closing"),
     Row(
       "writes closed at its very end",
-      .after(DeviceMachine.live + [.entry(.closing), .removed, .stopped(id(1))]), .dismissed, .gone, .absent,
+      .after(DeviceMachine.live + [.entry(.closing), .removed, .stopped(id(1)), .cleared]), .dismissed, .gone, .absent,
       [
-        .forgetState, .forgetFilling, .removeTraces, .writeClosed, .removeEntry, .tell(.deviceGone, nil), .lookAgain,
+        .forgetState, .forgetFilling, .writeClosed, .removeEntry, .tell(.deviceGone, nil), .lookAgain,
       ], "closing"),
     Row(
       "does not write to an entry that is gone",
-      .after(DeviceMachine.live + [.entry(.gone), .removed, .stopped(id(1))]), .dismissed, .gone, .absent,
-      [.forgetState, .forgetFilling, .removeTraces, .removeEntry, .tell(.deviceGone, nil), .lookAgain], "closing"),
+      .after(DeviceMachine.live + [.entry(.gone), .removed, .stopped(id(1)), .cleared]), .dismissed, .gone, .absent,
+      [.forgetState, .forgetFilling, .removeEntry, .tell(.deviceGone, nil), .lookAgain], "closing"),
     Row(
       "writes closed for one who waits later", .after(DeviceMachine.live + [.entry(.gone)]), .entry(.closing),
       .stopping(id(1), .end(.closed(isAwaited: true))), .leaving, [], "closing"),

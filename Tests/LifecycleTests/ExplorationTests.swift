@@ -158,7 +158,7 @@ import Testing
       faults += copy.violations
       guard let machine = copy.machine[member.key], copy.devices[member.key]?.isCorrected == true else { continue }
       switch machine.service {
-      case .starting(_, .next(.end)), .stopping(_, .end), .ended, .released, .gone: break
+      case .starting(_, .next(.end)), .stopping(_, .end), .ended, .clearing, .released, .gone: break
       default: faults.append("the corrected entry is not followed: \(machine.service)")
       }
     }

@@ -28,7 +28,7 @@ import Testing
 
   /// What a device does at its end.
   private func ended(_ key: Int, closed: Bool) -> [GuestEffect<Int>] {
-    var effects: [DeviceEffect] = [.forgetState, .forgetFilling, .removeTraces]
+    var effects: [DeviceEffect] = [.forgetState, .forgetFilling]
     if closed { effects.append(.writeClosed) }
     return (effects + [.removeEntry, .tell(.deviceGone, nil), .lookAgain]).map { .device(key, $0) }
   }
@@ -92,7 +92,8 @@ import Testing
         .device(1, .schedule(.end(id(2)), 30_000)),
       ])
     #expect(run(&guest, .device(1, .removed)) == [])
-    #expect(run(&guest, .device(1, .stopped(id(1)))) == [.device(1, .join(id(1))), .closeServer])
+    #expect(run(&guest, .device(1, .stopped(id(1)))) == [.device(1, .join(id(1))), .device(1, .removeTraces)])
+    #expect(run(&guest, .device(1, .cleared)) == [.closeServer])
     #expect(!guest.acceptsDevices)
     #expect(
       run(&guest, .serverClosed) == [.joinThread] + ended(1, closed: true) + [
@@ -104,8 +105,9 @@ import Testing
   @Test func deviceGoesAtOnceWhileAnotherStays() {
     var guest = served(1, 2)
     #expect(
-      run(&guest, .device(1, .entry(.closing)), .device(1, .removed), .device(1, .stopped(id(1)))).suffix(8)
-        == [.device(1, .join(id(1)))] + ended(1, closed: true))
+      run(
+        &guest, .device(1, .entry(.closing)), .device(1, .removed), .device(1, .stopped(id(1))), .device(1, .cleared)
+      ).suffix(6) == ended(1, closed: true))
     #expect(guest.members.map(\.key) == [2])
     #expect(guest.phase == .running)
   }
@@ -115,9 +117,10 @@ import Testing
     _ = run(&guest, .device(2, .entry(.gone)))
     // The second ends too: neither may be forgotten before the memory is given back.
     let effects = run(
-      &guest, .device(1, .entry(.closing)), .device(1, .removed), .device(1, .stopped(id(1))), .device(2, .removed))
+      &guest, .device(1, .entry(.closing)), .device(1, .removed), .device(1, .stopped(id(1))), .device(1, .cleared),
+      .device(2, .removed))
     #expect(!effects.contains(.closeServer) && !effects.contains(.device(1, .writeClosed)))
-    #expect(run(&guest, .device(2, .stopped(id(1)))) == [.device(2, .join(id(1))), .closeServer])
+    #expect(run(&guest, .device(2, .stopped(id(1))), .device(2, .cleared)).suffix(1) == [.closeServer])
   }
 
   @Test func profilesDevicesEndWithTheLastOfTheToolstacks() {
@@ -129,7 +132,8 @@ import Testing
 
   @Test func profilesDevicesEndWithTheirGuest() {
     var guest = served(profile: [3])
-    let effects = run(&guest, .domainGone, .device(3, .removed), .device(3, .stopped(id(1))), .serverClosed)
+    let effects = run(
+      &guest, .domainGone, .device(3, .removed), .device(3, .stopped(id(1))), .device(3, .cleared), .serverClosed)
     #expect(effects.suffix(3) == [.forgetState, .tell(.guestGone, nil), .gone])
   }
 

@@ -41,7 +41,7 @@ extension PlayedGuest {
     case nil: break
     case .startServer, .insert, .plug: actions += [.work(.good), .work(.bad)]
     case .connect: actions += [.work(.good), .work(.bad), .work(.noRoom)]
-    case .unplug, .remove, .leave, .disconnect, .leaveServer, .closeServer: actions.append(.work(.good))
+    case .unplug, .remove, .leave, .disconnect, .removeTraces, .leaveServer, .closeServer: actions.append(.work(.good))
     }
     for (key, device) in devices.sorted(by: { $0.key < $1.key }) {
       actions += self.actions(of: key, device, wishes: wishes)
@@ -208,7 +208,7 @@ extension DeviceMachine {
     case .plugging(let id, let occasion, let early): service = .plugging(shift(id), occasion, early)
     case .serving(let id, let held): service = .serving(shift(id), held: held)
     case .stopping(let id, let next): service = .stopping(shift(id), next)
-    case .new, .waiting, .ended, .released, .gone: break
+    case .new, .waiting, .ended, .clearing, .released, .gone: break
     }
     if case .xenbus(var handshake) = connection {
       switch handshake.phase {

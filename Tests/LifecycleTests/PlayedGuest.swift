@@ -25,6 +25,7 @@ struct PlayedGuest: Hashable {
     case leave(Int)
     case connect(Int, sequence: UInt32)
     case disconnect(Int)
+    case removeTraces(Int)
     case leaveServer
     case closeServer
   }
@@ -200,7 +201,10 @@ struct PlayedGuest: Hashable {
       device.gone += 1
       require(device.gone == 1, "gone again")
     case .empty: device.isFilling = false
-    case .forgetState, .removeTraces: require(device.backends.isEmpty, "forgotten with \(device.backends)")
+    case .forgetState: require(device.backends.isEmpty, "forgotten with \(device.backends)")
+    case .removeTraces:
+      require(device.backends.isEmpty && !device.isMapped, "traces are removed while there is \(device)")
+      queue.append(.removeTraces(key))
     case .tell, .needReset, .writeConfiguration, .publishConfiguration, .acknowledge, .writeError, .removeEntry,
       .lookAgain,
       .saveFilling, .forgetFilling:
@@ -247,6 +251,7 @@ struct PlayedGuest: Hashable {
       hasServer = outcome == .good
       handle(outcome == .good ? .serverStarted : .serverFailed("no server"))
     case .leaveServer: hasServer = false
+    case .removeTraces(let key): tell(key, .cleared)
     case .closeServer:
       for (key, device) in devices {
         require(device.backends.isEmpty, "memory is withdrawn while \(key) has \(device.backends)")

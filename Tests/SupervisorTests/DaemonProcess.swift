@@ -38,7 +38,16 @@ final class DaemonProcess: @unchecked Sendable {
     posix_spawn_file_actions_adddup2(&actions, descriptor, 2)
     let words: [UnsafeMutablePointer<CChar>?] = ([program] + arguments).map { strdup($0) } + [nil]
     defer { words.forEach { free($0) } }
-    let result = posix_spawn(&pid, program, &actions, nil, words, environ)
+    // Swift's own report of a crash takes half a minute, and ours must not need it.
+    let backtraces = strdup("SWIFT_BACKTRACE=enable=no")
+    defer { free(backtraces) }
+    var environment: [UnsafeMutablePointer<CChar>?] = [backtraces]
+    var index = 0
+    while let entry = environ[index] {
+      environment.append(entry)
+      index += 1
+    }
+    let result = posix_spawn(&pid, program, &actions, nil, words, environment + [nil])
     guard result == 0 else { throw Errno(result) }
   }
 
@@ -49,6 +58,30 @@ final class DaemonProcess: @unchecked Sendable {
     var status: Int32 = 0
     while waitpid(pid, &status, 0) == -1 && errno == EINTR {}
     pid = 0
+  }
+
+  /// Sends a signal to one of its threads, which has this name, and waits for the end of the process.
+  ///
+  /// - Returns: whether there was such a thread.
+  func strike(_ signal: Int32, thread name: String) -> Bool {
+    let threads = TemporaryFolder.names("/proc/\(pid)/task").compactMap { pid_t($0) }
+    guard let thread = threads.first(where: { Self.name(of: $0, in: pid) == name }) else { return false }
+    // Glibc's module hides it, as GNU's own.
+    typealias Signal = @convention(c) (pid_t, pid_t, Int32) -> Int32
+    guard let symbol = dlsym(nil, "tgkill") else { return false }
+    guard unsafeBitCast(symbol, to: Signal.self)(pid, thread, signal) == 0 else { return false }
+    var status: Int32 = 0
+    guard eventually(seconds: 20, { waitpid(self.pid, &status, WNOHANG) == self.pid }) else { return false }
+    pid = 0
+    return true
+  }
+
+  private static func name(of thread: pid_t, in process: pid_t) -> String? {
+    guard let file = fopen("/proc/\(process)/task/\(thread)/comm", "re") else { return nil }
+    defer { fclose(file) }
+    var bytes = [UInt8](repeating: 0, count: 32)
+    let count = fread(&bytes, 1, bytes.count, file)
+    return String(decoding: bytes.prefix(count).prefix { $0 != 10 }, as: UTF8.self)
   }
 
   /// Asks for a good end; the exit status, or nil when it does not come.

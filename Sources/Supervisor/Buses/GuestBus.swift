@@ -124,10 +124,8 @@ extension GuestBus {
 }
 
 enum GuestBuses {
-  /// In the order in which they are asked.
+  /// Every transport, in the order in which they are asked.
   static let all: [any GuestBus.Type] = [XenbusBus.self, MMIOBus.self]
-
-  static func bus(for facts: GuestFacts) -> (any GuestBus.Type)? { all.first { $0.serves(facts) } }
 }
 
 /// What operators see of a guest's bus.
@@ -142,6 +140,8 @@ struct BusFacts: Sendable {
 struct DeviceFacts: Sendable {
   var slot: DeviceSlot?
   var grants: GrantPool?
+  /// Event channels that are bound for the device alone.
+  var channels: @Sendable () -> Int = { 0 }
 }
 
 extension Driver {

@@ -44,6 +44,7 @@ final class MMIOBus: GuestBus {
       guest: handle, bucketShift: host.settings.bucketShift, budgetBytes: host.settings.mappingBudget)
     do throws(Errno) {
       thread = try LoopThread(name: "vxd-ioreq-\(facts.domain)")
+      thread.label("\(facts.domain)")
     } catch {
       throw XenError("start of the ioreq thread", error)
     }

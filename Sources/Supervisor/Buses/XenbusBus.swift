@@ -51,6 +51,7 @@ final class XenbusBus: GuestBus {
     self.host = host
     do throws(Errno) {
       thread = try LoopThread(name: "vxd-xenbus-\(facts.domain)")
+      thread.label("\(facts.domain)")
     } catch {
       throw XenError("start of the guest's thread", error)
     }
@@ -117,7 +118,10 @@ final class XenbusBus: GuestBus {
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { seats[key]?.pool }
   func place(of key: DeviceKey) -> DeviceState.Place { .xenbus }
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
-  func facts(of key: DeviceKey) -> DeviceFacts { DeviceFacts(grants: seats[key]?.pool) }
+  func facts(of key: DeviceKey) -> DeviceFacts {
+    let transport = seats[key]?.transport
+    return DeviceFacts(grants: seats[key]?.pool, channels: { transport?.channelCount ?? 0 })
+  }
   func frontend(of key: DeviceKey) -> String? { seats[key]?.frontend }
 
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
