@@ -60,7 +60,8 @@ final class Guest {
     let facts = bus.facts
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
-      server: facts.server, pool: facts.pool, limits: limits,
+      server: facts.server, pool: facts.pool, facts: facts.rows, guestNeeds: facts.guestNeeds, note: facts.note,
+      limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: facts.name) })
   }
 
@@ -75,6 +76,6 @@ final class Guest {
       stuck: device.stuck, account: device.account, limits: device.limits, restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
       isEmptySpare: device.key.kind == .spare && disk?.path.isEmpty != false, entryPath: device.nodes["params"],
-      bus: name, grants: place.grants, channels: place.channels)
+      bus: name, grants: place.grants, facts: place.rows, warning: place.warning, channels: place.channels)
   }
 }

@@ -32,6 +32,10 @@ package final class StatusBoard: Sendable {
     var bus = "mmio"
     /// Granted pages of a Xenbus device.
     var grants: GrantPool?
+    /// Its place, in words.
+    var facts: @Sendable () -> [Fact] = { [] }
+    /// What is wrong with it although it works.
+    var warning: String?
     /// Event channels that are bound for it alone.
     var channels: @Sendable () -> Int = { 0 }
 
@@ -48,6 +52,10 @@ package final class StatusBoard: Sendable {
     var vcpus: Int
     var server: IOReqServerReport?
     var pool: ForeignMappingPool?
+    /// How the guest reaches its devices, in words.
+    var facts: [Fact] = []
+    var guestNeeds = ""
+    var note: String?
     var limits = RateLimits()
     var devices: [Device]
   }
@@ -62,6 +70,8 @@ package final class StatusBoard: Sendable {
     var watches = 0
     var hypervisor = ""
     var hasXenstore = false
+    /// Device nodes of the host that are needed, below /dev/xen.
+    var hostNodes: [String] = []
     var limits = RateLimits()
   }
 

@@ -129,8 +129,10 @@ package actor Supervisor {
       throw XenError("epoll of xenstore's descriptor", error)
     }
     let watches = reader.watchCount
+    let nodes = settings.hostNodes(isDriverDomain: reader.isDriverDomain)
     board.update {
       $0.watches = watches
+      $0.hostNodes = nodes
       $0.hasXenstore = true
     }
   }

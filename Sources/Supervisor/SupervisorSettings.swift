@@ -46,6 +46,14 @@ package struct SupervisorSettings: Sendable {
 
   package init() {}
 
+  /// Device nodes below /dev/xen that buses may need in this domain.
+  func hostNodes(isDriverDomain: Bool) -> [String] {
+    let possible = buses.filter { bus in
+      !isDriverDomain || bus.serves(GuestFacts(domain: 0, isDriverDomain: true, type: nil))
+    }
+    return Set(possible.flatMap(\.hostNodes)).sorted()
+  }
+
   /// The bus of a guest; nil when none serves it.
   func bus(for facts: GuestFacts) -> (any GuestBus.Type)? { buses.first { $0.serves(facts) } }
 }

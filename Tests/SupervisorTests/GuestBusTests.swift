@@ -61,6 +61,8 @@ import Xen
     static let name = "wire"
     static let style = BusStyle.registers
     static let hasServer = false
+    static let hostNodes: [String] = []
+    static let guestNeeds = "a wire"
     static func serves(_ facts: GuestFacts) -> Bool { facts.type == "wired" }
 
     let thread: LoopThread
@@ -129,6 +131,7 @@ import Xen
       #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: identifier))
     }
     #expect(world.device("wired", "xvde")["transport"] == "wire")
+    #expect(world.call("guest.list").arrayValue?.first { $0["name"] == "wired" }?["guestNeeds"] == "a wire")
     #expect(world.device("other", "xvde")["transport"] == "mmio")
     #expect(try world.boot(other).write([UInt8](repeating: 1, count: 512), sector: 0) == 0)
     let key = try #require(Self.wires.withLock { $0.keys.first { $0.domain == 77 } })

@@ -38,7 +38,8 @@ final class World: @unchecked Sendable {
 
   /// Starts a supervisor, as the start of the daemon does.
   func start(
-    slots: Int = 8, profiles: String? = nil, _ change: (inout SupervisorSettings) -> Void = { _ in }
+    slots: Int = 8, profiles: String? = nil, actions more: SupervisorControl.Actions? = nil,
+    _ change: (inout SupervisorSettings) -> Void = { _ in }
   ) throws {
     let thread = try LoopThread(name: "supervisor")
     var settings = SupervisorSettings()
@@ -57,6 +58,7 @@ final class World: @unchecked Sendable {
     self.thread = thread
     self.supervisor = supervisor
     actions.connect(supervisor)
+    more?.connect(supervisor)
     let failure = Events2()
     thread.perform {
       supervisor.assumeIsolated { supervisor in

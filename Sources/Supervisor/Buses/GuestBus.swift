@@ -43,6 +43,12 @@ protocol GuestBus: AnyObject, SendableMetatype {
   /// As operators see it in `vxctl show`.
   static var name: String { get }
   static var style: BusStyle { get }
+  /// Device nodes of the host that it works with.
+  static var hostNodes: [String] { get }
+  /// What a guest needs for its drivers to find devices there: for operators whose guest has not.
+  static var guestNeeds: String { get }
+  /// What operators of such guests should know; nil for nothing.
+  static var note: String? { get }
   /// Whether accesses of the guest are served by a server that must be made first.
   static var hasServer: Bool { get }
   /// Whether the guest's devices are reached this way. The first bus in the list that says so has the guest.
@@ -102,6 +108,10 @@ protocol GuestBus: AnyObject, SendableMetatype {
   func changedConfiguration(_ key: DeviceKey) -> String?
 }
 
+extension GuestBus {
+  static var note: String? { nil }
+}
+
 /// Buses without a handshake are never asked for one: their machines' style says so.
 extension GuestBus {
   func frontend(of key: DeviceKey) -> String? { nil }
@@ -128,9 +138,19 @@ enum GuestBuses {
   static let all: [any GuestBus.Type] = [XenbusBus.self, MMIOBus.self]
 }
 
+/// One thing to know.
+struct Fact: Sendable {
+  var name: String
+  var value: String
+}
+
 /// What operators see of a guest's bus.
 struct BusFacts: Sendable {
   var name: String
+  /// In words, for `vxctl explain`.
+  var rows: [Fact] = []
+  var guestNeeds = ""
+  var note: String?
   var vcpus = 0
   var server: StatusBoard.IOReqServerReport?
   var pool: ForeignMappingPool?
@@ -138,6 +158,10 @@ struct BusFacts: Sendable {
 
 /// What operators see of a device's place.
 struct DeviceFacts: Sendable {
+  /// In words, for `vxctl explain`.
+  var rows: @Sendable () -> [Fact] = { [] }
+  /// What is wrong with it although it works.
+  var warning: String?
   var slot: DeviceSlot?
   var grants: GrantPool?
   /// Event channels that are bound for the device alone.

@@ -13,6 +13,11 @@ final class MMIOBus: GuestBus {
   static let name = "mmio"
   static let style = BusStyle.registers
   static let hasServer = true
+  static let hostNodes = ["evtchn", "privcmd"]
+  static let guestNeeds =
+    "virtio_mmio, the device's driver, and the slots' ACPI table: acpi_firmware=\"/usr/share/vxd/slots.aml\" in its configuration"
+  static let note: String? =
+    "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
 
   static func serves(_ facts: GuestFacts) -> Bool { !facts.isDriverDomain }
 
@@ -52,7 +57,10 @@ final class MMIOBus: GuestBus {
 
   var facts: BusFacts {
     let server = cell.report.withLock { $0 }
-    return BusFacts(name: Self.name, vcpus: server?.vcpus ?? 0, server: server?.report, pool: pool)
+    let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
+    return BusFacts(
+      name: Self.name, rows: row.map { [$0] } ?? [], guestNeeds: Self.guestNeeds, note: Self.note,
+      vcpus: server?.vcpus ?? 0, server: server?.report, pool: pool)
   }
 
   // MARK: What an earlier daemon left
@@ -224,7 +232,18 @@ final class MMIOBus: GuestBus {
 
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
 
-  func facts(of key: DeviceKey) -> DeviceFacts { DeviceFacts(slot: seats[key]?.slot) }
+  func facts(of key: DeviceKey) -> DeviceFacts {
+    let slot = seats[key]?.slot
+    let row = slot.map { Fact(name: "slot", value: "\($0.index) at 0x\(String($0.base, radix: 16))") }
+    return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: Self.warning(key), slot: slot)
+  }
+
+  /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image.
+  private static func warning(_ key: DeviceKey) -> String? {
+    guard key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else { return nil }
+    return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
+      + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
+  }
 
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
     guard let slot = seats[key]?.slot else {

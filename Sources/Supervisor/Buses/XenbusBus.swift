@@ -12,6 +12,8 @@ final class XenbusBus: GuestBus {
   static let name = "xenbus"
   static let style = BusStyle.handshake
   static let hasServer = false
+  static let hostNodes = ["evtchn", "gntdev"]
+  static let guestNeeds = "the kernel module virtio_xenbus (deploy/guest-module) and the device's driver"
 
   static func serves(_ facts: GuestFacts) -> Bool {
     facts.isDriverDomain || facts.type == "pv" || facts.type == "pvh"
@@ -57,7 +59,11 @@ final class XenbusBus: GuestBus {
     }
   }
 
-  var facts: BusFacts { BusFacts(name: Self.name) }
+  var facts: BusFacts {
+    BusFacts(
+      name: Self.name, rows: [Fact(name: "guest memory", value: "by grants, no privilege needed")],
+      guestNeeds: Self.guestNeeds)
+  }
 
   // MARK: The guest
 
@@ -119,8 +125,18 @@ final class XenbusBus: GuestBus {
   func place(of key: DeviceKey) -> DeviceState.Place { .xenbus }
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
   func facts(of key: DeviceKey) -> DeviceFacts {
-    let transport = seats[key]?.transport
-    return DeviceFacts(grants: seats[key]?.pool, channels: { transport?.channelCount ?? 0 })
+    guard let seat = seats[key] else { return DeviceFacts() }
+    let (transport, pool) = (seat.transport, seat.pool)
+    return DeviceFacts(
+      rows: {
+        [
+          Fact(
+            name: "grants",
+            value:
+              "\(pool.mode.rawValue), \(pool.statistics.mappedPages) pages, \(transport?.channelCount ?? 0) event channels"
+          )
+        ]
+      }, grants: pool, channels: { transport?.channelCount ?? 0 })
   }
   func frontend(of key: DeviceKey) -> String? { seats[key]?.frontend }
 
