@@ -58,11 +58,12 @@ final class Guest {
       case .closing, .gone: ("closing", nil)
       }
     let facts = bus.facts
+    let type = type(of: bus)
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
-      server: facts.server, pool: facts.pool, facts: facts.rows, guestNeeds: facts.guestNeeds, note: facts.note,
+      server: facts.server, pool: facts.pool, facts: facts.rows, guestNeeds: type.guestNeeds, note: type.note,
       limits: limits,
-      devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: facts.name) })
+      devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: type.name) })
   }
 
   private func snapshot(_ device: Device, bus name: String) -> StatusBoard.Device {

@@ -48,10 +48,12 @@ package struct SupervisorSettings: Sendable {
 
   /// Device nodes below /dev/xen that buses may need in this domain.
   func hostNodes(isDriverDomain: Bool) -> [String] {
-    let possible = buses.filter { bus in
-      !isDriverDomain || bus.serves(GuestFacts(domain: 0, isDriverDomain: true, type: nil))
+    var nodes: Set<String> = []
+    for bus in buses {
+      let isPossible = !isDriverDomain || bus.serves(GuestFacts(domain: 0, isDriverDomain: true, type: nil))
+      if isPossible { nodes.formUnion(bus.hostNodes) }
     }
-    return Set(possible.flatMap(\.hostNodes)).sorted()
+    return nodes.sorted()
   }
 
   /// The bus of a guest; nil when none serves it.

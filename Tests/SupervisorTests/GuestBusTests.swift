@@ -76,7 +76,7 @@ import Xen
       do throws(Errno) { thread = try LoopThread(name: "wires") } catch { throw XenError("thread", error) }
     }
 
-    var facts: BusFacts { BusFacts(name: Self.name) }
+    var facts: BusFacts { BusFacts() }
     func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] { [] }
     var unclaimed: [DeviceKey] { [] }
     func startServer(uuid: String?) -> BusJob { { .serverStarted } }

@@ -146,11 +146,8 @@ struct Fact: Sendable {
 
 /// What operators see of a guest's bus.
 struct BusFacts: Sendable {
-  var name: String
   /// In words, for `vxctl explain`.
   var rows: [Fact] = []
-  var guestNeeds = ""
-  var note: String?
   var vcpus = 0
   var server: StatusBoard.IOReqServerReport?
   var pool: ForeignMappingPool?

@@ -27,15 +27,28 @@ final class XenstoreWriter {
     try? reader.connection?.remove("\(key.path)/error")
   }
 
-  /// The `state` node, when it holds one of `over` now; any value when that is empty.
+  /// The `state` node, when it holds one of `over` now.
   func writeState(_ key: DeviceKey, _ state: XenbusState, over: [XenbusState]) {
-    guard let old = reader.node(key, "state"), old != state.rawValue else { return }
-    guard over.isEmpty || over.contains(where: { $0.rawValue == old }) else { return }
-    write(key, "state", state.rawValue)
+    // Most often it does not, and needs no transaction.
+    guard let old = reader.node(key, "state"), over.contains(where: { $0.rawValue == old }) else { return }
+    writeState(key, state) { _, old in over.contains { $0.rawValue == old } }
   }
 
-  /// Tells the toolstack that everything of the device is given back.
-  func writeClosed(_ key: DeviceKey) { writeState(key, .closed, over: []) }
+  /// Tells the toolstack that everything of the device is given back. An entry that is at its very beginning is another one, which has taken
+  /// the place of the device's meanwhile: state 6 would end it before it is looked at.
+  func writeClosed(_ key: DeviceKey) {
+    writeState(key, .closed) { isOnline, old in !isOnline || old != XenbusState.initialising.rawValue }
+  }
+
+  private func writeState(
+    _ key: DeviceKey, _ state: XenbusState, when isRight: (_ isOnline: Bool, _ old: String) -> Bool
+  ) {
+    change(key, "write \(key.path)/state") { store, transaction throws(XenError) in
+      guard let old = store.read("\(key.path)/state", in: transaction), old != state.rawValue else { return }
+      guard isRight(store.read("\(key.path)/online", in: transaction) != "0", old) else { return }
+      try store.write("\(key.path)/state", state.rawValue, in: transaction)
+    }
+  }
 
   /// State 2, with what the driver needs to set the device up.
   func offer(_ key: DeviceKey, _ offer: String, configuration: String) {

@@ -209,6 +209,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
 
   /// - Returns: whether there is more to do at once.
   private mutating func output(_ index: Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
+    // A copy of the pointer: under ThreadSanitizer the compiler takes the field for a part of `self` that `memory` overlaps.
+    let ports = ports
     guard ports[index].output.isActive else { return false }
     for _ in 0..<Self.batchLimit {
       guard let chain = try ports[index].output.next(&memory) else {
