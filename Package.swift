@@ -46,7 +46,8 @@ let package = Package(
       name: "Xen", dependencies: ["Virtqueue", "Transport", "EventLoop", "CXen", "CLinux"],
       path: "Sources/Backends/Xen", swiftSettings: house),
     .target(
-      name: "Backends", dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen"],
+      name: "Backends",
+      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle"],
       path: "Sources/Backends/Assembly", swiftSettings: house),
 
     // An in-process Xen with guests that play the virtio driver's side.
@@ -55,12 +56,16 @@ let package = Package(
       dependencies: ["Virtqueue", "Devices", "Transport", "EventLoop", "Xen", "ControlAPI", "CLinux"],
       swiftSettings: house),
 
-    // The control plane.
+    // The control plane. What a guest and a device go through, as values: depends on nothing.
+    .target(name: "Lifecycle", swiftSettings: house),
     .target(
       name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
     .target(
       name: "Supervisor",
-      dependencies: ["Backends", "Devices", "Engines", "Xen", "EventLoop", "ControlAPI", "CSystemd", "CLinux", log],
+      dependencies: [
+        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "Lifecycle",
+        "CSystemd", "CLinux", log,
+      ],
       exclude: ["CModules"], swiftSettings: house),
 
     .executableTarget(
@@ -104,10 +109,11 @@ let package = Package(
     .testTarget(
       name: "SupervisorTests",
       dependencies: [
-        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "TestSupport", "CLinux", log,
-        "vxd", "vxctl",
+        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "Lifecycle", "Transport",
+        "Virtqueue", "TestSupport", "CLinux", log, "vxd", "vxctl",
       ],
       swiftSettings: house),
+    .testTarget(name: "LifecycleTests", dependencies: ["Lifecycle"], swiftSettings: house),
     .testTarget(name: "HouseTests", swiftSettings: house),
   ]
 )

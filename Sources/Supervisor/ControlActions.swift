@@ -2,6 +2,7 @@ import Backends
 package import ControlAPI
 import Devices
 import Glibc
+import Lifecycle
 import Synchronization
 import Xen
 
@@ -28,14 +29,17 @@ extension SupervisorControl {
 
     func endDaemon(handsOver: Bool) { shutdown.withLock { $0 }?(handsOver) }
 
-    /// Runs on the supervisor's loop with the device, if it is there by then.
-    func change(
-      _ device: StatusBoard.Device, _ body: @escaping @Sendable (isolated Supervisor, DeviceKey) -> Void
-    ) -> JSONValue {
-      let key = device.key
-      supervisor.withLock { $0 }?.onLoop { body($0, key) }
+    /// Has something done to a device's life, if it is there by then.
+    func order(_ device: StatusBoard.Device, _ command: DeviceEvent.Command) -> JSONValue {
+      supervisor.withLock { $0 }?.order(device.key, command)
       return ["accepted": true]
     }
+
+    func fill(_ key: DeviceKey, image: String, limits: RateLimits?) {
+      supervisor.withLock { $0 }?.fill(key, image: image, limits: limits)
+    }
+
+    func detach(_ key: DeviceKey, deadline: UInt64) { supervisor.withLock { $0 }?.detach(key, deadline: deadline) }
 
     func onLoop(_ body: @escaping @Sendable (isolated Supervisor) -> Void) {
       supervisor.withLock { $0 }?.onLoop(body)
@@ -81,23 +85,44 @@ extension SupervisorControl {
       let old = profiles.withLock { $0 }
       var devices: [JSONValue] = []
       for guest in SupervisorControl.sorted(contents) {
-        for device in guest.devices where device.key.kind == .disk {
-          func texts(_ profiles: DiskProfiles) -> [(String, String)] {
-            var settings = BlockSettings(path: device.entryPath ?? "", readOnly: false, discard: false, serial: "")
-            profiles.apply(
-              to: &settings, guest: guest.name, uuid: guest.uuid, device: device.name, number: device.key.device)
-            return settings.optionTexts
+        for device in guest.devices where device.key.kind != .spare {
+          let before = old.optionTexts(of: device, guest)
+          let after = new.optionTexts(of: device, guest)
+          let changes = Self.names(before, after).compactMap { name -> JSONValue? in
+            let (old, new) = (before.first { $0.0 == name }?.1, after.first { $0.0 == name }?.1)
+            return old == new ? nil : .string("\(name): \(old ?? "not set") -> \(new ?? "not set")")
           }
-          let changes = zip(texts(old), texts(new)).filter { $0.0.1 != $0.1.1 }
           guard !changes.isEmpty else { continue }
           devices.append([
-            "guest": .string(guest.name), "device": .string(device.name),
-            "changes": .array(changes.map { .string("\($0.0.0): \($0.0.1) -> \($0.1.1)") }),
+            "guest": .string(guest.name), "device": .string(device.name), "changes": .array(changes),
           ])
         }
       }
       return .array(devices)
     }
+
+    /// The names of both, in their order.
+    private static func names(_ before: [(String, String)], _ after: [(String, String)]) -> [String] {
+      var seen: Set<String> = []
+      return (before + after).map(\.0).filter { seen.insert($0).inserted }
+    }
+  }
+}
+
+extension DiskProfiles {
+  /// A device's options by name, with their values as text: every one of a disk, those that are set of another device.
+  fileprivate func optionTexts(of device: StatusBoard.Device, _ guest: StatusBoard.Guest) -> [(String, String)] {
+    guard device.key.kind == .disk else {
+      let declared = options(guest: guest.name, uuid: guest.uuid).devices.first { declared in
+        device.key.kind == .generic
+          ? !declared.isCreated && declared.number == device.key.device
+          : declared.isCreated && declared.type.kind == device.key.kind && declared.number == device.key.device
+      }
+      return (declared?.options ?? []).map { ($0.name, JSONText.text($0.value)) }
+    }
+    var settings = BlockSettings(path: device.entryPath ?? "", readOnly: false, discard: false, serial: "")
+    apply(to: &settings, guest: guest.name, uuid: guest.uuid, device: device.name, number: device.key.device)
+    return settings.optionTexts
   }
 }
 

@@ -1,5 +1,6 @@
 import Backends
 import Devices
+import Lifecycle
 import Transport
 import Xen
 
@@ -92,8 +93,8 @@ package enum Metrics {
     gauge("vxd_descriptors", "Open descriptors of the daemon.", "\(HostUsage.descriptors)")
     gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
     gauge(
-      "vxd_event_channels", "Event channels bound to ioreq servers.",
-      "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) })")
+      "vxd_event_channels", "Event channels bound to ioreq servers and to queues of Xenbus devices.",
+      "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) + $1.devices.reduce(0) { $0 + $1.channels() } })")
     gauge(
       "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
     gauge(
@@ -141,9 +142,7 @@ package enum Metrics {
   }
 
   private static func writeDevices(_ writer: inout Writer, _ devices: [StatusBoard.Device]) {
-    let phases = [
-      "opening", "ready", "connected", "failed", "faulted", "held", "restarting", "quarantined", "paused", "closing",
-    ]
+    let phases = DevicePhase.names
     writer.put(
       "vxd_device_state", "stateset", "The state that a device is in.",
       devices.flatMap { device in

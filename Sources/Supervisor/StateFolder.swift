@@ -91,7 +91,7 @@ package struct StateFolder: Sendable {
   // MARK: Files
 
   /// Replaces a file by another, whole.
-  private static func write(_ text: String, to path: String) throws(Errno) {
+  static func write(_ text: String, to path: String) throws(Errno) {
     let temporary = path + ".new"
     let raw = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o600)
     guard raw >= 0 else { throw Errno.last }
@@ -103,7 +103,7 @@ package struct StateFolder: Sendable {
   }
 
   /// A file's value, if it has version 1.
-  private static func read(_ path: String) -> JSONValue? {
+  static func read(_ path: String) -> JSONValue? {
     guard let file = fopen(path, "re") else { return nil }
     defer { fclose(file) }
     var bytes = [UInt8](repeating: 0, count: 16384)

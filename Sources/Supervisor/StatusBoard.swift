@@ -1,5 +1,6 @@
 import Backends
 import Devices
+import Lifecycle
 import Synchronization
 import Transport
 import Xen
@@ -31,6 +32,12 @@ package final class StatusBoard: Sendable {
     var bus = "mmio"
     /// Granted pages of a Xenbus device.
     var grants: GrantPool?
+    /// Its place, in words.
+    var facts: @Sendable () -> [Fact] = { [] }
+    /// What is wrong with it although it works.
+    var warning: String?
+    /// Event channels that are bound for it alone.
+    var channels: @Sendable () -> Int = { 0 }
 
     /// The backend of a disk.
     var disk: BlockBackend? { backend as? BlockBackend }
@@ -45,6 +52,10 @@ package final class StatusBoard: Sendable {
     var vcpus: Int
     var server: IOReqServerReport?
     var pool: ForeignMappingPool?
+    /// How the guest reaches its devices, in words.
+    var facts: [Fact] = []
+    var guestNeeds = ""
+    var note: String?
     var limits = RateLimits()
     var devices: [Device]
   }
@@ -59,6 +70,8 @@ package final class StatusBoard: Sendable {
     var watches = 0
     var hypervisor = ""
     var hasXenstore = false
+    /// Device nodes of the host that are needed, below /dev/xen.
+    var hostNodes: [String] = []
     var limits = RateLimits()
   }
 
@@ -68,11 +81,12 @@ package final class StatusBoard: Sendable {
 
   func update(_ change: (inout Contents) -> Void) { contents.withLock { change(&$0) } }
 
-  /// Whether the data threads make progress: fewer than half of all devices have one that does not come back from a batch.
+  /// Whether the data threads make progress: fewer than half of all guests, and never one alone, have one that does not come back from a
+  /// batch. Guests are counted, not devices: a guest may have most of all devices, and can make its own hang.
   package var isHealthy: Bool {
-    let devices = current.guests.values.flatMap(\.devices)
-    let hanging = devices.filter { $0.stuck?.layer == .thread }.count
-    return hanging < 2 || hanging * 2 < devices.count
+    let guests = current.guests.values
+    let hanging = guests.count { $0.devices.contains { $0.stuck?.layer == .thread } }
+    return hanging < 2 || hanging * 2 < guests.count
   }
 
   var current: Contents { contents.withLock { $0 } }

@@ -2,6 +2,7 @@ import Backends
 import ControlAPI
 import Devices
 import EventLoop
+import Lifecycle
 import Logging
 import Xen
 
@@ -39,14 +40,12 @@ extension SupervisorControl {
         let device = try find(parameters, board.current)
         switch device.phase {
         case .held:
-          guard let backend = device.disk else { throw wrongState(device, "held or paused") }
           return ControlChange("the failed requests of \(device.name) are tried again") {
-            backend.resume()
-            return ["accepted": true]
+            actions.order(device, .resume)
           }
         case .paused:
           return ControlChange("\(device.name) goes on") {
-            actions.change(device) { supervisor, key in supervisor.restart(key) }
+            actions.order(device, .resume)
           }
         default: throw wrongState(device, "held or paused")
         }
@@ -60,7 +59,7 @@ extension SupervisorControl {
           throw wrongState(device, "ready, connected, held or faulted")
         }
         return ControlChange("requests of \(device.name) wait until 'device.resume'") {
-          actions.change(device) { supervisor, key in supervisor.pause(key) }
+          actions.order(device, .pause)
         }
       },
       ControlMethod(
@@ -71,7 +70,7 @@ extension SupervisorControl {
         let device = try find(parameters, board.current)
         guard !["closing", "opening"].contains(device.phase.name) else { throw wrongState(device, "another one") }
         return ControlChange("the backend of \(device.name) is stopped and started again") {
-          actions.change(device) { supervisor, key in supervisor.restart(key) }
+          actions.order(device, .restart)
         }
       },
       ControlMethod(
@@ -106,7 +105,7 @@ extension SupervisorControl {
         let device = try find(parameters, board.current)
         let limits = try limits(device.limits, parameters)
         return ControlChange("limits of \(device.name) become \(JSONText.text(limits.json))") {
-          _ = actions.change(device) { supervisor, key in supervisor.set(limits: limits, of: key) }
+          actions.onLoop { $0.orders.set(limits: limits, of: device.key) }
           return ["accepted": true, "limits": limits.json]
         }
       },
@@ -118,7 +117,7 @@ extension SupervisorControl {
         let limits = try limits(guest.limits, parameters)
         let domain = guest.domain
         return ControlChange("limits of guest \(guest.name) become \(JSONText.text(limits.json))") {
-          actions.onLoop { $0.set(limits: limits, of: domain) }
+          actions.onLoop { $0.orders.set(limits: limits, of: domain) }
           return ["accepted": true, "limits": limits.json]
         }
       },
@@ -169,7 +168,7 @@ extension SupervisorControl {
       if parameters["limits"] != nil { limits = try Self.limits(RateLimits(), parameters) }
       let chosen = limits
       return ControlChange("\(guest.name)/\(spare.name) becomes \(image), by a change of its size") {
-        _ = actions.change(spare) { supervisor, key in supervisor.attach(key, image: image, limits: chosen) }
+        actions.fill(spare.key, image: image, limits: chosen)
         return ["accepted": true, "device": .string(spare.name), "way": "spare slot, config-change"]
       }
     }
@@ -201,8 +200,8 @@ extension SupervisorControl {
         throw .invalidParameters("'seconds' must be from 0 to 3600, not \(seconds)", field: "seconds")
       }
       return ControlChange("\(device.guestName)/\(device.name) becomes empty within \(seconds) s") {
-        actions.change(device) { supervisor, key in supervisor.detach(key, deadlineMilliseconds: UInt64(seconds) * 1000)
-        }
+        actions.detach(device.key, deadline: UInt64(seconds) * 1000)
+        return ["accepted": true]
       }
     }
   }
@@ -228,7 +227,7 @@ extension SupervisorControl {
       ) { parameters throws(ControlFault) in
         let limits = try limits(board.current.limits, parameters)
         return ControlChange("limits of all guests together become \(JSONText.text(limits.json))") {
-          actions.onLoop { $0.set(limits: limits) }
+          actions.onLoop { $0.orders.set(limits: limits) }
           return ["accepted": true, "limits": limits.json]
         }
       },

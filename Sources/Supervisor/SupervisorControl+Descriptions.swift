@@ -3,6 +3,7 @@ import ControlAPI
 import Devices
 import EventLoop
 import Glibc
+import Lifecycle
 import Xen
 
 /// How guests and devices are told to clients.
@@ -21,6 +22,7 @@ extension SupervisorControl {
       "grantedPages": .count(
         guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?.statistics.mappedPages ?? 0) }),
       "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
+      "hostNodes": .array(contents.hostNodes.map { .string($0) }),
     ]
   }
 
@@ -31,6 +33,9 @@ extension SupervisorControl {
       .init(name: "state", value: .string(guest.phase)), .init(name: "vcpus", value: .count(guest.vcpus)),
       .init(name: "devices", value: .count(guest.devices.count)),
     ]
+    members.append(.init(name: "facts", value: describe(guest.facts)))
+    members.append(.init(name: "guestNeeds", value: .string(guest.guestNeeds)))
+    if let note = guest.note { members.append(.init(name: "note", value: .string(note))) }
     if let reason = guest.reason { members.append(.init(name: "reason", value: .string(reason))) }
     if let server = guest.server {
       members.append(
@@ -46,6 +51,10 @@ extension SupervisorControl {
     return .object(members)
   }
 
+  private static func describe(_ facts: [Fact]) -> JSONValue {
+    .array(facts.map { ["name": .string($0.name), "value": .string($0.value)] })
+  }
+
   static func describe(device: StatusBoard.Device, counters: Bool = false) -> JSONValue {
     var members: [JSONValue.Member] = [
       .init(name: "guest", value: .string(device.guestName)), .init(name: "domain", value: .count(device.key.domain)),
@@ -58,6 +67,8 @@ extension SupervisorControl {
       .init(name: "readOnly", value: .bool(device.readOnly)),
     ]
     members.append(.init(name: "transport", value: .string(device.bus)))
+    members.append(.init(name: "facts", value: describe(device.facts())))
+    if let warning = device.warning { members.append(.init(name: "warning", value: .string(warning))) }
     if counters, let pool = device.grants {
       let statistics = pool.statistics
       members.append(

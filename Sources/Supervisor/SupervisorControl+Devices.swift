@@ -2,6 +2,7 @@ import Backends
 import ControlAPI
 import Devices
 import Engines
+import Lifecycle
 
 /// Methods for devices that are no disks, and how those are told to clients.
 extension SupervisorControl {

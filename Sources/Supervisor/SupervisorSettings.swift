@@ -1,5 +1,5 @@
-package import Backends
 package import Devices
+package import Lifecycle
 import Xen
 
 /// How the daemon serves its guests.
@@ -18,6 +18,8 @@ package struct SupervisorSettings: Sendable {
   package var storeCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
   package var stateFolder: StateFolder?
+  /// Who is behind deaths of the daemon; nil where nothing is kept of them.
+  package var crashes: CrashRecord?
   /// Where `vxctl console` finds the ports of consoles; nil for nowhere.
   package var consoleFolder: String?
   /// Whether the peer of a socket may see and use consoles.
@@ -39,5 +41,21 @@ package struct SupervisorSettings: Sendable {
   /// Try O_DIRECT.
   package var direct = true
 
+  /// What guests may be reached by, in the order in which they are asked.
+  var buses = GuestBuses.all
+
   package init() {}
+
+  /// Device nodes below /dev/xen that buses may need in this domain.
+  func hostNodes(isDriverDomain: Bool) -> [String] {
+    var nodes: Set<String> = []
+    for bus in buses {
+      let isPossible = !isDriverDomain || bus.serves(GuestFacts(domain: 0, isDriverDomain: true, type: nil))
+      if isPossible { nodes.formUnion(bus.hostNodes) }
+    }
+    return nodes.sorted()
+  }
+
+  /// The bus of a guest; nil when none serves it.
+  func bus(for facts: GuestFacts) -> (any GuestBus.Type)? { buses.first { $0.serves(facts) } }
 }

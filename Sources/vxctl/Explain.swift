@@ -23,27 +23,32 @@ struct Explain: ParsableCommand {
     let guest = name?.guest ?? target
     do throws(Wrong) {
       let client = try reachDaemon()
-      let domain = try findGuest(guest)
-      let entries = try findEntries(guest, domain, client)
-      let devices = try knownDevices(guest, client)
+      let domain = try findDomain(guest)
+      let known = try findGuest(guest, client)
+      let entries = try (domain ?? known?.cell("domain")).map { domain throws(Wrong) in try checkEntries(domain) } ?? 0
+      guard let known else {
+        guard entries == 0 else {
+          throw Wrong(words: "vxd does not know the guest", remedy: "look at vxd's log: journalctl -u vxd")
+        }
+        throw Wrong(
+          words: "the guest has no virtio device whose backend is this domain, in Xenstore or in the profiles",
+          remedy: "its disk line needs backendtype=standalone, specification=virtio, and no backend= of another domain")
+      }
+      let devices = try devices(of: known, client)
       for device in devices
       where name == nil || device.cell("device") == name?.device || device.cell("id") == name?.device {
-        try explain(device, client)
+        try explain(device, client, guestNeeds: known.cell("guestNeeds"))
       }
       if let name, !devices.contains(where: { $0.cell("device") == name.device || $0.cell("id") == name.device }) {
         throw Wrong(
           words: "guest '\(guest)' has no device '\(name.device)'",
           remedy: "it has \(devices.map { $0.cell("device") }.joined(separator: ", "))")
       }
-      if entries > devices.filter({ $0.cell("kind") != "spare" }).count {
+      if entries > devices.count(where: { ["virtio_disk", "virtio"].contains($0.cell("kind")) }) {
         throw Wrong(
           words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
       }
-      if devices.contains(where: { $0.cell("transport") != "xenbus" }) {
-        print(
-          "note: xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
-        )
-      }
+      if let note = known["note"]?.stringValue { print("note: \(note)") }
       print("nothing is wrong")
     } catch {
       print("BAD  \(error.words)")
@@ -70,12 +75,10 @@ struct Explain: ParsableCommand {
 
   private func openStore() -> XenStore? { try? XenStore() }
 
-  private func findGuest(_ guest: String) throws(Wrong) -> String? {
-    guard let store = openStore() else {
-      good("(Xenstore cannot be read from here: entries are not checked)")
-      return nil
-    }
-    for domain in store.list("/local/domain") ?? [] {
+  /// The guest's domain as Xenstore has it; nil where domains cannot be read, as in a driver domain.
+  private func findDomain(_ guest: String) throws(Wrong) -> String? {
+    guard let store = openStore(), let domains = store.list("/local/domain") else { return nil }
+    for domain in domains {
       guard domain == guest || store.read("/local/domain/\(domain)/name") == guest else { continue }
       good("the guest runs as domain \(domain)")
       return domain
@@ -83,37 +86,51 @@ struct Explain: ParsableCommand {
     throw Wrong(words: "there is no guest '\(guest)'", remedy: "xl list; is it running?")
   }
 
-  private func findEntries(_ guest: String, _ domain: String?, _ client: ControlClient) throws(Wrong) -> Int {
-    guard let domain, let store = openStore() else { return 0 }
-    let entries = store.list("backend/virtio_disk/\(domain)") ?? []
-    guard !entries.isEmpty else {
-      throw Wrong(
-        words: "Xenstore has no virtio disk of the guest whose backend is this domain",
-        remedy: "its disk line needs backendtype=standalone, specification=virtio, and no backend= of another domain")
+  /// Checks the guest's entries in Xenstore.
+  ///
+  /// - Returns: how many there are.
+  private func checkEntries(_ domain: String) throws(Wrong) -> Int {
+    guard let store = openStore() else {
+      good("(Xenstore cannot be read from here: entries are not checked)")
+      return 0
     }
-    for entry in entries {
-      let path = "backend/virtio_disk/\(domain)/\(entry)"
-      let name = store.read("\(path)/dev") ?? entry
-      if let fault = store.read("\(path)/error") {
-        throw Wrong(
-          words: "the entry of \(name) is refused: \(fault)", remedy: "correct the guest's configuration, or the image")
+    var count = 0
+    for kind in ["virtio_disk", "virtio"] {
+      for entry in store.list("backend/\(kind)/\(domain)") ?? [] {
+        let path = "backend/\(kind)/\(domain)/\(entry)"
+        let name = store.read("\(path)/dev") ?? "\(kind) \(entry)"
+        if let fault = store.read("\(path)/error") {
+          throw Wrong(
+            words: "the entry of \(name) is refused: \(fault)",
+            remedy: "correct the guest's configuration, or the image")
+        }
+        let what = store.read("\(path)/params") ?? store.read("\(path)/type") ?? "?"
+        good("entry \(name): \(what), backend state \(store.read("\(path)/state") ?? "?")")
+        count += 1
       }
-      good("entry \(name): \(store.read("\(path)/params") ?? "?"), backend state \(store.read("\(path)/state") ?? "?")")
     }
-    return entries.count
+    return count
   }
 
-  private func knownDevices(_ guest: String, _ client: ControlClient) throws(Wrong) -> [JSONValue] {
+  /// The guest as vxd knows it; nil when it does not.
+  private func findGuest(_ guest: String, _ client: ControlClient) throws(Wrong) -> JSONValue? {
     do throws(ControlClient.Failure) {
       let guests = try client.call("guest.list").arrayValue ?? []
-      guard let found = guests.first(where: { $0.cell("name") == guest || $0.cell("domain") == guest }) else {
-        throw .protocolBroken("vxd does not know the guest")
-      }
-      guard found.cell("state") == "running", found["ioreqServer"] != nil else {
-        throw .protocolBroken("the guest is \(found.cell("state")): \(found.cell("reason"))")
-      }
-      good("ioreq server \(found["ioreqServer"]?.cell("id") ?? "?") is there, for \(found.cell("vcpus")) vCPUs")
-      return try client.call("device.list", ["guest": .string(guest)]).arrayValue ?? []
+      return guests.first { $0.cell("name") == guest || $0.cell("domain") == guest }
+    } catch {
+      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
+    }
+  }
+
+  private func devices(of guest: JSONValue, _ client: ControlClient) throws(Wrong) -> [JSONValue] {
+    guard guest.cell("state") == "running" else {
+      throw Wrong(
+        words: "the guest is \(guest.cell("state")): \(guest.cell("reason"))", remedy: "journalctl -u vxd; vxctl doctor"
+      )
+    }
+    for fact in guest["facts"]?.arrayValue ?? [] { good("\(fact.cell("name")): \(fact.cell("value"))") }
+    do throws(ControlClient.Failure) {
+      return try client.call("device.list", ["guest": .string(guest.cell("name"))]).arrayValue ?? []
     } catch {
       throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
     }
@@ -127,7 +144,7 @@ struct Explain: ParsableCommand {
     "opening": "the image takes long to open: is its server there?",
   ]
 
-  private func explain(_ device: JSONValue, _ client: ControlClient) throws(Wrong) {
+  private func explain(_ device: JSONValue, _ client: ControlClient, guestNeeds: String) throws(Wrong) {
     let name = "\(device.cell("guest"))/\(device.cell("device"))"
     let state = device.cell("state")
     if let remedy = Self.remedies[state] {
@@ -137,15 +154,14 @@ struct Explain: ParsableCommand {
       let full = try? client.call(
         "device.get", ["guest": .string(device.cell("guest")), "device": .string(device.cell("device"))])
     else { throw Wrong(words: "\(name) has gone meanwhile", remedy: "ask again") }
-    good(
-      "\(name): \(full.cell("image")) is open (\(full.cell("store"))), in slot \(full.cell("slot")) at \(full.cell("base"))"
-    )
+    let what = full["image"]?.stringValue ?? full.cell("type")
+    let place = (full["facts"]?.arrayValue ?? []).map { "; \($0.cell("name")) \($0.cell("value"))" }.joined()
+    good("\(name): \(what) is open (\(full.cell("store")))\(place)")
     guard state == "connected" else {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(
         words: "\(name): the guest's driver has not taken the device (driver status \(full.cell("driverStatus")))",
-        remedy: "is the guest up? It needs virtio_mmio and virtio_blk, and the slots' ACPI table: "
-          + "acpi_firmware=\"/usr/share/vxd/slots.aml\" in its configuration")
+        remedy: "is the guest up? It needs \(guestNeeds)")
     }
     if let stuck = full["stuck"] {
       throw Wrong(

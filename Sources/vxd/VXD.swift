@@ -63,6 +63,8 @@ enum VXD {
     if !options.state.isEmpty && !options.simulate {
       do throws(Errno) {
         settings.stateFolder = try StateFolder(path: options.state)
+        settings.crashes = try CrashRecord(path: options.state)
+        settings.crashes?.watch()
         guard mkdir(options.consoleFolder, 0o750) == 0 || errno == EEXIST else { throw Errno.last }
         settings.consoleFolder = options.consoleFolder
         let access = options.access

@@ -52,6 +52,6 @@ enum SetupTarget {
         precondition(layout.driverArea + UInt64(layout.driverBytes(packed: false)) <= writable)
       }
     }
-    _ = Supervisor.bytes(Substring(String(decoding: bytes, as: UTF8.self)))
+    _ = FrontendText.bytes(Substring(String(decoding: bytes, as: UTF8.self)))
   }
 }

@@ -26,7 +26,7 @@ enum EntryTarget {
     }
     _ = try? NBDAddress(text)
     if let number = try? DeviceEntry.number("x", text) { _ = DeviceEntry.diskIndex(UInt32(truncatingIfNeeded: number)) }
-    _ = Supervisor.key(.disk, path: text)
+    _ = FrontendText.key(.disk, path: text)
   }
 }
 

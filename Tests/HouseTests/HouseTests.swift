@@ -10,7 +10,8 @@ import Testing
     "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
     "Backends/Xen": ["CXen", "Glibc"], "Backends/Assembly": ["Glibc"],
     "SimulatedXen": ["CLinux", "Glibc"], "ControlAPI": ["CJSON", "CLinux", "Glibc"],
-    "Supervisor": ["CSystemd", "Glibc"], "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],
+    "Lifecycle": [], "Supervisor": ["CLinux", "CSystemd", "Glibc"],
+    "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],
   ]
 
   private static let root = "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/")
@@ -70,6 +71,16 @@ import Testing
       }
     }
     #expect(imports > 100)
+  }
+
+  @Test func lifecycleDependsOnNothing() throws {
+    let files = try Self.files("Sources/Lifecycle")
+    #expect(files.count > 10)
+    for file in files {
+      for line in try Self.lines("\(Self.root)/Sources/Lifecycle/\(file)") {
+        #expect(!line.split(separator: " ").contains("import"), "\(file): \(line)")
+      }
+    }
   }
 
   @Test func nothingInTheDataPathIsAsynchronous() throws {

@@ -1,3 +1,4 @@
+import ControlAPI
 import EventLoop
 import Glibc
 import SimulatedXen
@@ -103,5 +104,52 @@ import Xen
     #expect(try stage.toolstack.destroy(1, disks: ["xvde"]))
     #expect(eventually { domain.usage == SimulatedDomain.Usage() }, "\(domain.usage)")
     #expect(eventually { TemporaryFolder.names(stage.state).isEmpty }, "\(TemporaryFolder.names(stage.state))")
+  }
+
+  // MARK: Who is behind it
+
+  /// The state that a device has for operators, from the real daemon.
+  private func device(_ stage: DaemonStage, _ name: String) -> JSONValue? {
+    guard let client = try? ControlClient(path: stage.socket) else { return nil }
+    return try? client.call("device.get", ["guest": "alpha", "device": .string(name)])
+  }
+
+  /// Three deaths by a fault in the same device's thread: the next daemon does not start it until an operator says so, and serves the
+  /// others. Deaths for another reason do not count.
+  @Test func deviceBehindThreeDeathsIsNotStartedAgain() throws {
+    let stage = try DaemonStage()
+    let domain = try stage.guest(1, name: "alpha", disks: ["xvde", "xvdf"])
+    let load = Load()
+    let thread = try start(load, domain, slot: 0, features: [.indirectDescriptors], seed: 11)
+    defer {
+      load.isOver.store(true, ordering: .relaxed)
+      load.ended.wait()
+      thread.stopAndJoin()
+      #expect(load.failure.withLock { $0 } == nil)
+    }
+    // One in the main thread, and one that is no fault: neither makes anybody suspect.
+    for death in 0..<5 {
+      #expect(
+        eventually(seconds: 20) { device(stage, "xvde")?["state"] == "connected" }, "\(death): \(stage.daemon.log)")
+      #expect(eventually(seconds: 20) { device(stage, "xvdf")?["state"] == "ready" })
+      switch death {
+      case 0: #expect(stage.daemon.strike(SIGSEGV, thread: "vxd"))
+      case 3: stage.daemon.kill()
+      default: #expect(stage.daemon.strike(death == 1 ? SIGILL : SIGSEGV, thread: "vxd-alpha/xvde"))
+      }
+      try stage.daemon.start()
+    }
+    #expect(eventually(seconds: 20) { device(stage, "xvde")?["state"] == "quarantined" }, "\(stage.daemon.log)")
+    #expect(device(stage, "xvde")?["reason"]?.stringValue?.contains("each of the last 3 crashes of vxd") == true)
+    #expect(eventually(seconds: 20) { device(stage, "xvdf")?["state"] == "ready" })
+    #expect(stage.daemon.log.contains("died of signal 11, at work for 1-virtio_disk-"))
+    let answered = load.answered.load(ordering: .relaxed)
+    let client = try ControlClient(path: stage.socket)
+    #expect(try client.call("device.restart", ["guest": "alpha", "device": "xvde"])["accepted"] == true)
+    #expect(eventually(seconds: 20) { load.answered.load(ordering: .relaxed) > answered + 100 })
+    // The operator's word holds also when the daemon is killed.
+    stage.daemon.kill()
+    try stage.daemon.start()
+    #expect(eventually(seconds: 20) { device(stage, "xvde")?["state"] == "connected" }, "\(stage.daemon.log)")
   }
 }

@@ -46,13 +46,37 @@ final class DaemonProcess: @unchecked Sendable {
   func start() throws {
     let descriptor = open(logPath, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0o600)
     defer { close(descriptor) }
-    child = try ChildProcess(ChildProcess.products + "/vxd", arguments, output: descriptor)
+    // Swift's own report of a crash takes half a minute, and ours must not need it.
+    child = try ChildProcess(
+      ChildProcess.products + "/vxd", arguments, environment: ["SWIFT_BACKTRACE": "enable=no"], output: descriptor)
   }
 
   /// kill -9, and waits for the end.
   func kill() {
     child?.kill()
     child = nil
+  }
+
+  /// Sends a signal to one of its threads, which has this name, and waits for the end of the process.
+  ///
+  /// - Returns: whether there was such a thread.
+  func strike(_ signal: Int32, thread name: String) -> Bool {
+    guard let child else { return false }
+    let threads = TemporaryFolder.names("/proc/\(child.pid)/task").compactMap { pid_t($0) }
+    guard let thread = threads.first(where: { Self.name(of: $0, in: child.pid) == name }) else { return false }
+    // Glibc's module hides it, as GNU's own.
+    typealias Signal = @convention(c) (pid_t, pid_t, Int32) -> Int32
+    guard let symbol = dlsym(nil, "tgkill") else { return false }
+    guard unsafeBitCast(symbol, to: Signal.self)(child.pid, thread, signal) == 0 else { return false }
+    return child.wait(seconds: 20) != nil
+  }
+
+  private static func name(of thread: pid_t, in process: pid_t) -> String? {
+    guard let file = fopen("/proc/\(process)/task/\(thread)/comm", "re") else { return nil }
+    defer { fclose(file) }
+    var bytes = [UInt8](repeating: 0, count: 32)
+    let count = fread(&bytes, 1, bytes.count, file)
+    return String(decoding: bytes.prefix(count).prefix { $0 != 10 }, as: UTF8.self)
   }
 
   /// Asks for a good end; the exit status, or nil when it does not come.

@@ -105,4 +105,36 @@ import Xen
       #expect(error.field == place, "\(error.message)")
     }
   }
+
+  /// New profiles: limits and restart policies hold at once for devices of every type, and `config.diff` says what they would change.
+  @Test func newProfilesHoldForDevicesOfEveryType() throws {
+    let world = try World()
+    defer { world.end() }
+    func profiles(_ options: String) -> String {
+      #"{"version": 1, "guests": [{"devices": [{"type": "entropy"\#(options)}]}]}"#
+    }
+    let path = world.folder.file("profiles.json", text: profiles(#", "limits": {"readBytes": 4096}"#))
+    let loaded = try DiskProfiles(path: path, isOptional: false)
+    let actions = SupervisorControl.Actions(profilePath: path, profiles: loaded)
+    try world.start(actions: actions) { $0.profiles = loaded }
+    _ = try world.domain(5, name: "web1")
+    #expect(eventually { world.state("web1", "rng0") == "ready" })
+    #expect(world.device("web1", "rng0")["limits"]?["readBytes"] == 4096)
+    let new = profiles(#", "limits": {"readBytes": 8192}, "restart": "never""#)
+    let methods = SupervisorControl.methods(board: world.board, isSimulated: true, actions: actions)
+    let request: JSONValue = [
+      "jsonrpc": "2.0", "id": 1, "method": "config.diff",
+      "params": ["profiles": try JSONText.parse(Array(new.utf8))],
+    ]
+    let changes = methods.answer(Array(JSONText.text(request).utf8), subscribe: { _ in .null })?["result"]
+    #expect(changes?.arrayValue?.first?["device"] == "rng0")
+    #expect(
+      changes?.arrayValue?.first?["changes"] == [
+        #"limits: {"readBytes":4096} -> {"readBytes":8192}"#, #"restart: not set -> "never""#,
+      ])
+    _ = world.folder.file("profiles.json", text: new)
+    try actions.reload()
+    #expect(eventually { world.device("web1", "rng0")["limits"]?["readBytes"] == 8192 })
+    #expect(eventually { world.device("web1", "rng0")["restartPolicy"] == "never" })
+  }
 }

@@ -156,30 +156,4 @@ import Xen
     #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
     #expect(eventually { domain.usage == .init() && world.info("guests") == 0 })
   }
-
-  // MARK: Policy
-
-  @Test func pausesDoubleWithinTheirBoundsAndTheBudgetEnds() {
-    var policy = RestartPolicy()
-    policy.limit = 8
-    policy.firstPause = 100
-    policy.longestPause = 1000
-    var history = RestartHistory()
-    var pauses: [UInt64] = []
-    for _ in 0..<8 {
-      guard case .restart(let pause) = history.next(policy, at: 1_000_000_000, random: 0.5) else {
-        Issue.record("the budget ended early")
-        return
-      }
-      pauses.append(pause)
-    }
-    #expect(pauses == [100, 200, 400, 800, 1000, 1000, 1000, 1000])
-    #expect(history.next(policy, at: 2_000_000_000, random: 0.5) == .quarantine)
-    // Old failures are forgotten.
-    #expect(history.next(policy, at: 602_000_000_000, random: 0) == .restart(afterMilliseconds: 50))
-    #expect(history.next(policy, at: 602_000_000_000, random: 1) == .restart(afterMilliseconds: 300))
-    history.forgive()
-    #expect(history.next(policy, at: 602_000_000_000, random: 0.5) == .restart(afterMilliseconds: 100))
-    #expect(history.count == 11)
-  }
 }

@@ -39,7 +39,8 @@ final class World: @unchecked Sendable {
 
   /// Starts a supervisor, as the start of the daemon does.
   func start(
-    slots: Int = 8, profiles: String? = nil, _ change: (inout SupervisorSettings) -> Void = { _ in }
+    slots: Int = 8, profiles: String? = nil, actions more: SupervisorControl.Actions? = nil,
+    _ change: (inout SupervisorSettings) -> Void = { _ in }
   ) throws {
     let thread = try LoopThread(name: "supervisor")
     var settings = SupervisorSettings()
@@ -58,6 +59,7 @@ final class World: @unchecked Sendable {
     self.thread = thread
     self.supervisor = supervisor
     actions.connect(supervisor)
+    more?.connect(supervisor)
     let failure = StartFailure()
     thread.perform {
       supervisor.assumeIsolated { supervisor in
@@ -80,12 +82,14 @@ final class World: @unchecked Sendable {
     // One round brings a change from Xenstore to the guest's thread, the next to the data thread, the third what that reports.
     for _ in 0..<3 {
       // xenstored sends an event before it answers what was asked later: the next job finds the event handled.
-      thread.perform { supervisor.assumeIsolated { _ = $0.store?.read("/") } }
+      thread.perform { supervisor.assumeIsolated { _ = $0.reader.connection?.read("/") } }
       let passed = Latch()
       thread.perform {
         supervisor.assumeIsolated { supervisor in
-          let guests = supervisor.sessions.values.filter { !$0.isServerClosed }.map(\.thread)
-          let data = supervisor.sessions.values.flatMap { $0.devices.values.flatMap(\.threads) }
+          let guests = supervisor.table.guests.values.map(\.bus.thread)
+          let data = supervisor.table.guests.values.flatMap { guest in
+            guest.devices.values.flatMap { $0.running?.threads ?? [] }
+          }
           let last = Countdown(left: guests.count + data.count + 1) { passed.open() }
           // From this job, so that none of them ends before it has the job in its mailbox.
           for other in guests + data { other.loop.enqueue { last.step() } }

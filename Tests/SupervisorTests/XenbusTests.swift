@@ -58,10 +58,12 @@ import Xen
     #expect(device["transport"] == "xenbus")
     #expect(device["grants"]?["access"] == "mapped")
     #expect(device["grants"]?["mapCalls"] == 1)
+    #expect(world.metrics.contains("\nvxd_event_channels 1\n"))
     // No privilege was used.
     #expect(domain.usage == .init())
     #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
     expectNothingLeft(domain, world)
+    #expect(world.metrics.contains("\nvxd_event_channels 0\n"))
     #expect(registers.revokeAll() == 0)
   }
 

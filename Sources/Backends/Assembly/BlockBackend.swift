@@ -11,6 +11,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
 
   package let geometry: BlockGeometry
   package let settings: BlockSettings
+  package override var stuckMilliseconds: UInt64 { settings.stuckMilliseconds }
   /// Whether data goes past the page cache.
   package let isDirect: Bool
   /// The histograms of each queue.
@@ -29,7 +30,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     completion: @escaping @Sendable (Result<BlockBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, threads: max(1, min(settings.threads, settings.queues)),
+      name: surroundings.name, label: surroundings.label, threads: max(1, min(settings.threads, settings.queues)),
       make: { threads throws(StartFault) in try BlockBackend(settings, surroundings, threads, decorate) },
       completion: completion)
   }

@@ -1,4 +1,5 @@
 package import Devices
+package import Lifecycle
 package import Virtqueue
 
 /// One block backend, as the supervisor wants it. Values are checked already.

@@ -1,6 +1,7 @@
 package import Devices
 package import Engines
 package import EventLoop
+package import Lifecycle
 import Transport
 package import Virtqueue
 
@@ -48,7 +49,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     completion: @escaping @Sendable (Result<ConsoleBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, threads: 1,
+      name: surroundings.name, label: surroundings.label, threads: 1,
       make: { threads throws(StartFault) in try ConsoleBackend(settings, surroundings, threads[0]) },
       completion: completion)
   }

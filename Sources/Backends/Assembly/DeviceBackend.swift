@@ -47,6 +47,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     package var makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)?
     /// Called on the device's threads.
     package var report: @Sendable (DeviceReport) -> Void
+    /// Names the device for the record of a death of the daemon; empty for none.
+    package var label = ""
     /// The device in names of files.
     package var fileName = "device"
     /// Where sockets and memories of console ports are; nil for none.
@@ -92,14 +94,16 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// - Parameter completion: called on the device's first thread, or on the caller's when no thread could be made.
   /// - Returns: the threads, which the caller joins after `stop` or a failure.
   package static func start<Backend: DeviceBackend>(
-    name: String, threads count: Int,
+    name: String, label: String, threads count: Int,
     make: @escaping @Sendable ([LoopThread]) throws(StartFault) -> Backend,
     completion: @escaping @Sendable (Result<Backend, StartFault>) -> Void
   ) -> [LoopThread] {
     var threads: [LoopThread] = []
     do throws(Errno) {
       for index in 0..<count {
-        threads.append(try LoopThread(name: index == 0 ? "vxd-\(name)" : "vxd-\(index)-\(name)"))
+        let thread = try LoopThread(name: index == 0 ? "vxd-\(name)" : "vxd-\(index)-\(name)")
+        thread.label(label)
+        threads.append(thread)
       }
     } catch {
       completion(.failure(.host(error)))
@@ -154,6 +158,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// CPU time of the data threads in nanoseconds.
   package var cpuTime: UInt64 { threads.reduce(0) { $0 &+ $1.cpuTime } }
   package var threadCount: Int { threads.count }
+  /// Age in milliseconds at which a request or a batch counts as stuck. Overridden where it is an option.
+  package var stuckMilliseconds: UInt64 { 30_000 }
   /// Requests that can be under way, in all queues together.
   package var requestLimit: Int { queueSizes.reduce(0) { $0 + Int($1) } }
 
@@ -230,7 +236,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
 
   // MARK: End
 
-  /// The device ends for good: what outlives its backends is to go with this one. Overridden where there is such a thing.
+  /// The device ends for good: what outlives its backends is to go with this one. Called once it has stopped, on one of its threads, which
+  /// may wait for other programs. Overridden where there is such a thing.
   package func retire() {}
 
   /// Ends the device: nothing touches guest memory any more when `completion` runs, and what it works with is closed when this object

@@ -1,5 +1,6 @@
 package import Devices
 package import EventLoop
+package import Lifecycle
 package import Transport
 package import Virtqueue
 

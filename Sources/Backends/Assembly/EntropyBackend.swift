@@ -1,5 +1,6 @@
 package import Devices
 package import EventLoop
+package import Lifecycle
 import Transport
 package import Virtqueue
 
@@ -23,7 +24,7 @@ package final class EntropyBackend: DeviceBackend, @unchecked Sendable {
     completion: @escaping @Sendable (Result<EntropyBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, threads: 1,
+      name: surroundings.name, label: surroundings.label, threads: 1,
       make: { threads throws(StartFault) in try EntropyBackend(settings, surroundings, threads[0]) },
       completion: completion)
   }

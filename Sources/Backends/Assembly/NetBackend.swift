@@ -20,7 +20,7 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     completion: @escaping @Sendable (Result<NetBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, threads: settings.pairs,
+      name: surroundings.name, label: surroundings.label, threads: settings.pairs,
       make: { threads throws(StartFault) in try NetBackend(settings, surroundings, threads, openTap) },
       completion: completion)
   }

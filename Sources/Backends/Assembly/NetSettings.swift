@@ -1,5 +1,6 @@
 package import Devices
 package import Engines
+package import Lifecycle
 package import Virtqueue
 
 /// Options of a network device.

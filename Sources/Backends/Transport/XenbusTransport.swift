@@ -15,7 +15,10 @@ package final class XenbusTransport: DeviceTransport {
   private let state: (any TransportState)?
   /// Confined to the guest's thread, see the type's comment.
   nonisolated(unsafe) private var registers = MMIOTransport.Registers()
-  nonisolated(unsafe) private var channels: [QueueSignals?] = []
+  nonisolated(unsafe) private var channels: [QueueSignals?] = [] {
+    didSet { bound.store(channels.count { $0 != nil }, ordering: .relaxed) }
+  }
+  private let bound = Atomic<Int>(0)
   nonisolated(unsafe) private var device: (any VirtioDevice)?
   private let space: Mutex<ConfigurationSpace>
 
@@ -35,6 +38,8 @@ package final class XenbusTransport: DeviceTransport {
   }
 
   package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+  /// Event channels that are bound.
+  package var channelCount: Int { bound.load(ordering: .relaxed) }
   package var interruptCount: UInt64 { interrupts.load(ordering: .relaxed) }
   private var configuration: ConfigurationSpace { space.withLock { $0 } }
 

@@ -151,6 +151,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   }
 
   func mapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
+    if SimulatedDomain.strikes(domain.rangeFailures) { throw XenError("map_io_range", Errno(ENOMEM)) }
     _ = try change("map_io_range") { state in
       guard let found = state.servers[server], first <= last else { return .failure(Errno(EINVAL)) }
       guard !found.ranges.contains(where: { $0.first <= last && first <= $0.last }) else {

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -117,4 +118,36 @@ int clinux_peer_groups(int fd, uint32_t *groups, uint32_t capacity) {
   socklen_t length = capacity * sizeof *groups;
   if (getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, groups, &length) != 0) return -errno;
   return (int)(length / sizeof *groups);
+}
+
+#define LABEL_BYTES 64
+
+static _Thread_local char thread_label[LABEL_BYTES];
+
+void clinux_label_thread(const char *label) {
+  strncpy(thread_label, label, LABEL_BYTES - 1);
+  thread_label[LABEL_BYTES - 1] = 0;
+}
+
+static const int deadly_signals[] = {SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV};
+enum { DEADLY = sizeof deadly_signals / sizeof *deadly_signals };
+static struct sigaction earlier_actions[DEADLY];
+static char *death_record;
+
+// Only what may be called in a signal handler: two stores to a mapping that is there for as long as the process.
+static void record_death(int signal, siginfo_t *info, void *context) {
+  (void)context;
+  memcpy(death_record + 4, thread_label, LABEL_BYTES);
+  *(volatile int32_t *)death_record = signal;
+  // What would have happened without this happens now: the instruction is tried again, or the signal is sent again that a process sent.
+  for (int index = 0; index < DEADLY; index++)
+    if (deadly_signals[index] == signal) sigaction(signal, &earlier_actions[index], NULL);
+  if (info->si_code <= 0) raise(signal);
+}
+
+void clinux_record_death(void *record) {
+  death_record = record;
+  struct sigaction action = {.sa_sigaction = record_death, .sa_flags = SA_NODEFER | SA_SIGINFO};
+  sigemptyset(&action.sa_mask);
+  for (int index = 0; index < DEADLY; index++) sigaction(deadly_signals[index], &action, &earlier_actions[index]);
 }

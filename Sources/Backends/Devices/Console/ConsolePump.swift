@@ -158,11 +158,13 @@ package struct ConsolePump: DevicePump, ~Copyable {
 
   package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
     now = MonotonicClock.now
+    ports[0].output.counters.batchSince.store(now, ordering: .relaxed)
     nextTime = 0
     let invalidations = memory.enter()
     defer {
       ports[0].output.counters.settle(memory)
       memory.leave()
+      ports[0].output.counters.batchSince.store(0, ordering: .relaxed)
     }
     do throws(VirtqueueFault) {
       try toDriver.prepare(invalidations)

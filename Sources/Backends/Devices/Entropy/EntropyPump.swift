@@ -36,10 +36,12 @@ package struct EntropyPump: DevicePump, ~Copyable {
   package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
     guard queue.isActive else { return .idle }
     nextTime = 0
+    queue.counters.batchSince.store(MonotonicClock.now, ordering: .relaxed)
     let invalidations = memory.enter()
     defer {
       queue.counters.settle(memory)
       memory.leave()
+      queue.counters.batchSince.store(0, ordering: .relaxed)
     }
     do throws(VirtqueueFault) {
       try queue.prepare(invalidations)

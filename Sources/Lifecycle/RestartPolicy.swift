@@ -1,5 +1,5 @@
 /// What happens to a device whose backend failed.
-package struct RestartPolicy: Equatable, Sendable {
+package struct RestartPolicy: Hashable, Sendable {
   package enum Mode: String, CaseIterable, Sendable {
     /// It stays failed until its entry changes or an operator restarts it.
     case never

@@ -1,12 +1,14 @@
-/// Where a device is in its life.
+/// What operators see of a device's life. A projection of `DeviceMachine`: nobody assigns it.
 ///
-///     opening -> ready -> connected -> closing -> (gone)
-///        |         ^  \       |  ^ <--> held (the store's errors; `resume` leads back)
-///        v         |   `--> faulted (the guest's reset leads back to ready)
-///      failed -----'   (when the entry is corrected, or by the restart policy)
-///
-///     connected, faulted -> restarting -> connected      -> quarantined (until an operator restarts it)
-package enum DevicePhase: Equatable, Sendable {
+///     opening ──► ready ──► connected ──► closing ──► (gone)
+///        │          ▲  │        │ ▲ ▲────► held       (errors of the storage; `resume` leads back)
+///        │          │  └────────┼─┼──────► faulted    (the guest's reset leads back to ready)
+///        ▼          │           ▼ │
+///      failed ──────┘      restarting ──► quarantined (until an operator restarts it, or its entry is corrected)
+///     (when the entry                ▲
+///      is corrected, or   paused ────┘                (`resume`)
+///      by a retry)
+package enum DevicePhase: Hashable, Sendable {
   /// The image is being opened, the guest's ioreq server prepared.
   case opening
   /// The guest can find the device; its driver has not taken it yet. Backend state 2.
@@ -17,7 +19,7 @@ package enum DevicePhase: Equatable, Sendable {
   case failed(reason: String)
   /// The guest broke its queue: DEVICE_NEEDS_RESET is set.
   case faulted(reason: String)
-  /// A queue stopped at an error of the store, as the disk's policy says: the guest waits until an operator says `resume`.
+  /// A queue stopped at an error of the storage, as the disk's policy says: the guest waits until an operator says `resume`.
   case held(reason: String)
   /// The backend failed and is started again; the guest's requests wait.
   case restarting(reason: String)
@@ -27,6 +29,11 @@ package enum DevicePhase: Equatable, Sendable {
   case paused
   /// Requests are drained and everything is given back.
   case closing
+
+  /// Every name, in the order of a device's life.
+  package static let names = [
+    "opening", "ready", "connected", "failed", "faulted", "held", "restarting", "quarantined", "paused", "closing",
+  ]
 
   package var name: String {
     switch self {
@@ -49,17 +56,7 @@ package enum DevicePhase: Equatable, Sendable {
     case .failed(let reason), .faulted(let reason), .held(let reason), .restarting(let reason),
       .quarantined(let reason):
       reason
-    default: nil
+    case .opening, .ready, .connected, .paused, .closing: nil
     }
   }
-}
-
-/// XenbusState (xen: public/io/xenbus.h), as the `state` nodes hold it.
-package enum XenbusState: String, Sendable {
-  case initialising = "1"
-  case initWait = "2"
-  case initialised = "3"
-  case connected = "4"
-  case closing = "5"
-  case closed = "6"
 }

@@ -3,6 +3,7 @@ import ControlAPI
 import Devices
 import Engines
 import Glibc
+import Lifecycle
 import Xen
 
 /// A network, console or entropy device as a profile declares it for a guest:

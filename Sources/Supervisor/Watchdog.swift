@@ -1,6 +1,7 @@
 import Backends
 import Devices
 import EventLoop
+import Lifecycle
 
 /// A request that has been under way for too long.
 package struct StuckRequest: Equatable, Sendable {
@@ -20,58 +21,36 @@ package struct StuckRequest: Equatable, Sendable {
   package var age: UInt64
 }
 
-/// The watchdog: looks at what the queues publish of their oldest requests. It takes no part in their work, so a queue that is
-/// stuck cannot hold it up.
-extension Supervisor {
+/// Looks at what the queues publish of their oldest requests. It takes no part in their work, so a queue that is stuck cannot hold it up.
+struct Watchdog {
   /// Milliseconds between two looks; a limit is noticed so much later at most.
-  private static let watchPeriod: UInt64 = 1000
+  static let period: UInt64 = 1000
+  /// Its timer runs.
+  var isRunning = false
 
-  /// Runs for as long as there are devices.
-  func startWatchdog() {
-    guard !isWatching else { return }
-    isWatching = true
-    watchAgain()
-  }
-
-  private func watchAgain() {
-    loop.schedule(afterMilliseconds: Self.watchPeriod) { [self] in assumeIsolated { $0.watch() } }
-  }
-
-  private func watch() {
-    guard !sessions.isEmpty, !isStopping else {
-      isWatching = false
-      return
-    }
-    let now = EventLoop.now()
-    for session in sessions.values {
-      for record in session.devices.values { look(at: record, of: session, now) }
-    }
-    watchAgain()
-  }
-
-  private func look(at record: DeviceRecord, of session: GuestSession, _ now: UInt64) {
+  /// - Returns: whether anything is to be published of the device.
+  func look(at device: Device, of guest: Guest, _ now: UInt64, _ herald: Herald) -> Bool {
     // A queue that is held waits for the operator, who has been told.
-    guard let backend = record.backend as? BlockBackend, record.phase == .connected else {
-      record.stuck = nil
-      return
+    guard let backend = device.backend, guest.machine[device.key]?.phase == .connected else {
+      device.stuck = nil
+      return false
     }
     let found = backend.stuckRequest(at: now)
-    switch (record.stuck, found) {
+    switch (device.stuck, found) {
     case (nil, .some(let stuck)):
-      tell(
-        .deviceStuck, session, record,
+      herald.tell(
+        .deviceStuck, guest, device,
         reason: "queue \(stuck.queue): a request is \(stuck.age) ms old, in the \(stuck.layer.rawValue)")
-    case (.some(let old), nil):
-      tell(.deviceUnstuck, session, record, reason: "queue \(old.queue)")
-    default: break
+    case (.some(let old), nil): herald.tell(.deviceUnstuck, guest, device, reason: "queue \(old.queue)")
+    case (nil, nil), (.some, .some): break
     }
-    let changed = (record.stuck == nil) != (found == nil)
-    record.stuck = found
-    if changed || found != nil { publish(session) }
+    let changed = (device.stuck == nil) != (found == nil)
+    device.stuck = found
+    return changed || found != nil
   }
 }
 
-extension BlockBackend {
+extension DeviceBackend {
   /// The oldest request beyond the limit of the settings.
   package func stuckRequest(at now: UInt64) -> StuckRequest? {
     var worst: StuckRequest?
@@ -79,7 +58,7 @@ extension BlockBackend {
       func consider(_ since: UInt64, _ layer: StuckRequest.Layer) {
         guard since != 0, now > since else { return }
         let age = (now &- since) / 1_000_000
-        guard age >= settings.stuckMilliseconds, age > worst?.age ?? 0 else { return }
+        guard age >= stuckMilliseconds, age > worst?.age ?? 0 else { return }
         worst = StuckRequest(queue: index, layer: layer, age: age)
       }
       let waiting = counters.waiting.load(ordering: .relaxed)

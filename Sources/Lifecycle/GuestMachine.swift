@@ -1,0 +1,273 @@
+/// A guest's life with those of its devices: its server comes first, its memory goes last. A value, as `DeviceMachine` is.
+///
+/// `Key` names a device within the guest.
+package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
+  package enum Phase: Hashable, Sendable {
+    /// The server of its accesses is being made, or nothing has happened yet.
+    case starting
+    case running
+    /// It cannot be made: `reason`; tried again after a pause, which is numbered.
+    case failed(reason: String, retry: UInt64)
+    /// Nothing uses the guest's memory any more: server and memory are being given back.
+    case closing(Departure)
+    case gone
+  }
+
+  /// Who wants a device to be there.
+  package enum Origin: Hashable, Sendable {
+    /// An entry in Xenstore.
+    case toolstack
+    /// A profile: it is there for as long as the toolstack's devices are, or, where there were none, for as long as the guest is.
+    case profile
+  }
+
+  package struct Member: Hashable, Sendable {
+    package let key: Key
+    package let origin: Origin
+    package internal(set) var machine: DeviceMachine
+  }
+
+  package internal(set) var phase = Phase.starting
+  /// In the order in which they came.
+  package internal(set) var members: [Member] = []
+  /// Pauses between tries to make the server.
+  package let retry: RestartPolicy
+  /// Tries to make the server that failed.
+  package internal(set) var tries = 0
+  /// The daemon ends, and what is left of the guest is for the next one.
+  package internal(set) var isHandingOver = false
+  var lastNumber: UInt64
+  /// Collected while an event is handled; empty between events.
+  var effects: [GuestEffect<Key>] = []
+
+  /// - Parameters:
+  ///   - hasServer: the guest's accesses are served by a server that must be made first; else devices can be served at once.
+  ///   - numbersAfter: as with `DeviceMachine`.
+  package init(hasServer: Bool, retry: RestartPolicy = DeviceRules().startRetry, numbersAfter: UInt64 = 0) {
+    self.retry = retry
+    lastNumber = numbersAfter
+    if !hasServer { phase = .running }
+  }
+
+  package subscript(key: Key) -> DeviceMachine? { members.first { $0.key == key }?.machine }
+
+  /// Changes what operators decide about a device's life, for failures from now on.
+  package mutating func set(_ restart: RestartPolicy, of key: Key) {
+    guard let index = members.firstIndex(where: { $0.key == key }) else { return }
+    members[index].machine.rules.restart = restart
+  }
+
+  /// Whether devices may be added: not while the guest ends. Its entries are looked at again when it is gone.
+  package var acceptsDevices: Bool {
+    switch phase {
+    case .starting, .running, .failed: !isHandingOver
+    case .closing, .gone: false
+    }
+  }
+
+  private var bus: Bus {
+    switch phase {
+    case .starting: .pending
+    case .running: .ready
+    case .failed(let reason, _): .failed(reason)
+    case .closing, .gone: .pending
+    }
+  }
+
+  /// What happens at an event.
+  ///
+  /// - Returns: what is to be done, in this order.
+  package mutating func handle(_ event: GuestEvent<Key>, at now: Moment) -> [GuestEffect<Key>] {
+    switch event {
+    case .begin: begin()
+    case .add(let key, let origin, var machine, let pause, let fuse):
+      guard acceptsDevices, self[key] == nil else { return [.unexpected("add while \(phase)")] }
+      machine.bus = bus
+      members.append(Member(key: key, origin: origin, machine: machine))
+      tell(key, .begin(after: pause, fuse: fuse), now)
+    case .device(let key, let event): tell(key, event, now)
+    case .serverStarted: serverStarted(now)
+    case .serverFailed(let reason): serverFailed(reason, now)
+    case .serverClosed: serverClosed(now)
+    case .retryServer(let number):
+      guard case .failed(_, number) = phase else { break }  // it has been tried since, or the guest ends
+      startServer()
+    case .settle: closeIfAllGivenBack()
+    case .domainGone:
+      endAll(.closed(isAwaited: false), now) { $0.origin == .profile }
+      closeIfAllGivenBack()
+    case .end(.handedOver): handOver(now)
+    case .end(let departure):
+      endAll(departure, now) { _ in true }
+      closeIfAllGivenBack()
+    }
+    if !members.isEmpty { settle(now) }
+    defer { effects = [] }
+    return effects
+  }
+
+  // MARK: The server
+
+  private mutating func begin() {
+    switch phase {
+    case .starting: effects.append(.startServer)
+    case .running: break  // needs none
+    case .failed, .closing, .gone: effects.append(.unexpected("begin while \(phase)"))
+    }
+    effects.append(.tell(.guestAppeared, nil))
+  }
+
+  private mutating func startServer() {
+    phase = .starting
+    effects.append(.startServer)
+  }
+
+  private mutating func serverStarted(_ now: Moment) {
+    switch phase {
+    case .starting:
+      phase = .running
+      tries = 0
+      for member in members { tell(member.key, .busReady, now) }
+    case .closing: break  // the guest ended meanwhile; what was made is given back by what was asked for then
+    case .running, .failed, .gone: effects.append(.unexpected("server started while \(phase)"))
+    }
+  }
+
+  private mutating func serverFailed(_ reason: String, _ now: Moment) {
+    switch phase {
+    case .starting:
+      lastNumber += 1
+      phase = .failed(reason: reason, retry: lastNumber)
+      if tries == 0 { effects.append(.tell(.guestFailed, reason)) }
+      effects.append(.scheduleServer(lastNumber, max(RestartBudget.pause(retry, tries: tries, at: now), 1)))
+      tries += 1
+      for member in members { tell(member.key, .busFailed(reason), now) }
+    case .closing: break  // the guest ended meanwhile
+    case .running, .failed, .gone: effects.append(.unexpected("server failed while \(phase)"))
+    }
+  }
+
+  // MARK: Devices
+
+  private mutating func tell(_ key: Key, _ event: DeviceEvent, _ now: Moment) {
+    guard let index = members.firstIndex(where: { $0.key == key }) else { return }  // it is gone
+    for effect in members[index].machine.handle(event, at: now) {
+      switch effect {
+      case .retryBus:
+        if case .failed = phase { startServer() }
+      case .leaving: endProfilesAlone(key, now)
+      case .released: break  // `settle` looks at all of them
+      default: effects.append(.device(key, effect))
+      }
+    }
+  }
+
+  private mutating func endAll(_ departure: Departure, _ now: Moment, _ isMeant: (Member) -> Bool) {
+    for member in members where isMeant(member) { tell(member.key, .command(.end(departure)), now) }
+  }
+
+  /// The profile's devices end with the last of the toolstack's.
+  private mutating func endProfilesAlone(_ key: Key, _ now: Moment) {
+    let others = members.filter { $0.origin == .toolstack }
+    guard !isHandingOver, others.contains(where: { $0.key == key }), others.allSatisfy(\.machine.isEnding) else {
+      return
+    }
+    endAll(.closed(isAwaited: false), now) { $0.origin == .profile && !$0.machine.isEnding }
+  }
+
+  // MARK: The end
+
+  private mutating func handOver(_ now: Moment) {
+    guard !isHandingOver else { return }
+    isHandingOver = true
+    switch phase {
+    // No vCPU is answered from here on: what a device does last is in its journals.
+    case .starting, .running, .failed: effects.append(.leaveServer)
+    case .closing, .gone: return  // there is nothing left to hand over
+    }
+    endAll(.handedOver, now) { _ in true }
+    closeIfAllGivenBack()
+  }
+
+  /// Lets devices go that are given back; with the last one, server and memory go first.
+  private mutating func settle(_ now: Moment) {
+    switch phase {
+    case .starting, .running, .failed: break
+    case .closing, .gone: return
+    }
+    if members.allSatisfy(\.machine.isEnding) { closeIfAllGivenBack() } else { dismiss(now) }
+  }
+
+  private mutating func closeIfAllGivenBack() {
+    guard members.allSatisfy(\.machine.isReleased) else { return }
+    switch phase {
+    case .starting, .running, .failed: break
+    case .closing, .gone: return
+    }
+    phase = .closing(isHandingOver ? .handedOver : .closed(isAwaited: false))
+    effects.append(.closeServer)
+  }
+
+  private mutating func dismiss(_ now: Moment) {
+    for member in members where member.machine.isReleased { tell(member.key, .dismissed, now) }
+    members.removeAll { $0.machine.service == .gone }
+  }
+
+  private mutating func serverClosed(_ now: Moment) {
+    guard case .closing(let departure) = phase else {
+      return effects.append(.unexpected("server closed while \(phase)"))
+    }
+    phase = .gone
+    effects.append(.joinThread)
+    dismiss(now)
+    if departure != .handedOver { effects.append(.forgetState) }
+    effects += [.tell(.guestGone, nil), .gone]
+  }
+}
+
+extension DeviceMachine {
+  /// Whether everything of the device is given back.
+  package var isReleased: Bool {
+    switch service {
+    case .released: true
+    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .clearing, .gone: false
+    }
+  }
+}
+
+package enum GuestEvent<Key: Hashable & Sendable>: Hashable, Sendable {
+  case begin
+  /// A device appears. `after` and `fuse` as in `DeviceEvent.begin`.
+  case add(Key, GuestMachine<Key>.Origin, DeviceMachine, after: Milliseconds, fuse: String?)
+  case device(Key, DeviceEvent)
+  case serverStarted
+  case serverFailed(String)
+  /// Server and memory are given back.
+  case serverClosed
+  case retryServer(UInt64)
+  /// Every device that the guest is to have has been added: a guest without one ends.
+  case settle
+  /// Xen's domain is gone; devices in Xenstore end with their entries.
+  case domainGone
+  /// The daemon ends.
+  case end(Departure)
+}
+
+package enum GuestEffect<Key: Hashable & Sendable>: Hashable, Sendable {
+  case device(Key, DeviceEffect)
+  /// Makes the server on the guest's thread, or takes over that of an earlier daemon. Answered by `serverStarted` or `serverFailed`.
+  case startServer
+  /// Lets go of the server on the guest's thread: it stays in Xen for the next daemon. Not answered.
+  case leaveServer
+  /// Closes the server, unless it was left, then the guest's memory, on the guest's thread. Answered by `serverClosed`.
+  case closeServer
+  /// The guest's thread has nothing left to do: joins it.
+  case joinThread
+  case scheduleServer(UInt64, Milliseconds)
+  /// What is kept of the guest for a later daemon.
+  case forgetState
+  case tell(News, String?)
+  /// The guest is to be forgotten; entries of its number may have come meanwhile and are looked at again.
+  case gone
+  case unexpected(String)
+}

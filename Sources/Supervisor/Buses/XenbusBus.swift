@@ -1,0 +1,244 @@
+import Backends
+import Devices
+import EventLoop
+import Lifecycle
+import Transport
+import Virtqueue
+import Xen
+
+/// Devices over Xenbus (deploy/guest-module/PROTOCOL.md): grants reach the guest's memory, event channels its driver, and Xenstore holds the
+/// handshake. For PV and PVH guests, and for every guest of a driver domain, which has no rights over its guests.
+final class XenbusBus: GuestBus {
+  static let name = "xenbus"
+  static let style = BusStyle.handshake
+  static let hasServer = false
+  static let hostNodes = ["evtchn", "gntdev"]
+  static let guestNeeds = "the kernel module virtio_xenbus (deploy/guest-module) and the device's driver"
+
+  static func serves(_ facts: GuestFacts) -> Bool {
+    facts.isDriverDomain || facts.type == "pv" || facts.type == "pvh"
+  }
+
+  /// Pages that a guest may take of the budget that all share: twice what its module grants for each queue.
+  private static let pagesForEachQueue = 4096
+
+  private struct Seat {
+    let pool: GrantPool
+    let frontend: String
+    var transport: XenbusTransport?
+    /// Of the present offer.
+    var epoch: UInt32 = 0
+    /// What `vx-config` says.
+    var published = ""
+    /// As an earlier daemon left them.
+    var registers: MMIOTransport.Registers?
+
+    func offer(_ profile: DeviceProfile, configurationBytes: Int) -> XenbusOffer {
+      XenbusOffer(
+        profile: profile,
+        maximumPages: UInt32(min(Int(XenbusOffer.maximumPages), profile.queueSizes.count * pagesForEachQueue)),
+        configurationBytes: configurationBytes, epoch: epoch)
+    }
+  }
+
+  let thread: LoopThread
+  private let domain: DomainID
+  private let host: BusHost
+  /// Opened with the first device.
+  private var grants: (any GrantHandle)?
+  private var seats: [DeviceKey: Seat] = [:]
+
+  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
+    domain = facts.domain
+    self.host = host
+    do throws(Errno) {
+      thread = try LoopThread(name: "vxd-xenbus-\(facts.domain)")
+      thread.label("\(facts.domain)")
+    } catch {
+      throw XenError("start of the guest's thread", error)
+    }
+  }
+
+  var facts: BusFacts { BusFacts(rows: [Fact(name: "guest memory", value: "by grants, no privilege needed")]) }
+
+  // MARK: The guest
+
+  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] { [] }
+  var unclaimed: [DeviceKey] { [] }
+  func startServer(uuid: String?) -> BusJob { { .serverStarted } }
+  func leaveServer() -> BusJob { { nil } }
+  func closeServer() -> BusJob { { .serverClosed } }
+
+  // MARK: Devices
+
+  /// What an earlier daemon served goes on, when the driver is still where that one left it.
+  func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
+    let seat = makeSeat(key, nodes["frontend"] ?? "")
+    seats[key] = seat
+    let state = nodes["state"].flatMap(XenbusState.init(rawValue:))
+    if let folder = host.settings.stateFolder {
+      if state == .connected, frontend?.isSetUp == true,
+        let saved = try? DeviceState(path: folder.devicePath(key)), saved.place.isXenbus,
+        saved.saved.status.contains(.driverOK)
+      {
+        seats[key]?.registers = saved.saved.registers
+        seats[key]?.epoch = saved.saved.registers.epoch
+        return (.adoptable(.live), saved)
+      }
+      folder.forget(key)
+    }
+    if state == .connected, frontend == .connected {
+      return (.lost("no saved state for a device in use: the guest must reset the device"), nil)
+    }
+    if state == .initWait, let epoch = FrontendText.epoch(offer: nodes["vx-offer"]) {
+      // An offer that was made, and perhaps answered, before this daemon was there.
+      seats[key]?.epoch = epoch
+      return (.offered, nil)
+    }
+    return (.nothing, nil)
+  }
+
+  private func makeSeat(_ key: DeviceKey, _ frontend: String) -> Seat {
+    Seat(pool: GrantPool(budget: host.grantBudget), frontend: frontend)
+  }
+
+  func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
+    do throws(XenError) {
+      if grants == nil { grants = try host.hypervisor.openGrants(domain) }
+    } catch {
+      throw EntryFault("frontend-id", "grants of the guest cannot be had: \(error)")
+    }
+    // Nothing is there of a device whose entry names another frontend than before: it could not be served.
+    if seats[key]?.frontend != entry.frontend, seats[key]?.transport == nil {
+      seats[key] = makeSeat(key, entry.frontend)
+    }
+  }
+
+  func vacate(_ key: DeviceKey) {}
+  func forget(_ key: DeviceKey) { seats[key] = nil }
+
+  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { seats[key]?.pool }
+  func place(of key: DeviceKey) -> DeviceState.Place { .xenbus }
+  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
+  func facts(of key: DeviceKey) -> DeviceFacts {
+    guard let seat = seats[key] else { return DeviceFacts() }
+    let (transport, pool) = (seat.transport, seat.pool)
+    return DeviceFacts(
+      rows: {
+        [
+          Fact(
+            name: "grants",
+            value:
+              "\(pool.mode.rawValue), \(pool.statistics.mappedPages) pages, \(transport?.channelCount ?? 0) event channels"
+          )
+        ]
+      }, grants: pool, channels: { transport?.channelCount ?? 0 })
+  }
+  func frontend(of key: DeviceKey) -> String? { seats[key]?.frontend }
+
+  func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
+    let report = host.report
+    let transport = XenbusTransport(
+      // Its driver's state is known by the handshake.
+      device: backend, state: backend.state, onStatus: { _ in }, onConfiguration: { report(.configuration(key)) })
+    seats[key]?.transport = transport
+    return { .device(key, .plugged(id, Driver(transport.currentStatus))) }
+  }
+
+  func remove(_ key: DeviceKey) -> BusJob {
+    let seat = seats[key]
+    return {
+      seat?.transport?.disconnect()
+      seat?.pool.detach()
+      return .device(key, .removed)
+    }
+  }
+
+  func discard(_ key: DeviceKey) -> BusJob { { nil } }
+
+  func leave(_ key: DeviceKey) -> BusJob {
+    let seat = seats[key]
+    return {
+      seat?.transport?.leave()
+      seat?.pool.detach()
+      return .device(key, .removed)
+    }
+  }
+
+  // MARK: The handshake
+
+  func connect(_ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool) -> BusJob {
+    guard let seat = seats[key], let transport = seat.transport, let grants else {
+      return { .device(key, .connected(sequence: sequence, .refused("the device is not there"))) }
+    }
+    let offer = seat.offer(transport.profile, configurationBytes: 0)
+    let (pool, epoch, saved) = (seat.pool, seat.epoch, adopts ? seat.registers : nil)
+    return {
+      let result: DeviceEvent.ConnectResult
+      do throws(ConnectFault) {
+        let (setup, doorbells) = try XenbusConnection.open(grants, setup: reference, offer: offer, pool: pool)
+        if let saved, !Self.fits(saved, setup) {
+          pool.detach()
+          throw .setup("the setup page is not what it was when the device was connected")
+        }
+        transport.connect(setup, epoch: epoch, doorbells: doorbells, adopts: adopts)
+        result = .connected
+      } catch {
+        switch error {
+        case .noRoom(let words): result = .noRoom(words)
+        case .setup(let words): result = .refused(words)
+        }
+      }
+      return .device(key, .connected(sequence: sequence, result))
+    }
+  }
+
+  /// Whether a setup page says what it did when the queues' journals began.
+  private static func fits(_ saved: MMIOTransport.Registers, _ setup: XenbusSetup) -> Bool {
+    guard saved.driverFeatures == setup.features.rawValue, saved.queues.count == setup.queues.count else {
+      return false
+    }
+    return zip(zip(saved.queues, saved.ready), setup.queues).allSatisfy { old, new in
+      guard let layout = new?.layout else { return !old.1 }
+      return old.1 && old.0.size == layout.size && old.0.descriptorArea == layout.descriptorArea
+        && old.0.driverArea == layout.driverArea && old.0.deviceArea == layout.deviceArea
+    }
+  }
+
+  func disconnect(_ key: DeviceKey) -> BusJob {
+    let seat = seats[key]
+    return {
+      seat?.transport?.disconnect()
+      seat?.pool.detach()
+      return .device(key, .disconnected)
+    }
+  }
+
+  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite) -> BusJob {
+    let transport = seats[key]?.transport
+    return {
+      transport?.write(offset: write.offset, bytes: write.bytes)
+      return nil
+    }
+  }
+
+  func needReset(_ key: DeviceKey) { seats[key]?.transport?.needReset() }
+
+  func offer(_ key: DeviceKey) -> (offer: String, configuration: String)? {
+    guard var seat = seats[key], let transport = seat.transport else { return nil }
+    seat.epoch = UInt32.random(in: 1...UInt32.max)
+    seat.registers = nil
+    seat.published = transport.configurationText
+    seats[key] = seat
+    let space = seat.published.split(separator: " ", omittingEmptySubsequences: false).last?.utf8.count ?? 0
+    return (seat.offer(transport.profile, configurationBytes: space / 2).text, seat.published)
+  }
+
+  func changedConfiguration(_ key: DeviceKey) -> String? {
+    guard let transport = seats[key]?.transport else { return nil }
+    let text = transport.configurationText
+    guard text != seats[key]?.published else { return nil }
+    seats[key]?.published = text
+    return text
+  }
+}

@@ -1,0 +1,63 @@
+import Backends
+import Devices
+import EventLoop
+import Lifecycle
+import Xen
+
+/// What belongs to one device of a guest beside its machine: its entry, its backend, what outlives its backends. Confined to the
+/// supervisor's loop.
+final class Device {
+  /// A backend and its threads, from `start` to `join`.
+  struct Running {
+    let id: BackendID
+    var threads: [LoopThread] = []
+    /// nil while it is being opened.
+    var backend: DeviceBackend?
+  }
+
+  let key: DeviceKey
+  /// The entry's nodes as they were when they were looked at last; empty for devices without an entry in Xenstore.
+  var nodes: [String: String]
+  /// What they say, with every option; nil until it has been read, or while it is wrong.
+  var entry: DeviceEntry?
+  /// The nodes that `entry` was made of.
+  var entryNodes: [String: String] = [:]
+  var running: Running?
+  /// What survives its backends; made with the first.
+  var state: DeviceState?
+  let account = DeviceAccount()
+  let rate: RateNode
+  var limits = RateLimits()
+  /// What the watchdog found last.
+  var stuck: StuckRequest?
+
+  init(_ key: DeviceKey, _ nodes: [String: String], rate: RateNode) {
+    self.key = key
+    self.nodes = nodes
+    self.rate = rate
+  }
+
+  var backend: DeviceBackend? { running?.backend }
+
+  /// As operators name it; also when its entry is wrong.
+  var name: String {
+    if let entry { return entry.name }
+    let type = nodes["type"].flatMap(DeclaredDevice.DeviceType.init(toolstack:))
+    return nodes["dev"] ?? "\(type?.prefix ?? "")\(key.device)"
+  }
+
+  /// By what it is served, for people.
+  var servedBy: String {
+    let mode = backend?.mode ?? "?"
+    return entry?.form.disk.map { "\($0.path), \(mode)" } ?? mode
+  }
+
+  func set(_ limits: RateLimits) {
+    self.limits = limits
+    rate.set(limits)
+    backend?.limitsChanged()
+  }
+
+  /// Requests under way.
+  var inFlight: UInt64 { account.all.reduce(0) { $0 + UInt64($1.counters.inFlight.load(ordering: .relaxed)) } }
+}

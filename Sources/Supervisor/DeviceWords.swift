@@ -1,0 +1,26 @@
+import Backends
+import Devices
+import EventLoop
+import Lifecycle
+
+extension DeviceEvent.Report {
+  /// A backend's report in the machine's terms, with words for operators.
+  init(_ report: DeviceReport, of backend: DeviceBackend?) {
+    switch report {
+    case .fault(let fault): self = .fault(fault.message)
+    case .storeGone(let result): self = .gone("the store is gone (\(Errno(Int32(clamping: -result))))")
+    case .held(let queue, let result):
+      self = .held(
+        queue: queue,
+        "queue \(queue): the store fails (\(Errno(Int32(clamping: -result)))); the guest waits for 'vxctl resume'")
+    case .resumed(let queue): self = .resumed(queue: queue)
+    case .storeLost(let reason): self = .lost(reason)
+    case .storeBack: self = .back
+    case .portsOpen(let mask):
+      let ports = (backend as? ConsoleBackend)?.settings.ports ?? []
+      let open = ports.enumerated().filter { ConsolePortBoard.bit(mask, $0.offset) }
+      let names = open.map { $0.element.name.isEmpty ? "\($0.offset)" : $0.element.name }
+      self = .ports(names.isEmpty ? "the guest has none open" : "the guest has open: \(names.joined(separator: ", "))")
+    }
+  }
+}

@@ -1,0 +1,292 @@
+import Backends
+import Devices
+import Engines
+import EventLoop
+import Glibc
+import Lifecycle
+import Synchronization
+import Transport
+import Xen
+
+/// Does what a device's machine asks for: the one place that crosses threads. Jobs go to the guest's thread, backends are opened and closed
+/// on their own threads, and each reports back as an event.
+///
+/// Confined to the supervisor's loop.
+final class EffectRunner {
+  private let settings: SupervisorSettings
+  private let reader: XenstoreReader
+  private let writer: XenstoreWriter
+  private let herald: Herald
+  /// Where a line that a guest wrote goes.
+  private let logLine: @Sendable (_ guest: String, _ device: String, _ line: String) -> Void
+  var entries: EntryMaker
+
+  init(
+    _ settings: SupervisorSettings, _ reader: XenstoreReader, _ writer: XenstoreWriter, _ herald: Herald,
+    logLine: @escaping @Sendable (_ guest: String, _ device: String, _ line: String) -> Void
+  ) {
+    self.settings = settings
+    self.reader = reader
+    self.writer = writer
+    self.herald = herald
+    self.logLine = logLine
+    entries = EntryMaker(profiles: settings.profiles, settings: settings)
+  }
+
+  /// - Parameter supervisor: gets the events that follow.
+  /// - Returns: what follows at once.
+  func perform(_ effect: DeviceEffect, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {
+    let (key, bus) = (device.key, guest.bus)
+    switch effect {
+    case .start(let id): return start(id, device, of: guest, for: supervisor)
+    case .stop(let id): stop(id, device, of: guest, for: supervisor)
+    case .join(let id): join(id, device, of: guest)
+    case .resume: (device.backend as? BlockBackend)?.resume()
+    case .insert(let id, let needsReset):
+      guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
+      run(bus.insert(key, id, backend, needsReset: needsReset), guest, supervisor)
+    case .plug(let id): if let backend = device.backend { run(bus.plug(key, id, backend), guest, supervisor) }
+    case .remove: run(bus.remove(key), guest, supervisor)
+    case .leave: run(bus.leave(key), guest, supervisor)
+    case .connect(let sequence, let reference, let adopts):
+      run(bus.connect(key, sequence: sequence, reference: reference, adopts: adopts), guest, supervisor)
+    case .disconnect: run(bus.disconnect(key), guest, supervisor)
+    case .writeConfiguration(let write): run(bus.write(key, write), guest, supervisor)
+    case .needReset: bus.needReset(key)
+    case .offer:
+      if let (offer, configuration) = bus.offer(key) { writer.offer(key, offer, configuration: configuration) }
+    case .publishConfiguration: publishConfiguration(key, guest)
+    case .acknowledge(let sequence, let answer): writer.write(key, "vx-ack", "\(sequence) \(answer.text)")
+    case .readFrontend: return view(key, guest)
+    case .writeError(let reason): if key.kind.isInXenstore { writer.writeError(key, reason) }
+    case .writeState(let state, let over):
+      if key.kind.isInXenstore { writer.writeState(key, state, over: over) }
+    case .writeClosed: writer.writeClosed(key)
+    case .empty: device.entry?.form.disk?.path = ""
+    case .saveFilling: saveFilling(device, guest)
+    case .forgetFilling: settings.stateFolder?.forgetFilling(key)
+    case .forgetState: settings.stateFolder?.forget(key)
+    case .removeTraces: run(clearing(device), guest, supervisor)
+    case .schedule(let timer, let pause):
+      supervisor.later(pause) { $0.handle(.device(key, .timer(timer)), of: key.domain) }
+    case .watchDrain(let number): watchDrain(number, key, supervisor)
+    case .tell(let news, let reason): herald.tell(news, guest, device, reason: reason)
+    case .unexpected(let words): herald.unexpected("\(device.name): \(words)", guest)
+    case .removeEntry, .lookAgain, .retryBus, .leaving, .released: break  // the supervisor's, the guest machine's
+    }
+    return nil
+  }
+
+  /// Hands a job to the guest's thread.
+  func run(_ job: @escaping BusJob, _ guest: Guest, _ supervisor: Supervisor) {
+    let domain = guest.domain
+    guest.bus.thread.loop.enqueue {
+      if let event = job() { supervisor.post(event, of: domain) }
+    }
+  }
+
+  // MARK: Backends
+
+  private func start(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {
+    let entry: DeviceEntry
+    do throws(EntryFault) {
+      entry = try makeEntry(device, of: guest)
+      try guest.bus.admit(device.key, entry)
+    } catch {
+      return .startFailed(id, error.message, isFinal: true)
+    }
+    watchFrontend(device.key, guest)
+    guard let source = guest.bus.memory(of: device.key) else {
+      return .startFailed(id, "the guest's memory cannot be reached", isFinal: false)
+    }
+    var surroundings = DeviceBackend.Surroundings(
+      name: "\(guest.name)/\(entry.name)", source: source, rate: device.rate, account: device.account,
+      makeState: stateMaker(device, of: guest),
+      report: { [key = device.key] report in supervisor.onLoop { $0.reported(key, id, report) } })
+    surroundings.fileName = "\(device.key.domain)-\(entry.name)"
+    surroundings.label = CrashRecord.label(device.key)
+    surroundings.consoleFolder = settings.consoleFolder
+    surroundings.mayAttach = settings.mayAttachConsoles
+    let (logLine, guestName, deviceName) = (logLine, guest.name, entry.name)
+    let quota = Mutex(LineQuota())
+    surroundings.logLine = { line in
+      guard case .say(let left) = quota.withLock({ $0.next(at: EventLoop.now()) }) else { return }
+      let more = left > 0 ? "(\(left) lines before this one are left out) " : ""
+      logLine(guestName, deviceName, more + line)
+    }
+    device.running = Device.Running(id: id)
+    device.running?.threads = entry.form.start(
+      surroundings, decorate: settings.decorate,
+      completion: { [key = device.key] result in
+        // The threads are known by the time that this job runs: it comes behind the present one.
+        supervisor.onLoop { $0.opened(key, id, result) }
+      })
+    return nil
+  }
+
+  /// A device that the guest does not know follows its entry and the profiles with each start; one that it knows keeps what it was made
+  /// of, and the form in which its driver knows it, until its entry changes.
+  private func makeEntry(_ device: Device, of guest: Guest) throws(EntryFault) -> DeviceEntry {
+    let isKnown = guest.machine[device.key].map { $0.connection != .absent } ?? false
+    if let entry = device.entry, device.entryNodes == device.nodes, isKnown || device.key.kind == .spare {
+      return entry
+    }
+    var entry = try entries.entry(device.key, device.nodes, of: guest)
+    guest.machine.set(entry.form.common.restart, of: device.key)
+    device.set(entry.form.common.limits)
+    if let state = device.state { entry.form.keep(state.shape.profile) }
+    device.entry = entry
+    device.entryNodes = device.nodes
+    return entry
+  }
+
+  /// What the machine is told of a backend that was opened, or could not be.
+  func opened(_ id: BackendID, _ device: Device, _ result: Result<DeviceBackend, StartFault>) -> DeviceEvent {
+    switch result {
+    case .success(let backend):
+      device.running?.backend = backend
+      device.state = backend.state
+      var objection: String?
+      if device.key.kind == .spare, let disk = backend as? BlockBackend, disk.geometry.logicalBlock > 512 {
+        let image = device.entry?.form.disk?.path ?? ""
+        objection = "'\(image)' has blocks of \(disk.geometry.logicalBlock) bytes; a spare disk has 512"
+      }
+      return .started(id, objection: objection)
+    case .failure(let fault):
+      // With the key of the entry that it is about, where there is one.
+      let words = device.entry?.form.disk == nil ? fault.message : "params: \(fault.message)"
+      return .startFailed(id, words, isFinal: false)
+    }
+  }
+
+  private func stop(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) {
+    guard let backend = device.backend else { return }
+    device.running?.backend = nil
+    let (key, transport) = (device.key, guest.bus.transport(of: device.key))
+    var isLast = false
+    if case .closed? = guest.machine[key]?.departure { isLast = true }
+    guest.bus.thread.loop.enqueue { [isLast] in
+      transport?.unplug()
+      backend.stop {
+        // On a data thread: another program may have to be waited for.
+        if isLast { backend.retire() }
+        supervisor.post(.device(key, .stopped(id)), of: key.domain)
+      }
+    }
+  }
+
+  private func join(_ id: BackendID, _ device: Device, of guest: Guest) {
+    for thread in device.running?.threads ?? [] { thread.stopAndJoin() }
+    device.running = nil
+    // What the guest does not know takes nobody else's place.
+    if guest.machine[device.key]?.connection == .absent { guest.bus.vacate(device.key) }
+  }
+
+  /// Gives a device its saved state with its first backend, on the data thread: that of the earlier daemon, or a new one.
+  private func stateMaker(
+    _ device: Device, of guest: Guest
+  ) -> @Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState {
+    let known = device.state
+    let path = settings.stateFolder?.devicePath(device.key)
+    let place = guest.bus.place(of: device.key)
+    let (logLine, guestName, deviceName) = (logLine, guest.name, device.name)
+    return { shape throws(StartFault) in
+      if let known {
+        guard known.shape.slotCount == shape.slotCount, known.shape.chainLimit == shape.chainLimit,
+          known.shape.profile.queueSizes == shape.profile.queueSizes
+        else {
+          throw .state("the store now gives \(shape.profile.queueSizes.count) queues, the guest uses others")
+        }
+        return known
+      }
+      if let path {
+        do throws(Errno) {
+          return try DeviceState(path: path, shape: shape, place: place)
+        } catch {
+          // A disk that does not survive a restart of vxd is better than none.
+          logLine(
+            guestName, deviceName,
+            "cannot create \(path) (\(error)): this device must be reset by its guest when vxd is restarted")
+        }
+      }
+      do throws(Errno) {
+        return try DeviceState(shape: shape, place: place)
+      } catch {
+        throw .host(error)
+      }
+    }
+  }
+
+  // MARK: Xenstore
+
+  private func watchFrontend(_ key: DeviceKey, _ guest: Guest) {
+    guard let frontend = guest.bus.frontend(of: key) else { return }
+    let folder = frontend.split(separator: "/").dropLast().joined(separator: "/")
+    if guest.watchedFrontends.insert(folder).inserted { reader.watch(frontends: folder) }
+  }
+
+  /// What the device's frontend says now; nil when nothing can be said.
+  func view(_ key: DeviceKey, _ guest: Guest) -> DeviceEvent? {
+    guard let frontend = guest.bus.frontend(of: key), let nodes = guest.devices[key]?.nodes else { return nil }
+    do throws(XenError) {
+      if let view = try reader.view(frontend: frontend) { return .frontend(view) }
+      return try reader.hasFrontend(key, nodes) ? nil : .entry(.abandoned)
+    } catch {
+      return nil  // nothing follows from an answer that did not come
+    }
+  }
+
+  func publishConfiguration(_ key: DeviceKey, _ guest: Guest) {
+    if let text = guest.bus.changedConfiguration(key) { writer.write(key, "vx-config", text) }
+  }
+
+  // MARK: Spares
+
+  private func saveFilling(_ device: Device, _ guest: Guest) {
+    guard let image = device.entry?.form.disk?.path else { return }
+    do throws(Errno) {
+      try settings.stateFolder?.save(StateFolder.Filling(image: image, limits: device.limits), of: device.key)
+    } catch {
+      logLine(guest.name, device.name, "what is attached cannot be saved: \(error)")
+    }
+  }
+
+  /// Looks every tenth of a second whether requests are under way still.
+  func watchDrain(_ number: BackendID, _ key: DeviceKey, _ supervisor: Supervisor) {
+    supervisor.later(0) { supervisor in
+      guard let (guest, device) = supervisor.table.known(key), guest.machine[key]?.drain == number else { return }
+      if device.inFlight == 0 { return supervisor.handle(.device(key, .drained(number)), of: key.domain) }
+      supervisor.later(100) { $0.table.runner.watchDrain(number, key, $0) }
+    }
+  }
+
+  // MARK: The end
+
+  /// Removes what of a device outlives its backends, and ends with it.
+  private func clearing(_ device: Device) -> BusJob {
+    let (key, form, folder) = (device.key, device.entry?.form, settings.consoleFolder)
+    let fileName = "\(key.domain)-\(device.name)"
+    return {
+      switch form {
+      case .network(let network):
+        if case .created = network.attachment { TapDevice.remove(network.tapName) }
+      case .console(let console):
+        guard let folder else { break }
+        for port in console.ports.indices { unlink(ConsoleBackend.historyPath(folder, fileName, port: port)) }
+      case .disk, .entropy, nil: break
+      }
+      return .device(key, .cleared)
+    }
+  }
+}
+
+extension DeviceEffect.Acknowledgement {
+  /// As `vx-ack` says it.
+  fileprivate var text: String {
+    switch self {
+    case .ok: "ok"
+    case .wait: "wait"
+    case .error(let reason): "error \(reason)"
+    }
+  }
+}

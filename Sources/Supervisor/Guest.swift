@@ -1,0 +1,82 @@
+import Backends
+import Devices
+import Lifecycle
+import Xen
+
+/// One guest with devices of ours: its machine, and what belongs to it. Confined to the supervisor's loop.
+final class Guest {
+  let domain: DomainID
+  var name: String
+  let uuid: String?
+  let bus: any GuestBus
+  var machine: GuestMachine<DeviceKey>
+  var devices: [DeviceKey: Device] = [:]
+  /// Directories of frontends that are watched for it.
+  var watchedFrontends: Set<String> = []
+  var limits = RateLimits()
+  /// The guest's node of the budget tree.
+  let rate: RateNode
+
+  init(
+    _ domain: DomainID, name: String, uuid: String?, bus: any GuestBus, rate: RateNode, numbersAfter: UInt64,
+    retry: RestartPolicy
+  ) {
+    self.domain = domain
+    self.name = name
+    self.uuid = uuid
+    self.bus = bus
+    self.rate = rate
+    machine = GuestMachine(hasServer: type(of: bus).hasServer, retry: retry, numbersAfter: numbersAfter)
+  }
+
+  func set(_ limits: RateLimits) {
+    self.limits = limits
+    rate.set(limits)
+    limitsChanged()
+  }
+
+  /// Limits of the guest or above it have changed: what waits may go earlier.
+  func limitsChanged() { for device in devices.values { device.backend?.limitsChanged() } }
+
+  /// What operators see of a device's life.
+  func phase(of device: Device) -> DevicePhase {
+    let phase = machine[device.key]?.phase ?? .closing
+    guard case .quarantined(let reason) = phase else { return phase }
+    return .quarantined(reason: reason + remedy(device))
+  }
+
+  /// How a device leaves its quarantine.
+  func remedy(_ device: Device) -> String { "; left alone until 'vxctl device restart \(name)/\(device.name)'" }
+
+  /// What the status board shows of it.
+  var snapshot: StatusBoard.Guest {
+    let (phaseName, reason): (String, String?) =
+      switch machine.phase {
+      case .starting: ("starting", nil)
+      case .running: ("running", nil)
+      case .failed(let reason, _): ("failed", reason)
+      case .closing, .gone: ("closing", nil)
+      }
+    let facts = bus.facts
+    let type = type(of: bus)
+    return StatusBoard.Guest(
+      domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
+      server: facts.server, pool: facts.pool, facts: facts.rows, guestNeeds: type.guestNeeds, note: type.note,
+      limits: limits,
+      devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: type.name) })
+  }
+
+  private func snapshot(_ device: Device, bus name: String) -> StatusBoard.Device {
+    let machine = machine[device.key]
+    let place = bus.facts(of: device.key)
+    let disk = device.entry?.form.disk
+    return StatusBoard.Device(
+      key: device.key, name: device.name, guestName: self.name, phase: phase(of: device), slot: place.slot,
+      type: device.entry?.form.typeName ?? "disk", path: disk?.path ?? device.nodes["params"],
+      readOnly: disk?.readOnly ?? false, backend: device.backend, transport: bus.transport(of: device.key),
+      stuck: device.stuck, account: device.account, limits: device.limits, restarts: machine?.restarts.count ?? 0,
+      faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
+      isEmptySpare: device.key.kind == .spare && disk?.path.isEmpty != false, entryPath: device.nodes["params"],
+      bus: name, grants: place.grants, facts: place.rows, warning: place.warning, channels: place.channels)
+  }
+}

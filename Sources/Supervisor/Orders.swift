@@ -1,0 +1,126 @@
+import Backends
+import ControlAPI
+import Devices
+import Engines
+import EventLoop
+import Lifecycle
+import Logging
+import Xen
+
+/// What operators have done. Orders about a device's life become events of its machine; the rest changes what is beside it. Confined to the
+/// supervisor's loop.
+final class Orders {
+  private let table: GuestTable
+  private let log: Logger
+
+  init(_ table: GuestTable, log: Logger) {
+    self.table = table
+    self.log = log
+  }
+
+  // MARK: Limits and profiles
+
+  func set(limits: RateLimits) {
+    table.rate.set(limits)
+    table.board.update { $0.limits = limits }
+    for guest in table.guests.values { guest.limitsChanged() }
+  }
+
+  func set(limits: RateLimits, of domain: DomainID) {
+    guard let guest = table.guests[domain] else { return }
+    guest.set(limits)
+    table.publish(guest)
+  }
+
+  func set(limits: RateLimits, of key: DeviceKey) {
+    guard let (guest, device) = table.known(key) else { return }
+    device.set(limits)
+    table.herald.tell(.deviceLimited, guest, device, reason: JSONText.text(limits.json))
+    table.publish(guest)
+  }
+
+  /// Takes new profiles for what is opened from now on; limits and restart policies hold at once, for devices of every type.
+  func use(_ profiles: DiskProfiles) {
+    table.runner.entries.profiles = profiles
+    set(limits: profiles.daemonLimits)
+    for guest in table.guests.values {
+      set(limits: profiles.options(guest: guest.name, uuid: guest.uuid).limits, of: guest.domain)
+      for device in guest.devices.values where device.key.kind != .spare && device.entry != nil {
+        // A device that the new profiles do not know any more keeps what it has.
+        guard let entry = try? table.runner.entries.entry(device.key, device.nodes, of: guest) else { continue }
+        guest.machine.set(entry.form.common.restart, of: device.key)
+        if entry.form.common.limits != device.limits { set(limits: entry.form.common.limits, of: device.key) }
+      }
+      table.publish(guest)
+    }
+    log.info("profiles are loaded: limits and restart policies hold at once, running devices keep their other options")
+  }
+
+  /// A device is started by an operator, whatever it was part of.
+  func forgive(_ key: DeviceKey) { table.settings.crashes?.forgive(key) }
+
+  // MARK: Spare disks
+
+  /// Notes an image for a spare disk that is empty.
+  ///
+  /// - Returns: the event that makes it one.
+  func fill(_ key: DeviceKey, image: String, limits: RateLimits?) -> DeviceEvent? {
+    guard let (guest, device) = table.known(key), var entry = device.entry, var disk = entry.form.disk,
+      disk.path.isEmpty
+    else { return nil }
+    disk.path = image
+    table.runner.entries.apply(to: &disk, key, entry.name, guest)
+    disk.direct = table.settings.direct && disk.direct
+    entry.form = .disk(disk)
+    device.entry = entry
+    if let limits { device.set(limits) }
+    return .command(.fill(words: disk.path))
+  }
+
+  func detach(_ key: DeviceKey, deadline: UInt64) -> DeviceEvent? {
+    guard let (_, device) = table.known(key), device.entry?.form.disk?.path.isEmpty == false else { return nil }
+    return .command(.detach(deadline: deadline))
+  }
+
+  // MARK: Sizes
+
+  /// Whether a backend is the one of a device still.
+  func resized(_ key: DeviceKey, _ backend: BlockBackend, _ result: Result<UInt64, ImageFault>) {
+    guard let (guest, device) = table.known(key), device.backend === backend else { return }
+    switch result {
+    case .success(let size): table.herald.tell(.deviceResized, guest, device, reason: "\(size) bytes")
+    case .failure(let fault): table.herald.tell(.deviceNotResized, guest, device, reason: fault.message)
+    }
+  }
+}
+
+extension Supervisor {
+  // MARK: For the control socket, from its thread
+
+  /// Has something done to a device's life.
+  nonisolated func order(_ key: DeviceKey, _ command: DeviceEvent.Command) {
+    onLoop { supervisor in
+      if command == .restart { supervisor.orders.forgive(key) }
+      supervisor.handle(.device(key, .command(command)), of: key.domain)
+    }
+  }
+
+  nonisolated func fill(_ key: DeviceKey, image: String, limits: RateLimits?) {
+    onLoop { supervisor in
+      guard let event = supervisor.orders.fill(key, image: image, limits: limits) else { return }
+      supervisor.handle(.device(key, event), of: key.domain)
+    }
+  }
+
+  nonisolated func detach(_ key: DeviceKey, deadline: UInt64) {
+    onLoop { supervisor in
+      guard let event = supervisor.orders.detach(key, deadline: deadline) else { return }
+      supervisor.handle(.device(key, event), of: key.domain)
+    }
+  }
+
+  /// Follows the size of a device's store, see `BlockBackend.resize`; the outcome is an event.
+  nonisolated func resize(_ key: DeviceKey, _ backend: BlockBackend, to bytes: UInt64?) {
+    backend.resize(to: bytes) { [self] result in onLoop { $0.orders.resized(key, backend, result) } }
+  }
+}

@@ -1,0 +1,291 @@
+import Backends
+import Devices
+import EventLoop
+import Lifecycle
+import Logging
+import Xen
+
+/// Who is to be there: follows Xenstore's entries, the profiles, and what an earlier daemon left, and tells the guests' machines. Confined to
+/// the supervisor's loop.
+final class Population {
+  private let hypervisor: any Hypervisor
+  private let settings: SupervisorSettings
+  private let reader: XenstoreReader
+  private let writer: XenstoreWriter
+  private let table: GuestTable
+  private let log: Logger
+  private let grantBudget: GrantBudget
+  /// Kinds of devices whose entries have been looked at since the start.
+  private var seenKinds: Set<DeviceKey.Kind> = []
+  private var hasSwept = false
+
+  init(
+    _ hypervisor: any Hypervisor, _ settings: SupervisorSettings, _ reader: XenstoreReader, _ writer: XenstoreWriter,
+    _ table: GuestTable, _ log: Logger
+  ) {
+    self.hypervisor = hypervisor
+    self.settings = settings
+    self.reader = reader
+    self.writer = writer
+    self.table = table
+    self.log = log
+    grantBudget = GrantBudget(limit: settings.grantBudget)
+  }
+
+  private var entries: EntryMaker { table.runner.entries }
+
+  // MARK: Events
+
+  /// Brings everything in line that may have changed.
+  func follow(_ changes: Set<XenstoreReader.Change>, for supervisor: Supervisor) {
+    var keys: Set<DeviceKey> = []
+    var frontends: Set<DeviceKey> = []
+    for change in changes {
+      switch change {
+      case .entry(let key): keys.insert(key)
+      case .kind(let kind):
+        keys.formUnion(reader.keys(kind).union(knownKeys { $0.kind == kind }))
+        seenKinds.insert(kind)
+      case .domainGone: keys.formUnion(knownKeys(where: \.kind.isInXenstore))
+      case .name(let domain): rename(domain)
+      case .frontend(let domain, let kind, let device):
+        frontends.formUnion(
+          knownKeys {
+            $0.domain == domain && (kind == nil || $0.kind == kind) && (device == nil || $0.device == device)
+          })
+      case .domainAppeared: break
+      }
+    }
+    // Lower numbers first: disks get their slots in their order.
+    for key in keys.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) {
+      reconcile(key, for: supervisor)
+    }
+    for key in frontends { if let event = table.view(key) { tell(key, event, supervisor) } }
+    // A new domain has its devices by now, or none: who has none is found here.
+    if changes.contains(.domainAppeared) { findGuests(supervisor) }
+    if changes.contains(.domainGone) { closeOrphans(supervisor) }
+    guard !hasSwept, seenKinds.count == DeviceKey.Kind.watched.count else { return }
+    hasSwept = true
+    findGuests(supervisor)
+    sweepSavedState(supervisor)
+    TapSweeper.remove { table.guests[$0] == nil }
+  }
+
+  private func knownKeys(where isMeant: (DeviceKey) -> Bool) -> Set<DeviceKey> {
+    Set(table.guests.values.flatMap(\.devices.keys).filter(isMeant))
+  }
+
+  /// The guest was renamed, or its name is looked at for the first time.
+  private func rename(_ domain: DomainID) {
+    guard let guest = table.guests[domain], let name = reader.name(domain), name != guest.name else { return }
+    let old = guest.name
+    guest.name = name
+    table.herald.tell(.guestRenamed, guest, reason: "it was '\(old)'")
+    table.publish(guest)
+  }
+
+  // MARK: Entries
+
+  /// Brings one device in line with its entry. May be called at any time, for the same device again and again.
+  func reconcile(_ key: DeviceKey, for supervisor: Supervisor) {
+    let known = table.known(key)
+    let nodes: [String: String]?
+    let hasFrontend: Bool
+    do throws(XenError) {
+      // The description of a device at work is looked at when something has failed.
+      if let (guest, device) = known, guest.machine[key]?.phase.isWell == true {
+        nodes = try reader.progress(key, of: device.nodes)
+      } else {
+        nodes = try reader.nodes(key)
+      }
+      hasFrontend = try nodes.map { nodes throws(XenError) in try reader.hasFrontend(key, nodes) } ?? false
+    } catch {
+      // Nothing follows from an answer that did not come: a xenstored that is gone takes no device with it.
+      return log.warning("cannot read \(key.path): \(error)")
+    }
+    let action = Reconciler.action(
+      nodes.map { Reconciler.Entry(nodes: $0, hasFrontend: hasFrontend) },
+      known.map { guest, device in
+        Reconciler.Known(
+          isEnding: guest.machine[key]?.isEnding ?? true,
+          description: Reconciler.Entry.description(device.nodes))
+      }, style(of: key.domain))
+    switch action {
+    case .nothing: break
+    case .open: if let nodes { open(key, nodes, for: supervisor) }
+    case .tell(let change):
+      if change == .corrected, let nodes { known?.1.nodes = nodes }
+      tell(key, .entry(change), supervisor)
+    case .sayClosed:
+      writer.writeClosed(key)
+      supervisor.onLoop { $0.removeEntryLater(key) }
+    }
+  }
+
+  private func style(of domain: DomainID) -> BusStyle {
+    if let guest = table.guests[domain] { return type(of: guest.bus).style }
+    return settings.bus(for: reader.facts(domain))?.style ?? .registers
+  }
+
+  private func tell(_ key: DeviceKey, _ event: DeviceEvent, _ supervisor: Supervisor) {
+    table.handle(.device(key, event), of: key.domain, for: supervisor)
+  }
+
+  private func open(_ key: DeviceKey, _ nodes: [String: String], for supervisor: Supervisor) {
+    do throws(XenError) {
+      let guest = try guest(key.domain, supervisor)
+      add(key, nodes, .toolstack, to: guest, for: supervisor)
+    } catch {
+      let reason = "frontend-id: the guest cannot be reached: \(error)"
+      guard nodes["error"] != reason else { return }
+      table.herald.tellUnreachable(key.domain, reason)
+      writer.write(key, "error", reason)
+    }
+  }
+
+  private func add(
+    _ key: DeviceKey, _ nodes: [String: String], _ origin: GuestMachine<DeviceKey>.Origin, to guest: Guest,
+    for supervisor: Supervisor
+  ) {
+    // While a guest ends, its entries wait; they are looked at again when it is gone.
+    guard guest.machine.acceptsDevices, guest.devices[key] == nil else { return }
+    let device = Device(key, nodes, rate: RateNode(parent: guest.rate))
+    let frontend = nodes["frontend"].flatMap { reader.state(frontend: $0) }
+    let (earlier, state) = guest.bus.earlier(key, nodes, frontend: frontend)
+    device.state = state
+    guest.devices[key] = device
+    var rules = DeviceRules()
+    rules.faultLimit = settings.faultLimit
+    rules.startRetry = settings.startRetry
+    let machine = DeviceMachine(
+      type(of: guest.bus).style, rules, earlier: earlier, numbersAfter: table.newNumbers())
+    // A device whose guest waits for it is not slowed.
+    let pause = earlier == .nothing ? table.herald.churn.pause(for: key, at: .now) : 0
+    let fuse = settings.crashes?.reason(for: key)
+    table.handle(.add(key, origin, machine, after: pause, fuse: fuse), of: guest.domain, for: supervisor)
+  }
+
+  // MARK: Guests
+
+  /// The guest of a domain, made when its first device appears.
+  private func guest(_ domain: DomainID, _ supervisor: Supervisor) throws(XenError) -> Guest {
+    if let known = table.guests[domain] { return known }
+    let facts = reader.facts(domain)
+    guard let type = settings.bus(for: facts) else {
+      throw XenError("no transport serves the guest", Errno(95) /* EOPNOTSUPP */)
+    }
+    let host = BusHost(
+      hypervisor: hypervisor, settings: settings, grantBudget: grantBudget,
+      report: { report in supervisor.onLoop { $0.heard(report) } })
+    let bus = try type.init(facts, host)
+    let guest = Guest(
+      domain, name: reader.name(domain) ?? "domain-\(domain)", uuid: reader.uuid(domain), bus: bus,
+      rate: RateNode(parent: table.rate), numbersAfter: table.newNumbers(), retry: settings.startRetry)
+    table.insert(guest)
+    guest.set(entries.profiles.options(guest: guest.name, uuid: guest.uuid).limits)
+    restore(guest)
+    table.handle(.begin, of: domain, for: supervisor)
+    if type.hasServer { addDeclared(guest, supervisor) }
+    reader.watch(name: domain)
+    table.countWatches()
+    return guest
+  }
+
+  private func restore(_ guest: Guest) {
+    guard let folder = settings.stateFolder else { return }
+    let lost = guest.bus.restore(folder, uuid: guest.uuid)
+    for (key, reason) in lost {
+      log.error("guest \(guest.name), device \(key.device): \(reason)", metadata: ["GUEST": "\(guest.name)"])
+    }
+    let count = guest.bus.unclaimed.count
+    guard count + lost.count > 0 else { return }
+    log.notice(
+      "guest \(guest.name): an earlier vxd left \(count) devices, which are resumed",
+      metadata: ["GUEST": "\(guest.name)"])
+  }
+
+  /// Makes a guest's spares and declared devices, those of an earlier daemon included.
+  private func addDeclared(_ guest: Guest, _ supervisor: Supervisor) {
+    // Of a guest that is no more, only the traces are looked after.
+    guard reader.name(guest.domain) != nil else { return }
+    let kept = guest.bus.unclaimed.filter { $0.kind == .spare }.sorted { $0.device < $1.device }
+    let keys = Reconciler.additions(
+      wanted: entries.declared(guest), kept: kept, known: Set(guest.devices.keys))
+    for key in keys { add(key, [:], .profile, to: guest, for: supervisor) }
+  }
+
+  /// Looks for guests whose profile declares devices: a guest's name is there when xenstored is told of it.
+  private func findGuests(_ supervisor: Supervisor) {
+    guard !reader.isDriverDomain, entries.profiles.declaresDevices else { return }
+    let domains = reader.domains.map { domain in (domain: domain, declares: declaresDevices(domain)) }
+    let found = Reconciler.guests(domains: domains, known: table.guests.keys.map { ($0, false) })
+    for domain in found.appear {
+      do throws(XenError) {
+        _ = try guest(domain, supervisor)
+      } catch {
+        log.error("guest \(reader.name(domain) ?? "\(domain)"): its declared devices cannot be served: \(error)")
+      }
+    }
+  }
+
+  private func declaresDevices(_ domain: DomainID) -> Bool {
+    guard table.guests[domain] == nil, let name = reader.name(domain),
+      settings.bus(for: reader.facts(domain))?.hasServer == true
+    else { return false }
+    return entries.profiles.options(guest: name, uuid: reader.uuid(domain)).devices.contains(where: \.isCreated)
+  }
+
+  /// Ends the declared devices of guests that are no more.
+  private func closeOrphans(_ supervisor: Supervisor) {
+    for domain in table.guests.keys.sorted() where (try? reader.isThere(domain)) == false {
+      table.handle(.domainGone, of: domain, for: supervisor)
+    }
+  }
+
+  // MARK: What an earlier daemon left
+
+  /// Ends what no entry in Xenstore speaks of any more.
+  private func sweepSavedState(_ supervisor: Supervisor) {
+    guard let folder = settings.stateFolder else { return }
+    for domain in folder.contents.guests where table.guests[domain] == nil {
+      do throws(XenError) {
+        _ = try guest(domain, supervisor)
+        log.notice("domain \(domain): an earlier vxd left an ioreq server that nothing needs any more")
+        table.handle(.settle, of: domain, for: supervisor)
+      } catch {
+        folder.forgetAll(domain)
+      }
+    }
+    for guest in table.guests.values {
+      for key in guest.bus.unclaimed {
+        folder.forget(key)
+        table.runner.run(guest.bus.discard(key), guest, supervisor)
+        guest.bus.forget(key)
+      }
+    }
+    for key in folder.contents.devices where table.known(key) == nil { folder.forget(key) }
+  }
+
+  // MARK: Entries that nobody else removes
+
+  /// The toolstack of another domain leaves the removal of an entry to its backend's domain. So does libxl before 4.18 in dom0 with
+  /// generic devices, which it does not know.
+  func removesEntry(_ key: DeviceKey) -> Bool {
+    key.kind.isInXenstore && (reader.isDriverDomain || key.kind == .generic)
+  }
+
+  /// - Returns: whether it is to be tried again: the toolstack is not done with the guest.
+  func removeEntry(_ key: DeviceKey) -> Bool {
+    guard table.known(key) == nil, reader.connection != nil else { return false }
+    if reader.isDriverDomain {
+      let isOver = reader.node(key, "online") == "0" && reader.node(key, "state") == XenbusState.closed.rawValue
+      if isOver { writer.remove(key) }
+      return false
+    }
+    guard reader.name(key.domain) != nil else {
+      writer.remove(key)
+      return false
+    }
+    return reader.node(key, "frontend") != nil
+  }
+}

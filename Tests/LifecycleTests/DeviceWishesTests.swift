@@ -1,0 +1,149 @@
+import Testing
+
+@testable import Lifecycle
+
+/// What operators, entries and the end of the daemon make of a device.
+@Suite struct DeviceWishesTests {
+  // MARK: Operators
+
+  @Test(arguments: [
+    Row(
+      "is paused", .after(DeviceMachine.live), .command(.pause), .stopping(id(1), .rest(.paused)), .inserted(.live),
+      [.tell(.devicePaused, nil), .stop(id(1))], "paused"),
+    Row(
+      "is resumed", .after(DeviceMachine.live + [.command(.pause), .stopped(id(1))]), .command(.resume),
+      .starting(id(2), .use(.restart("restarted by an operator"))), .inserted(.live),
+      [.tell(.deviceRestarting, "restarted by an operator"), .start(id(2))], "restarting"),
+    Row(
+      "is not paused before its guest knows it", .after([DeviceMachine.begin]), .command(.pause),
+      .starting(id(1), .use(.first)), .absent, [], "opening"),
+    Row(
+      "is restarted at once out of a pause",
+      .after(DeviceMachine.live + [.report(id(1), .gone("EIO")), .stopped(id(1))]), .command(.restart),
+      .starting(id(3), .use(.restart("restarted by an operator"))), .inserted(.live),
+      [.tell(.deviceRestarting, "restarted by an operator"), .start(id(3))], "restarting"),
+    Row(
+      "is restarted out of quarantine", .after([.begin(after: 0, fuse: "crashes")], earlier: .adoptable(.live)),
+      .command(.restart), .starting(id(1), .use(.restart("restarted by an operator"))), .inserted(.live),
+      [.tell(.deviceRestarting, "restarted by an operator"), .start(id(1))], "restarting"),
+    Row(
+      "is restarted with another open when one is on its way",
+      .after(DeviceMachine.live + [.command(.pause), .stopped(id(1)), .command(.resume)]), .command(.restart),
+      .starting(id(2), .next(.again(.restart("restarted by an operator"), after: 0))), .inserted(.live),
+      [.tell(.deviceRestarting, "restarted by an operator")], "restarting"),
+    Row(
+      "asks for the bus when that is what lacks", .after([DeviceMachine.begin], bus: .failed("no server")),
+      .command(.restart), .waiting(.bus(.first)), .absent, [.retryBus], "failed"),
+  ]) func obeysOperators(row: Row) { row.check() }
+
+  // MARK: Spare disks
+
+  private static let filling = DeviceMachine.served + [.command(.fill(words: "'/a'")), .stopped(id(1))]
+
+  @Test(arguments: [
+    Row(
+      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(words: "'/a'")),
+      .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.absent), [.stop(id(1))], "restarting"),
+    Row(
+      "keeps an image that does", .after(filling), .started(id(2), objection: nil),
+      .plugging(id(2), .restart("'/a'"), .init()), .inserted(.absent),
+      [.saveFilling, .tell(.deviceAttached, "'/a'"), .plug(id(2))], "restarting"),
+    Row(
+      "is empty again when the image does not do", .after(filling), .started(id(2), objection: "blocks of 4096"),
+      .stopping(id(2), .again(.restart("nothing is attached"), after: 0)), .inserted(.absent),
+      [.tell(.deviceNotAttached, "blocks of 4096"), .empty, .stop(id(2))], "restarting"),
+    Row(
+      "is empty again when there is no image", .after(filling), .startFailed(id(2), "no file", isFinal: false),
+      .starting(id(3), .use(.restart("nothing is attached"))), .inserted(.absent),
+      [.join(id(2)), .tell(.deviceNotAttached, "no file"), .empty, .start(id(3))], "restarting"),
+    Row(
+      "waits for requests before it is emptied", .after(DeviceMachine.live), .command(.detach(deadline: 500)),
+      .serving(id(1), held: [:]), .inserted(.live), [.watchDrain(id(2)), .schedule(.drain(id(2)), 500)], "connected"),
+    Row(
+      "is emptied when none is left", .after(DeviceMachine.live + [.command(.detach(deadline: 500))]), .drained(id(2)),
+      .stopping(id(1), .again(.empty("detached"), after: 0)), .inserted(.live),
+      [.empty, .forgetFilling, .stop(id(1))], "restarting"),
+    Row(
+      "is emptied by force", .after(DeviceMachine.live + [.command(.detach(deadline: 500))]), .timer(.drain(id(2))),
+      .stopping(id(1), .again(.empty("detached by force"), after: 0)), .inserted(.live),
+      [.empty, .forgetFilling, .stop(id(1))], "restarting"),
+    Row(
+      "is emptied once", .after(DeviceMachine.live + [.command(.detach(deadline: 500)), .drained(id(2))]),
+      .timer(.drain(id(2))), .stopping(id(1), .again(.empty("detached"), after: 0)), .inserted(.live), [],
+      "restarting"),
+    Row(
+      "is told detached",
+      .after(
+        DeviceMachine.live + [
+          .command(.detach(deadline: 500)), .drained(id(2)), .stopped(id(1)), .started(id(3), objection: nil),
+        ]), .plugged(id(3), .live), .serving(id(3), held: [:]), .inserted(.live),
+      [.writeError(nil), .writeState(.initWait, over: [.initialising]), .tell(.deviceDetached, nil)], "connected"),
+  ]) func isFilledAndEmptied(row: Row) { row.check() }
+
+  // MARK: The end
+
+  private static let closing: [DeviceEffect] = [.schedule(.end(id(2)), 30_000), .leaving]
+
+  @Test(arguments: [
+    Row(
+      "is quiet before its backend is stopped", .after(DeviceMachine.live), .entry(.closing),
+      .stopping(id(1), .end(.closed(isAwaited: true))), .leaving,
+      [.tell(.deviceClosing, nil), .remove, .stop(id(1))] + closing, "closing"),
+    Row(
+      "waits for what is being opened", .after([DeviceMachine.begin]), .entry(.gone),
+      .starting(id(1), .next(.end(.closed(isAwaited: false)))), .absent, [.tell(.deviceClosing, nil)] + closing,
+      "closing"),
+    Row(
+      "stops what was opened meanwhile", .after([DeviceMachine.begin, .entry(.gone)]), .started(id(1), objection: nil),
+      .stopping(id(1), .end(.closed(isAwaited: false))), .absent, [.stop(id(1))], "closing"),
+    Row(
+      "stays with its guest while a backend is being stopped", .after(DeviceMachine.live + [.command(.pause)]),
+      .entry(.closing), .stopping(id(1), .end(.closed(isAwaited: true))), .leaveDue,
+      [.tell(.deviceClosing, nil)] + closing, "closing"),
+    Row(
+      "leaves its guest when that is joined",
+      .after(DeviceMachine.live + [.command(.pause), .entry(.closing)]), .stopped(id(1)),
+      .ended(.closed(isAwaited: true)), .leaving, [.join(id(1)), .remove], "closing"),
+    Row(
+      "leaves no traces when both halves have ended", .after(DeviceMachine.live + [.entry(.closing), .removed]),
+      .stopped(id(1)), .clearing(.closed(isAwaited: true)), .absent, [.join(id(1)), .removeTraces], "closing"),
+    Row(
+      "leaves no traces when both halves have ended, the other way round",
+      .after(DeviceMachine.live + [.entry(.closing), .stopped(id(1))]), .removed, .clearing(.closed(isAwaited: true)),
+      .absent, [.removeTraces], "closing"),
+    Row(
+      "is released without traces",
+      .after(DeviceMachine.live + [.entry(.closing), .stopped(id(1)), .removed]), .cleared,
+      .released(.closed(isAwaited: true)), .absent, [.released], "closing"),
+    Row(
+      "writes closed at its very end",
+      .after(DeviceMachine.live + [.entry(.closing), .removed, .stopped(id(1)), .cleared]), .dismissed, .gone, .absent,
+      [
+        .forgetState, .forgetFilling, .writeClosed, .removeEntry, .tell(.deviceGone, nil), .lookAgain,
+      ], "closing"),
+    Row(
+      "does not write to an entry that is gone",
+      .after(DeviceMachine.live + [.entry(.gone), .removed, .stopped(id(1)), .cleared]), .dismissed, .gone, .absent,
+      [.forgetState, .forgetFilling, .removeEntry, .tell(.deviceGone, nil), .lookAgain], "closing"),
+    Row(
+      "writes closed for one who waits later", .after(DeviceMachine.live + [.entry(.gone)]), .entry(.closing),
+      .stopping(id(1), .end(.closed(isAwaited: true))), .leaving, [], "closing"),
+    Row(
+      "says that its end takes long", .after(DeviceMachine.live + [.entry(.gone)]), .timer(.end(id(2))),
+      .stopping(id(1), .end(.closed(isAwaited: false))), .leaving,
+      [.tell(.deviceClosesSlowly, "its storage does not answer")], "closing"),
+    Row(
+      "is handed over without a word to its guest", .after(DeviceMachine.live), .command(.end(.handedOver)),
+      .stopping(id(1), .end(.handedOver)), .leaveDue, [.stop(id(1))] + closing, "closing"),
+    Row(
+      "stays in its place when it is handed over", .after(DeviceMachine.live + [.command(.end(.handedOver))]),
+      .stopped(id(1)), .released(.handedOver), .absent, [.join(id(1)), .released], "closing"),
+    Row(
+      "keeps its state for the next daemon",
+      .after(DeviceMachine.live + [.command(.end(.handedOver)), .stopped(id(1))]), .dismissed, .gone, .absent, [],
+      "closing"),
+    Row(
+      "takes no orders", .after(DeviceMachine.live + [.entry(.gone)]), .command(.restart),
+      .stopping(id(1), .end(.closed(isAwaited: false))), .leaving, [], "closing"),
+  ]) func ends(row: Row) { row.check() }
+}

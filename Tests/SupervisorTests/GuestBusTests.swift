@@ -1,0 +1,153 @@
+import Backends
+import ControlAPI
+import EventLoop
+import Lifecycle
+import Synchronization
+import TestSupport
+import Testing
+import Transport
+import Virtqueue
+import Xen
+
+@testable import Supervisor
+
+/// A transport is a `GuestBus` and a line in a list: here is the smallest one, and what it gets for nothing.
+@Suite struct GuestBusTests {
+  /// A device whose driver is the test.
+  final class Wire: DeviceTransport {
+    private let status = Atomic<UInt32>(0)
+    private let device = Mutex<(any VirtioDevice)?>(nil)
+    private let interrupts = Atomic<UInt64>(0)
+    private let changed: @Sendable (DeviceStatus) -> Void
+
+    init(_ device: any VirtioDevice, _ changed: @escaping @Sendable (DeviceStatus) -> Void) {
+      self.changed = changed
+      self.device.withLock { $0 = device }
+    }
+
+    var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+    var interruptCount: UInt64 { interrupts.load(ordering: .relaxed) }
+    var isPlugged: Bool { device.withLock { $0 != nil } }
+
+    func plug(_ device: any VirtioDevice) -> Bool {
+      self.device.withLock { $0 = device }
+      return true
+    }
+
+    func unplug() { device.withLock { $0 = nil } }
+
+    func drive(_ new: DeviceStatus) {
+      status.store(new.rawValue, ordering: .releasing)
+      changed(new)
+    }
+
+    func remove() {
+      let old = device.withLock { device in
+        defer { device = nil }
+        return device
+      }
+      old?.reset()
+    }
+
+    func interruptForUsedBuffers() { interrupts.wrappingAdd(1, ordering: .relaxed) }
+    func interruptForConfiguration() { interrupts.wrappingAdd(1, ordering: .relaxed) }
+    func needReset() { status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing) }
+  }
+
+  /// All wires of a test, for its driver.
+  static let wires = Mutex<[DeviceKey: Wire]>([:])
+
+  final class WireBus: GuestBus {
+    static let name = "wire"
+    static let style = BusStyle.registers
+    static let hasServer = false
+    static let hostNodes: [String] = []
+    static let guestNeeds = "a wire"
+    static func serves(_ facts: GuestFacts) -> Bool { facts.type == "wired" }
+
+    let thread: LoopThread
+    private let host: BusHost
+    private let memory: ForeignMappingPool
+    private var wires: [DeviceKey: Wire] = [:]
+
+    init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
+      self.host = host
+      memory = ForeignMappingPool(guest: try host.hypervisor.open(facts.domain), bucketShift: 16, budgetBytes: 1 << 20)
+      do throws(Errno) { thread = try LoopThread(name: "wires") } catch { throw XenError("thread", error) }
+    }
+
+    var facts: BusFacts { BusFacts() }
+    func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] { [] }
+    var unclaimed: [DeviceKey] { [] }
+    func startServer(uuid: String?) -> BusJob { { .serverStarted } }
+    func leaveServer() -> BusJob { { nil } }
+
+    func closeServer() -> BusJob {
+      let memory = memory
+      return {
+        memory.close()
+        return .serverClosed
+      }
+    }
+
+    func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
+      (.nothing, nil)
+    }
+    func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {}
+    func vacate(_ key: DeviceKey) {}
+    func forget(_ key: DeviceKey) { wires[key] = nil }
+    func memory(of key: DeviceKey) -> (any GuestMemorySource)? { memory }
+    func place(of key: DeviceKey) -> DeviceState.Place { DeviceState.Place(base: 0, index: 0, sharedInterrupt: 0) }
+    func transport(of key: DeviceKey) -> (any DeviceTransport)? { wires[key] }
+    func facts(of key: DeviceKey) -> DeviceFacts { DeviceFacts() }
+
+    func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
+      let (relay, report) = (StatusRelay(), host.report)
+      let wire = Wire(backend) { status in if relay.put(status) { report(.driver(key, relay)) } }
+      wires[key] = wire
+      GuestBusTests.wires.withLock { $0[key] = wire }
+      return { .device(key, .plugged(id, Driver(wire.currentStatus))) }
+    }
+
+    func remove(_ key: DeviceKey) -> BusJob {
+      let wire = wires[key]
+      return {
+        wire?.remove()
+        return .device(key, .removed)
+      }
+    }
+
+    func discard(_ key: DeviceKey) -> BusJob { { nil } }
+  }
+
+  @Test func newTransportServesDevicesLikeTheOthers() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start { $0.buses.insert(WireBus.self, at: 0) }
+    let domain = try world.domain(77, name: "wired", type: "wired")
+    let other = try world.domain(78, name: "other")
+    for identifier: DomainID in [77, 78] {
+      try world.toolstack.attach(disk: "xvde", image: world.image("\(identifier)"), to: identifier)
+      #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: identifier))
+    }
+    #expect(world.device("wired", "xvde")["transport"] == "wire")
+    #expect(world.call("guest.list").arrayValue?.first { $0["name"] == "wired" }?["guestNeeds"] == "a wire")
+    #expect(world.device("other", "xvde")["transport"] == "mmio")
+    #expect(try world.boot(other).write([UInt8](repeating: 1, count: 512), sector: 0) == 0)
+    let key = try #require(Self.wires.withLock { $0.keys.first { $0.domain == 77 } })
+    let wire = try #require(Self.wires.withLock { $0[key] })
+    wire.drive([.acknowledge, .driver, .featuresOK, .driverOK])
+    #expect(world.toolstack.wait(for: "4", of: "state", disk: "xvde", domain: 77))
+    #expect(world.state("wired", "xvde") == "connected")
+    // Operators see to it as to any other.
+    #expect(world.call("device.pause", ["guest": "wired", "device": "xvde"])["accepted"] == true)
+    #expect(eventually { world.state("wired", "xvde") == "paused" && !wire.isPlugged })
+    #expect(world.call("device.resume", ["guest": "wired", "device": "xvde"])["accepted"] == true)
+    #expect(eventually { world.state("wired", "xvde") == "connected" && wire.isPlugged })
+    wire.drive([])
+    #expect(eventually { world.state("wired", "xvde") == "ready" })
+    #expect(try world.toolstack.destroy(77, disks: ["xvde"]))
+    #expect(eventually { world.state("wired", "xvde") == nil && domain.usage == .init() })
+    Self.wires.withLock { $0[key] = nil }
+  }
+}

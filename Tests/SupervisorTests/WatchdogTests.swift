@@ -1,0 +1,59 @@
+import SimulatedXen
+import TestSupport
+import Testing
+import Xen
+
+@testable import Supervisor
+
+/// What the watchdog sees, and what systemd is told of it.
+@Suite struct WatchdogTests {
+  /// A data thread that does not come back from a batch, of a device that is not a disk.
+  @Test func hangingThreadOfADeviceOfAnyTypeIsReported() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try world.domain(5, name: "web1")
+    try world.start(profiles: #"{"version": 1, "guests": [{"devices": [{"type": "entropy"}]}]}"#)
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    #expect(eventually { world.state("web1", "rng0") == "ready" })
+    let registers = TrappedRegisters(domain: domain, base: SlotTable.slot(7).base, vcpu: 0)
+    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
+      deviceID: 4, wanted: [], queueSize: 64)
+    #expect(eventually { world.state("web1", "rng0") == "connected" })
+    let device = try #require(world.board.current.guests[5]?.devices.first { $0.name == "rng0" })
+    let counters = try #require(device.backend?.counters.first)
+    // As its thread says at the start of a batch, long ago. The end of one that is under way still would take it back.
+    #expect(
+      eventually {
+        counters.batchSince.store(1, ordering: .relaxed)
+        return world.eventKinds.contains(.deviceStuck)
+      })
+    #expect(world.device("web1", "rng0")["stuck"]?["layer"] == "data thread")
+    counters.batchSince.store(0, ordering: .relaxed)
+    #expect(eventually { world.eventKinds.contains(.deviceUnstuck) })
+  }
+
+  private func board(_ hanging: [Int]) -> StatusBoard {
+    let board = StatusBoard()
+    for (index, count) in hanging.enumerated() {
+      let domain = DomainID(index + 1)
+      let devices = (0..<5).map { number in
+        StatusBoard.Device(
+          key: DeviceKey(kind: .disk, domain: domain, device: UInt32(number)), name: "xvd\(number)", guestName: "g",
+          phase: .connected, stuck: number < count ? StuckRequest(queue: 0, layer: .thread, age: 60_000) : nil)
+      }
+      board.update {
+        $0.guests[domain] = StatusBoard.Guest(
+          domain: domain, name: "g", phase: "running", vcpus: 1, devices: devices)
+      }
+    }
+    return board
+  }
+
+  /// A guest with most of all devices, and all of them hanging, has nobody restarted.
+  @Test(arguments: [
+    ([5], true), ([5, 0], true), ([5, 5], false), ([1, 1, 0], false), ([5, 5, 0, 0, 0], true), ([], true),
+  ])
+  func oneGuestNeverDecides(hanging: [Int], isHealthy: Bool) {
+    #expect(board(hanging).isHealthy == isHealthy)
+  }
+}
