@@ -19,12 +19,15 @@ import Xen
   }
 
   /// A device ends, and before that is said another entry has its place: which begins, and must not be ended.
-  @Test(arguments: [("5", "0", "6"), ("4", "1", "6"), ("1", "0", "6"), ("1", "1", "1"), ("6", "1", "6")])
+  @Test(arguments: [("5", "0", "6"), ("5", "1", "6"), ("4", "0", "6"), ("1", "0", "6"), ("1", "1", "1"), ("6", "1", "6")])
   func closedIsNotSaidOfAnEntryThatBegins(state: String, online: String, after: String) throws {
     let (world, store, writer, key) = try stage()
     defer { world.end() }
     try store.write("\(key.path)/state", state)
     try store.write("\(key.path)/online", online)
+    let frontend = "/local/domain/5/device/virtio_disk/\(key.device)"
+    try store.write("\(key.path)/frontend", frontend)
+    try store.write("\(frontend)/backend", "/local/domain/0/\(key.path)")
     writer.writeClosed(key)
     #expect(store.read("\(key.path)/state") == after)
   }
