@@ -19,7 +19,9 @@ import Xen
   }
 
   /// A device ends, and before that is said another entry has its place: which begins, and must not be ended.
-  @Test(arguments: [("5", "0", "6"), ("5", "1", "6"), ("4", "0", "6"), ("1", "0", "6"), ("1", "1", "1"), ("6", "1", "6")])
+  @Test(arguments: [
+    ("5", "0", "6"), ("5", "1", "6"), ("4", "0", "6"), ("1", "0", "6"), ("1", "1", "1"), ("6", "1", "6"),
+  ])
   func closedIsNotSaidOfAnEntryThatBegins(state: String, online: String, after: String) throws {
     let (world, store, writer, key) = try stage()
     defer { world.end() }
