@@ -30,28 +30,28 @@ check "verified rounds" wait_console one "GUEST ROUND 2" 200
 ONE=$(xl domid one)
 
 step "a backend that keeps the rules"
-meet honest virtio_disk 3 "a disk of zeros"
+meet honest virtio_disk 0.5 "a disk of zeros"
 check "its disk can be read" said honest "GUEST PROBE vdb read 0"
 check "it cannot map the rings for writing" grep -q "^RINGS cannot be written" /tmp/hostile-honest.out
 
 step "what it sees"
-meet look virtio_disk 3 "looks for old memory"
+meet look virtio_disk 0.5 "looks for old memory"
 check "it saw requests, and nothing of the guest's old memory" grep -q "lies, 0 secrets" /tmp/hostile-look.out
-meet nostatus virtio_disk 3 "answers without a status, and without data"
+meet nostatus virtio_disk 0.5 "answers without a status, and without data"
 check "it lied" lied nostatus
 check "that is an error, not a success" said nostatus "GUEST PROBE vdb failed"
 
 step "used rings"
 for mode in badid nothead longlen jump back mute; do
-  meet $mode virtio_disk 3 "a lie in the used ring, or no answer"
+  meet $mode virtio_disk 0.5 "a lie in the used ring, or no answer"
   check "it lied" lied $mode
 done
 
 step "events, and everything at once"
-meet storm virtio_disk 3 "events without end"
-meet stormidx virtio_disk 3 "events without end, and used indices"
-meet scribble virtio_disk 3 "noise in all that it can write"
-meet keep virtio_disk 3 "keeps its mappings and goes on writing"
+meet storm virtio_disk 0.5 "events without end"
+meet stormidx virtio_disk 0.5 "events without end, and used indices"
+meet scribble virtio_disk 0.5 "noise in all that it can write"
+meet keep virtio_disk 0.5 "keeps its mappings and goes on writing"
 for mode in storm stormidx scribble keep; do check "$mode: it lied" lied $mode; done
 
 step "Xenstore"
@@ -64,8 +64,8 @@ check "it is not taken" grep -q "^not taken" /tmp/hostile-oldrings.out
 meet greedy virtio_disk 5 "wants memory and queues"
 meet garbage virtio_disk 5 "garbage in its nodes"
 meet flap virtio_disk 5 "states without sense"
-meet reset virtio_disk 2 "wants a reset"
-meet honest virtio_disk 3 "after all that a disk works"
+meet reset virtio_disk 0.5 "wants a reset"
+meet honest virtio_disk 0.5 "after all that a disk works"
 check "its disk can be read" said honest "GUEST PROBE vdb read 0"
 
 step "the end"
