@@ -4,7 +4,7 @@ SHELL := /bin/bash
 SWIFT_RELEASE := -c release --static-swift-stdlib
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
+.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -30,8 +30,13 @@ api: deps
 	swift build --product vxd
 	.build/debug/vxd --describe-api > deploy/control-api.json
 
+# vxd-profiles(5), generated from docs/profiles.md; Tests/check-documents compares them.
+man:
+	deploy/man/from-markdown vxd-profiles 5 'options of disks, guests and their devices' <docs/profiles.md >deploy/man/vxd-profiles.5
+
 lint:
 	swift format lint --strict --recursive Package.swift Sources Tests Benchmarks
+	Tests/check-documents
 
 format:
 	swift format --in-place --recursive Package.swift Sources Tests Benchmarks
@@ -85,6 +90,10 @@ install: build
 	install -D -m 644 deploy/sysctl.conf $(DESTDIR)/usr/lib/sysctl.d/50-vxd.conf
 	install -D -m 644 deploy/man/vxd.8 $(DESTDIR)/usr/share/man/man8/vxd.8
 	install -D -m 644 deploy/man/vxctl.1 $(DESTDIR)/usr/share/man/man1/vxctl.1
+	install -D -m 644 deploy/man/vxd-profiles.5 $(DESTDIR)/usr/share/man/man5/vxd-profiles.5
+	install -d $(DESTDIR)/usr/share/doc/vxd/docs
+	install -m 644 README.md CHANGELOG.md SECURITY.md $(DESTDIR)/usr/share/doc/vxd/
+	install -m 644 docs/*.md $(DESTDIR)/usr/share/doc/vxd/docs/
 	install -D -m 644 deploy/grafana/vxd.json $(DESTDIR)/usr/share/vxd/grafana.json
 	install -D -m 644 deploy/prometheus/alerts.yml $(DESTDIR)/usr/share/vxd/alerts.yml
 	install -D -m 644 deploy/control-api.json $(DESTDIR)/usr/share/vxd/control-api.json
