@@ -52,10 +52,11 @@ package struct ControlMethod: Sendable {
     self.summary = summary
     self.parameters =
       parameters + [
-        ControlParameter("dryRun", "boolean", required: false, "Check and tell, and change nothing."),
+        ControlParameter(
+          "dryRun", "boolean", required: false, "Check everything and report what would be done; change nothing."),
         ControlParameter(
           "idempotencyKey", "string", required: false,
-          "A name of the caller's for this change: said twice, it is done once."),
+          "A key for this change: repeating the request with the same key has no further effect."),
       ]
     result = ["type": "object"]
     body = { parameters throws(ControlFault) in
@@ -140,7 +141,7 @@ package struct ControlMethods: Sendable {
     } catch {
       let fault: ControlFault =
         switch error {
-        case .syntax(let words, let offset): .parse("this is no JSON: \(words)", offset: offset)
+        case .syntax(let words, let offset): .parse("not JSON: \(words)", offset: offset)
         case .tooDeep: .parse("the message is nested deeper than \(JSONText.depthLimit) levels", offset: 0)
         case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request a line")
         }
@@ -194,10 +195,10 @@ package struct ControlMethods: Sendable {
     }
     guard role >= method.role else {
       throw ControlFault(
-        code: -32005, message: "'\(name)' is for \(method.role.name), and you may \(role.name)",
+        code: -32005, message: "permission denied: '\(name)' requires role \(method.role.name); you have \(role.name)",
         data: [
           "field": "method",
-          "remedy": .string("call it as root, or be in a group of vxd's --\(method.role.name)-group"),
+          "remedy": .string("run it as root, or as a member of a group of vxd's --\(method.role.name)-group"),
         ])
     }
     try method.check(parameters)

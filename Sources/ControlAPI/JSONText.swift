@@ -10,6 +10,14 @@ package enum JSONText {
     case syntax(String, offset: Int)
     case tooDeep
     case empty
+
+    package var message: String {
+      switch self {
+      case .syntax(let words, let offset): "\(words), at byte \(offset)"
+      case .tooDeep: "nested deeper than \(JSONText.depthLimit) levels"
+      case .empty: "the text is empty"
+      }
+    }
   }
 
   /// - Throws: for text that is no JSON value, has something behind it, is nested too deep, or is not UTF-8.

@@ -141,11 +141,13 @@ package final class MetricsServer: @unchecked Sendable {
           .utf8)
     }
     guard words.count == 3, words[2].hasPrefix("HTTP/1.") else {
-      return response("400 Bad Request", "text/plain", "this is no HTTP request\n")
+      return response("400 Bad Request", "text/plain", "not an HTTP request\n")
     }
-    guard words[0] == "GET" else { return response("405 Method Not Allowed", "text/plain", "only GET is\n") }
+    guard words[0] == "GET" else {
+      return response("405 Method Not Allowed", "text/plain", "method not allowed; use GET\n")
+    }
     guard words[1] == "/metrics" || words[1].hasPrefix("/metrics?") else {
-      return response("404 Not Found", "text/plain", "/metrics is all there is\n")
+      return response("404 Not Found", "text/plain", "not found; try /metrics\n")
     }
     return response("200 OK", contentType, text())
   }

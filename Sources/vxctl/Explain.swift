@@ -3,36 +3,76 @@ import ControlAPI
 import Glibc
 import Xen
 
-/// `vxctl explain GUEST[/DEVICE]`: the whole way from the entry in Xenstore to the store, up to the first thing that is wrong.
+/// `vxctl explain GUEST[/DEVICE]`: every step from the Xenstore entry to the backing storage, up to the first problem.
 struct Explain: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Walks the whole chain of a guest's devices and names the first thing that is wrong, and what to do.")
+    abstract:
+      "Check every step from the Xenstore entry to the backing storage, and report the first problem and what to do.")
 
   @OptionGroup var connection: ConnectionOptions
   @Argument(help: "GUEST or GUEST/DEVICE.")
   var target: String
 
-  /// The first thing that is wrong.
+  /// The first problem.
   private struct Wrong: Error {
     var words: String
     var remedy: String
   }
 
+  /// What was found so far, for the end: an array of findings in JSON, or lines that were printed at once.
+  private final class Report {
+    private let asJSON: Bool
+    private var findings: [Finding] = []
+
+    init(json: Bool) { asJSON = json }
+
+    func add(_ verdict: Finding.Verdict, _ text: String, remedy: String? = nil) {
+      guard !asJSON else {
+        return findings.append(Finding(verdict, remedy ?? "", text))
+      }
+      Output.line("\(verdict.rawValue.padded(to: 4)) \(Output.printable(text))")
+      if let remedy { Output.line("     \(Output.printable(remedy))") }
+    }
+
+    func end() {
+      guard asJSON else { return }
+      Output.json(
+        .array(
+          findings.map { finding in
+            var members: [JSONValue.Member] = [
+              .init(name: "ok", value: .bool(finding.verdict != .bad)),
+              .init(name: "verdict", value: .string(finding.verdict.rawValue.lowercased())),
+              .init(name: "text", value: .string(finding.text)),
+            ]
+            if !finding.subject.isEmpty { members.append(.init(name: "remedy", value: .string(finding.subject))) }
+            return .object(members)
+          }))
+    }
+  }
+
+  func validate() throws {
+    guard GuestName(argument: target) != nil else {
+      throw ValidationError("'\(target)': expected GUEST or GUEST/DEVICE")
+    }
+  }
+
   func run() throws {
     let name = DeviceName(argument: target)
-    let guest = name?.guest ?? target
+    guard let guest = name?.guest ?? GuestName(argument: target) else { return }
+    let report = Report(json: connection.json)
+    defer { report.end() }
     do throws(Wrong) {
-      let client = try reachDaemon()
-      let domain = try findGuest(guest)
-      let entries = try findEntries(guest, domain, client)
-      let devices = try knownDevices(guest, client)
+      let client = try reachDaemon(report)
+      let domain = try findGuest(guest, report)
+      let entries = try findEntries(domain, report)
+      let devices = try knownDevices(guest, client, report)
       for device in devices
       where name == nil || device.cell("device") == name?.device || device.cell("id") == name?.device {
-        try explain(device, client)
+        try explain(device, client, report)
       }
       if let name, !devices.contains(where: { $0.cell("device") == name.device || $0.cell("id") == name.device }) {
         throw Wrong(
-          words: "guest '\(guest)' has no device '\(name.device)'",
+          words: "guest '\(guest.plain)' has no device '\(name.device)'",
           remedy: "it has \(devices.map { $0.cell("device") }.joined(separator: ", "))")
       }
       if entries > devices.filter({ $0.cell("kind") != "spare" }).count {
@@ -40,27 +80,24 @@ struct Explain: ParsableCommand {
           words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
       }
       if devices.contains(where: { $0.cell("transport") != "xenbus" }) {
-        print(
-          "note: xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
-        )
+        report.add(
+          .note,
+          "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead")
       }
-      print("nothing is wrong")
+      report.add(.good, "no problem found")
     } catch {
-      print("BAD  \(error.words)")
-      print("     \(error.remedy)")
+      report.add(.bad, error.words, remedy: error.remedy)
       throw ExitCode(1)
     }
   }
 
-  private func good(_ words: String) { print("ok   \(words)") }
-
-  private func reachDaemon() throws(Wrong) -> ControlClient {
+  private func reachDaemon(_ report: Report) throws(Wrong) -> ControlClient {
     do throws(ControlClient.Failure) {
       let client = try ControlClient(path: connection.socket)
       let info = try client.call("system.info")
-      good("vxd \(info.cell("version")) answers, on \(info.cell("hypervisor"))")
+      report.add(.good, "vxd \(info.cell("version")) answers, on \(info.cell("hypervisor"))")
       guard info["xenstoreConnected"]?.boolValue == true else {
-        throw .protocolBroken("vxd has lost xenstored; it looks for it every 5 s")
+        throw .protocolBroken("vxd has lost its connection to xenstored; it retries every 5 s")
       }
       return client
     } catch {
@@ -70,25 +107,27 @@ struct Explain: ParsableCommand {
 
   private func openStore() -> XenStore? { try? XenStore() }
 
-  private func findGuest(_ guest: String) throws(Wrong) -> String? {
-    guard let store = openStore() else {
-      good("(Xenstore cannot be read from here: entries are not checked)")
+  /// Names of other domains can be read in dom0 only.
+  private func findGuest(_ guest: GuestName, _ report: Report) throws(Wrong) -> DomainID? {
+    guard let store = openStore(), store.list("/local/domain")?.isEmpty == false else {
+      report.add(.note, "other domains' Xenstore entries are not readable here: entries are not checked")
       return nil
     }
-    for domain in store.list("/local/domain") ?? [] {
-      guard domain == guest || store.read("/local/domain/\(domain)/name") == guest else { continue }
-      good("the guest runs as domain \(domain)")
+    do throws(ToolstackDevice.Fault) {
+      let domain = try guest.domain(in: store)
+      report.add(.good, "the guest runs as domain \(domain)")
       return domain
+    } catch {
+      throw Wrong(words: error.message, remedy: "xl list; is it running?")
     }
-    throw Wrong(words: "there is no guest '\(guest)'", remedy: "xl list; is it running?")
   }
 
-  private func findEntries(_ guest: String, _ domain: String?, _ client: ControlClient) throws(Wrong) -> Int {
+  private func findEntries(_ domain: DomainID?, _ report: Report) throws(Wrong) -> Int {
     guard let domain, let store = openStore() else { return 0 }
     let entries = store.list("backend/virtio_disk/\(domain)") ?? []
     guard !entries.isEmpty else {
       throw Wrong(
-        words: "Xenstore has no virtio disk of the guest whose backend is this domain",
+        words: "Xenstore has no virtio disk for the guest with this domain as its backend",
         remedy: "its disk line needs backendtype=standalone, specification=virtio, and no backend= of another domain")
     }
     for entry in entries {
@@ -96,38 +135,47 @@ struct Explain: ParsableCommand {
       let name = store.read("\(path)/dev") ?? entry
       if let fault = store.read("\(path)/error") {
         throw Wrong(
-          words: "the entry of \(name) is refused: \(fault)", remedy: "correct the guest's configuration, or the image")
+          words: "the entry of \(name) was refused: \(fault)", remedy: "correct the guest's configuration, or the image"
+        )
       }
-      good("entry \(name): \(store.read("\(path)/params") ?? "?"), backend state \(store.read("\(path)/state") ?? "?")")
+      report.add(
+        .good,
+        "entry \(name): \(store.read("\(path)/params") ?? "?"), backend state \(store.read("\(path)/state") ?? "?")")
     }
     return entries.count
   }
 
-  private func knownDevices(_ guest: String, _ client: ControlClient) throws(Wrong) -> [JSONValue] {
+  private func knownDevices(
+    _ guest: GuestName, _ client: ControlClient, _ report: Report
+  ) throws(Wrong) -> [JSONValue] {
     do throws(ControlClient.Failure) {
+      let known = try guest.known(to: client)
       let guests = try client.call("guest.list").arrayValue ?? []
-      guard let found = guests.first(where: { $0.cell("name") == guest || $0.cell("domain") == guest }) else {
+      guard let found = guests.first(where: { $0["domain"]?.integerValue == known.domain }) else {
         throw .protocolBroken("vxd does not know the guest")
       }
       guard found.cell("state") == "running", found["ioreqServer"] != nil else {
         throw .protocolBroken("the guest is \(found.cell("state")): \(found.cell("reason"))")
       }
-      good("ioreq server \(found["ioreqServer"]?.cell("id") ?? "?") is there, for \(found.cell("vcpus")) vCPUs")
-      return try client.call("device.list", ["guest": .string(guest)]).arrayValue ?? []
+      report.add(
+        .good, "ioreq server \(found["ioreqServer"]?.cell("id") ?? "?") is there, for \(found.cell("vcpus")) vCPUs")
+      return try client.call("device.list", ["guest": .string(known.parameter)]).arrayValue ?? []
     } catch {
       throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
     }
   }
 
   private static let remedies = [
-    "failed": "correct what it names; vxd tries again by itself",
+    "failed": "fix the cause; vxd tries again by itself",
     "faulted": "the guest's driver must reset the device: unbind and bind it, or restart the guest",
-    "held": "mend the store, then 'vxctl resume'", "quarantined": "'vxctl device restart' when the cause is gone",
+    "held": "free space or fix the storage, then 'vxctl resume'",
+    "quarantined": "fix the cause, then 'vxctl restart'",
     "paused": "'vxctl resume'", "restarting": "wait, and watch 'vxctl events'",
-    "opening": "the image takes long to open: is its server there?",
+    "opening": "the image takes long to open: does its storage or server answer?",
   ]
 
-  private func explain(_ device: JSONValue, _ client: ControlClient) throws(Wrong) {
+  private func explain(_ device: JSONValue, _ client: ControlClient, _ report: Report) throws(Wrong) {
+    func good(_ text: String) { report.add(.good, text) }
     let name = "\(device.cell("guest"))/\(device.cell("device"))"
     let state = device.cell("state")
     if let remedy = Self.remedies[state] {
@@ -136,14 +184,14 @@ struct Explain: ParsableCommand {
     guard
       let full = try? client.call(
         "device.get", ["guest": .string(device.cell("guest")), "device": .string(device.cell("device"))])
-    else { throw Wrong(words: "\(name) has gone meanwhile", remedy: "ask again") }
+    else { throw Wrong(words: "\(name) has gone in the meantime", remedy: "run this again") }
     good(
       "\(name): \(full.cell("image")) is open (\(full.cell("store"))), in slot \(full.cell("slot")) at \(full.cell("base"))"
     )
     guard state == "connected" else {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(
-        words: "\(name): the guest's driver has not taken the device (driver status \(full.cell("driverStatus")))",
+        words: "\(name): the guest's driver has not connected (driver status \(full.cell("driverStatus")))",
         remedy: "is the guest up? It needs virtio_mmio and virtio_blk, and the slots' ACPI table: "
           + "acpi_firmware=\"/usr/share/vxd/slots.aml\" in its configuration")
     }
@@ -151,13 +199,17 @@ struct Explain: ParsableCommand {
       throw Wrong(
         words:
           "\(name): a request of queue \(stuck.cell("queue")) is \(stuck.cell("milliseconds")) ms old, in the \(stuck.cell("layer"))",
-        remedy: "the store does not answer: look at the disk or the NBD server behind it")
+        remedy: "the storage does not answer: check the disk or the NBD server behind it")
     }
-    good("\(name): the driver works, \(full.cell("requests")) requests, \(full.cell("inFlight")) under way")
+    good("\(name): the driver works, \(full.cell("requests")) requests, \(full.cell("inFlight")) in flight")
     let throttled = full["counters"]?["throttled"]?.integerValue ?? 0
-    if throttled > 0 { good("\(name): \(throttled) requests waited for their rate (vxctl limit \(name))") }
+    if throttled > 0 { good("\(name): \(throttled) requests were delayed by limits (vxctl limit \(name))") }
     if full["counters"]?["failed"]?.integerValue ?? 0 > 0 {
-      good("\(name): note that \(full["counters"]?.cell("failed") ?? "?") requests have failed so far")
+      report.add(.note, "\(name): \(full["counters"]?.cell("failed") ?? "?") requests have failed so far")
     }
   }
+}
+
+extension String {
+  fileprivate func padded(to width: Int) -> String { self + String(repeating: " ", count: max(0, width - count)) }
 }

@@ -22,10 +22,10 @@ struct Table {
 }
 
 extension JSONValue {
-  /// A member as an operator reads it; a dash where there is none.
+  /// A member as an operator reads it, without control characters; a dash where there is none.
   func cell(_ name: String) -> String {
     switch self[name] {
-    case .string(let text): text
+    case .string(let text): Output.printable(text)
     case .integer(let number): "\(number)"
     case .number(let number): "\(number)"
     case .bool(let flag): flag ? "yes" : "no"

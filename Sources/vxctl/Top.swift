@@ -2,23 +2,31 @@ import ArgumentParser
 import ControlAPI
 import Glibc
 
-/// `vxctl top`: what the devices do, renewed all the time, on the whole screen.
+/// `vxctl top`: what the devices do, refreshed all the time, on the whole screen.
 struct Top: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Shows what the devices do, renewed all the time.",
-    discussion: "Keys: q ends; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space renews at once.")
+    abstract: "Live view of what the devices do.",
+    discussion: "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes at once.")
 
   enum Order: String, ExpressibleByArgument, CaseIterable {
     case reads, writes, bytes, inflight, name
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between two looks.")
+  @Option(help: "Seconds between refreshes, 0.1 to 3600.")
   var interval = 2.0
   @Option(help: "What to sort by.")
   var sort = Order.bytes
-  @Option(help: "End after so many looks; without a terminal, one is printed.")
+  @Option(help: "Number of refreshes (default: 1 if standard output is not a terminal).")
   var count: Int?
+
+  func validate() throws {
+    try check("--interval", interval, 0.1...3600)
+    // Not even within the range.
+    guard !interval.isNaN else { throw ValidationError("--interval: expected a number from 0.1 to 3600") }
+    try check("--count", count, 1...Int.max)
+    guard !connection.json else { throw ValidationError("--json: 'top' has no JSON form; use 'vxctl list --json'") }
+  }
 
   struct Row {
     var name: String
@@ -57,7 +65,7 @@ struct Top: ParsableCommand {
         let elapsed = max(time - oldTime, 0.001)
         let rates = rows.map { row in Self.rate(row, old[row.name], looks == 0 ? 0 : elapsed) }
         let lines = Self.lines(rates, info, order, terminal?.size ?? (80, 1000))
-        if let terminal { terminal.show(lines) } else { print(lines.joined(separator: "\n")) }
+        if let terminal { terminal.show(lines) } else { Output.line(lines.joined(separator: "\n")) }
         old = Dictionary(rows.map { ($0.name, $0) }, uniquingKeysWith: { $1 })
         oldTime = time
         looks += 1
@@ -77,7 +85,7 @@ struct Top: ParsableCommand {
   }
 
   private func pause() -> Character? {
-    usleep(UInt32(max(0.1, interval) * 1_000_000))
+    usleep(UInt32(interval * 1_000_000))
     return nil
   }
 
@@ -87,11 +95,13 @@ struct Top: ParsableCommand {
     return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
   }
 
-  /// Counts of a second; all 0 at the first look.
+  /// Counts per second; all 0 at first.
   private static func rate(_ row: Row, _ old: Row?, _ seconds: Double) -> Row {
     func by(_ path: WritableKeyPath<Row, Int64>) -> Int64 {
       guard let old, seconds > 0 else { return 0 }
-      return Int64(Double(max(0, row[keyPath: path] - old[keyPath: path])) / seconds)
+      // The daemon's numbers are taken for what they are: a difference may overflow, a rate too.
+      let (difference, overflow) = row[keyPath: path].subtractingReportingOverflow(old[keyPath: path])
+      return overflow ? 0 : Int64(exactly: (Double(max(0, difference)) / seconds).rounded()) ?? .max
     }
     var rate = row
     for path in [\Row.reads, \Row.writes, \Row.readBytes, \Row.writtenBytes] { rate[keyPath: path] = by(path) }
@@ -104,7 +114,7 @@ struct Top: ParsableCommand {
         switch order {
         case .reads: (left.reads, right.reads)
         case .writes: (left.writes, right.writes)
-        case .bytes: (left.readBytes + left.writtenBytes, right.readBytes + right.writtenBytes)
+        case .bytes: (left.readBytes &+ left.writtenBytes, right.readBytes &+ right.writtenBytes)
         case .inflight: (left.inFlight, right.inFlight)
         case .name: (0, 0)
         }
@@ -169,13 +179,12 @@ final class Terminal {
   /// The key that is pressed within a time, also when the window's size changes meanwhile; nil for none.
   func key(waiting seconds: Double) -> Character? {
     var poller = pollfd(fd: 0, events: Int16(POLLIN), revents: 0)
-    guard poll(&poller, 1, Int32(max(0.1, seconds) * 1000)) > 0 else { return nil }
+    guard poll(&poller, 1, Int32(seconds * 1000)) > 0 else { return nil }
     var byte: UInt8 = 0
     return read(0, &byte, 1) == 1 ? Character(UnicodeScalar(byte)) : "q"
   }
 
   private func put(_ text: String) {
-    var bytes = Array(text.utf8)
-    _ = write(1, &bytes, bytes.count)
+    Output.write(1, text)
   }
 }
