@@ -4,7 +4,7 @@ SHELL := /bin/bash
 SWIFT_RELEASE := -c release --static-swift-stdlib
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
+.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -16,7 +16,8 @@ help:
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
-	@echo 'make install  binaries, unit and ACPI table below DESTDIR (default /)'
+	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
+	@echo 'make install  the same files below DESTDIR (default /)'
 
 deps:
 	@deploy/build/install-dependencies
@@ -68,6 +69,7 @@ shell: build
 test: deps lint unit build
 	Tests/Fuzz/run 6
 	Tests/check-release .build/release
+	Tests/check-metrics .build/release
 	Tests/check-guest-module
 	$(TESTBED) run
 
@@ -80,7 +82,9 @@ bench: deps
 	.build/release/vxd-bench rates
 
 DESTDIR ?= /
-install: build
+install: build install-files
+
+install-files:
 	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
 	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
 	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
@@ -99,7 +103,7 @@ install: build
 	install -D -m 644 deploy/control-api.json $(DESTDIR)/usr/share/vxd/control-api.json
 	install -d $(DESTDIR)/usr/share/bash-completion/completions $(DESTDIR)/usr/share/zsh/vendor-completions \
 	  $(DESTDIR)/usr/share/fish/vendor_completions.d
-	.build/release/vxctl --generate-completion-script bash > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
+	.build/release/vxctl --generate-completion-script bash | sed '1{/^#!/d}' > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
 	.build/release/vxctl --generate-completion-script zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_vxctl
 	.build/release/vxctl --generate-completion-script fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/vxctl.fish
 	install -D -m 644 deploy/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/vxd.conf
@@ -109,5 +113,11 @@ install: build
 	install -m 644 deploy/guest-module/* $(DESTDIR)/usr/src/virtio-xenbus-1.0/
 	install -D -m 644 deploy/profiles.example.json $(DESTDIR)/usr/share/vxd/profiles.example.json
 
+# Packs, checks with lintian; Tests/check-packages tries the packages in a chroot.
+deb: build
+	@deploy/build/install-dependencies debhelper dh-dkms lintian
+	deploy/debian/build
+	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file build/deb/*.deb
+
 clean:
-	rm -rf .build
+	rm -rf .build build

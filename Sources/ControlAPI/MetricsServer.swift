@@ -32,7 +32,6 @@ package final class MetricsServer: @unchecked Sendable {
   private let text: @Sendable () -> String
   private let contentType: String
   private let listeners: [Int32]
-  private var tokens: [Int32: EventLoop.Token] = [:]
   private let path: String?
   private var clients: [Int32: Client] = [:]
 
@@ -58,19 +57,9 @@ package final class MetricsServer: @unchecked Sendable {
     let all = listeners
     thread.loop.enqueue { [self] in
       for listener in all {
-        listen(listener)
+        _ = try? thread.loop.onReadable(listener) { [unowned self] in accept(listener) }
       }
     }
-  }
-
-  private func listen(_ listener: Int32) {
-    tokens[listener] = try? thread.loop.onReadable(listener) { [unowned self] in accept(listener) }
-  }
-
-  /// Without a free descriptor the listener would stay readable and the thread spin: clients wait for a second.
-  private func pause(_ listener: Int32) {
-    if let token = tokens.removeValue(forKey: listener) { thread.loop.remove(token) }
-    thread.loop.schedule(afterMilliseconds: 1000) { [weak self] in self?.listen(listener) }
   }
 
   private static func listen(port: UInt16) throws(Errno) -> Int32 {
@@ -96,10 +85,7 @@ package final class MetricsServer: @unchecked Sendable {
   private func accept(_ listener: Int32) {
     while true {
       let raw = clinux_accept(listener)
-      guard raw >= 0 else {
-        if errno == EMFILE || errno == ENFILE { pause(listener) }
-        return
-      }
+      guard raw >= 0 else { return }
       guard clients.count < Self.clientLimit else {
         close(raw)
         continue

@@ -51,11 +51,12 @@ struct Top: ParsableCommand {
 
   func run() throws {
     let isTerminal = isatty(0) == 1 && isatty(1) == 1
-    let terminal = isTerminal ? Terminal() : nil
-    defer { terminal?.restore() }
     var order = sort
     var looks = 0
     try connection.run { client throws(ControlClient.Failure) in
+      // Given back before a failure is reported, which would be lost with the alternate screen.
+      let terminal = isTerminal ? Terminal() : nil
+      defer { terminal?.restore() }
       var old: [String: Row] = [:]
       var oldTime = now()
       while true {

@@ -8,11 +8,12 @@ struct ProgramRun {
   var errors = ""
   var status: Int32 = -1
 
-  private static let products =
-    "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/") + "/.build/debug"
+  /// A program of this build.
+  static func path(_ program: String) -> String {
+    "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/") + "/.build/debug/" + program
+  }
 
-  static func vxctl(_ arguments: String...) -> ProgramRun { ProgramRun(products + "/vxctl", arguments) }
-  static func vxd(_ arguments: String...) -> ProgramRun { ProgramRun(products + "/vxd", arguments) }
+  static func vxctl(_ arguments: String...) -> ProgramRun { ProgramRun(path("vxctl"), arguments) }
 
   init(_ program: String, _ arguments: [String]) {
     let folder = TemporaryFolder()

@@ -127,7 +127,7 @@ import Testing
     }
     for verb in [["status"], ["show", "a/b"], ["list"], ["top"], ["pause", "a/b"], ["console", "a"], ["events"]] {
       let asks = verb == ["top"] ? [] : ["--json"]
-      let run = ProgramRun(ProgramRun.vxctlPath, verb + asks + ["--socket", "/nowhere"])
+      let run = ProgramRun(ProgramRun.path("vxctl"), verb + asks + ["--socket", "/nowhere"])
       #expect(run.status == 2, "\(verb)")
       if verb == ["top"] {
         #expect(run.errors.contains("/nowhere"))
@@ -171,7 +171,7 @@ import Testing
     if let value = words.last, value.hasPrefix("-") {
       words = words.dropLast(2) + ["\(words[words.count - 2])=\(value)"]
     }
-    let run = ProgramRun(ProgramRun.vxctlPath, words)
+    let run = ProgramRun(ProgramRun.path("vxctl"), words)
     #expect(run.status == 64, "\(run.errors)")
   }
 
@@ -240,7 +240,7 @@ import Testing
     ]
     for verb in verbs {
       for asks in verb[0] == "top" || verb.contains(file) ? [[]] : [[], ["--json"]] {
-        let run = ProgramRun(ProgramRun.vxctlPath, verb + asks + ["--socket", socket])
+        let run = ProgramRun(ProgramRun.path("vxctl"), verb + asks + ["--socket", socket])
         let text = run.output + run.errors
         #expect(!text.isEmpty, "\(verb)")
         let bad = text.unicodeScalars.filter {
@@ -300,11 +300,6 @@ import Testing
     facts.isXen = false
     #expect(facts.findings.filter { $0.verdict == .bad }.map(\.subject) == ["hypervisor"])
   }
-}
-
-extension ProgramRun {
-  static let vxctlPath =
-    "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/") + "/.build/debug/vxctl"
 }
 
 private func write(_ text: String, to path: String) -> Bool {

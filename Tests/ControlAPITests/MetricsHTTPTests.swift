@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 
 /// The metrics endpoint as scrapers, probes and people ask it.
-@Suite struct MetricsServerTests {
+@Suite struct MetricsHTTPTests {
   private let folder = TemporaryFolder()
   private var path: String { folder.path + "/metrics.sock" }
 
