@@ -21,7 +21,7 @@ struct Console: ParsableCommand {
   var take = false
   @Option(name: .customLong("console"), help: "Which console device; by default the guest's first.")
   var device: String?
-  @Option(help: "For scripts: detach after this many seconds.")
+  @Option(help: "For scripts: detach after this many seconds.", transform: Seconds.whole)
   var seconds: Int?
   @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
   var size: WindowSize?
@@ -29,8 +29,6 @@ struct Console: ParsableCommand {
   var guest: GuestName
   @Argument(help: "Name or number of the port; by default the console.")
   var port: String?
-
-  func validate() throws { try check("--seconds", seconds, 0...86_400) }
 
   func run() throws {
     var path: String?
@@ -144,7 +142,7 @@ private final class ConsoleSession {
       makeRaw()
       if saved != nil { Output.write(2, "Connected; Ctrl-] detaches.\r\n") }
     }
-    let end = seconds.map { EventLoop.now() + UInt64(max(0, $0)) * 1_000_000_000 }
+    let end = seconds.map { EventLoop.now() + UInt64($0) * 1_000_000_000 }
     var shown: WindowSize?
     var hasInput = !readOnly
     while interrupted == 0 {

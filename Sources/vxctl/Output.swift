@@ -13,52 +13,16 @@ enum Output {
     write(2, lines.joined(separator: "\n") + "\n")
   }
 
-  /// A value as JSON, indented.
+  /// A value as JSON, indented. json-c escapes what is below 0x20 only; the rest stands within strings alone, where JSON's escapes mean the
+  /// same.
   static func json(_ value: JSONValue, pretty: Bool = true) {
-    write(1, escaped(JSONText.text(value, pretty: pretty)) + "\n")
+    write(1, JSONText.text(value, pretty: pretty).visible(keepsLines: true) + "\n")
   }
 
-  /// A foreign string with C0, DEL and C1 control characters, and those that turn or hide text, as `\x1b` or `\u{202e}`.
+  /// A foreign string as it may be shown, see `String.visible`.
   ///
   /// - Parameter keepsLines: newlines are ours and stay.
-  static func printable(_ text: String, keepsLines: Bool = false) -> String {
-    guard text.unicodeScalars.contains(where: isUnsafe) else { return text }
-    var result = ""
-    for scalar in text.unicodeScalars {
-      if !isUnsafe(scalar) || (keepsLines && scalar == "\n") {
-        result.unicodeScalars.append(scalar)
-      } else {
-        let digits = String(scalar.value, radix: 16)
-        result += scalar.value < 0x100 ? "\\x" + (digits.count < 2 ? "0" : "") + digits : "\\u{\(digits)}"
-      }
-    }
-    return result
-  }
-
-  private static func isUnsafe(_ scalar: Unicode.Scalar) -> Bool {
-    switch scalar.value {
-    case 0..<0x20, 0x7f..<0xa0: true
-    // Line and paragraph separators; marks, embeddings, overrides and isolates of text direction.
-    case 0x2028, 0x2029, 0x200e, 0x200f, 0x061c, 0x202a...0x202e, 0x2066...0x2069: true
-    default: false
-    }
-  }
-
-  /// JSON text in which those characters stand as \u escapes too: json-c does so below 0x20 only. They occur within strings alone, but for
-  /// the newlines of the layout.
-  private static func escaped(_ text: String) -> String {
-    guard text.unicodeScalars.contains(where: { isUnsafe($0) && $0 != "\n" }) else { return text }
-    var result = ""
-    for scalar in text.unicodeScalars {
-      if !isUnsafe(scalar) || scalar == "\n" {
-        result.unicodeScalars.append(scalar)
-      } else {
-        let digits = String(scalar.value, radix: 16)
-        result += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
-      }
-    }
-    return result
-  }
+  static func printable(_ text: String, keepsLines: Bool = false) -> String { text.visible(keepsLines: keepsLines) }
 
   /// Writes all of it. A reader that went away ends the program (SIGPIPE).
   static func write(_ descriptor: Int32, _ text: String) {

@@ -124,10 +124,8 @@ struct Attach: ParsableCommand {
   var backend: GuestName?
   @Flag(help: "With --backend: the guest may only read.")
   var readOnly = false
-  @Option(help: "With --backend: seconds to wait for the guest's driver.")
+  @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Seconds.whole)
   var wait = 30
-
-  func validate() throws { try check("--wait", wait, 0...86_400) }
 
   func run() throws {
     if let backend { return try attach(over: backend) }
@@ -159,17 +157,15 @@ struct Detach: ParsableCommand {
   @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/spare0.")
   var device: DeviceName
-  @Option(help: "Seconds to wait for requests in flight.")
-  var deadline: Int64 = 10
+  @Option(help: "Seconds to wait for requests in flight.", transform: Seconds.whole)
+  var deadline = 10
   @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false
-
-  func validate() throws { try check("--deadline", deadline, 0...3600) }
 
   func run() throws {
     if xenbus { return try detachXenbus() }
     try Outcome.change(
-      connection, "device.detach", of: .device(device), options, [.init(name: "seconds", value: .integer(deadline))],
-      until: Outcome(good: ["device.detached"], seconds: deadline + 30))
+      connection, "device.detach", of: .device(device), options, [.init(name: "seconds", value: .count(deadline))],
+      until: Outcome(good: ["device.detached"], seconds: Int64(deadline) + 30))
   }
 }

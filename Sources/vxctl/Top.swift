@@ -13,7 +13,7 @@ struct Top: ParsableCommand {
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between refreshes, 0.1 to 3600.")
+  @Option(help: "Seconds between refreshes, 0.1 to 3600.", transform: Seconds.pause)
   var interval = 2.0
   @Option(help: "What to sort by.")
   var sort = Order.bytes
@@ -21,9 +21,6 @@ struct Top: ParsableCommand {
   var count: Int?
 
   func validate() throws {
-    try check("--interval", interval, 0.1...3600)
-    // Not even within the range.
-    guard !interval.isNaN else { throw ValidationError("--interval: expected a number from 0.1 to 3600") }
     try check("--count", count, 1...Int.max)
     guard !connection.json else { throw ValidationError("--json: 'top' has no JSON form; use 'vxctl list --json'") }
   }

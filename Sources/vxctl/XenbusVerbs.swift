@@ -97,7 +97,7 @@ extension Detach {
       let name = "\(device.guest.plain)/\(device.device)"
       if options.dryRun { return ["text": .string("would do: detach \(name)"), "device": .string(name)] }
       try disk.requestEnd()
-      let inTime = disk.wait(seconds: Int(clamping: deadline)) { disk.hasEnded }
+      let inTime = disk.wait(seconds: deadline) { disk.hasEnded }
       var words = "detached"
       if !inTime {
         try disk.forceEnd()
@@ -126,12 +126,10 @@ struct Reattach: ParsableCommand {
   var json = false
   @Option(help: "Name or number of the domain that serves the devices from now on.")
   var backend: GuestName
-  @Option(help: "Seconds to wait for the guests' drivers.")
+  @Option(help: "Seconds to wait for the guests' drivers.", transform: Seconds.whole)
   var wait = 60
   @Argument(help: "Only this guest's devices: its name or number.")
   var guest: GuestName?
-
-  func validate() throws { try check("--wait", wait, 0...86_400) }
 
   func run() throws {
     try Toolstack.run(json) { store throws(ToolstackDevice.Fault) in

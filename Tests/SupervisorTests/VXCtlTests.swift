@@ -244,7 +244,7 @@ import Testing
         let text = run.output + run.errors
         #expect(!text.isEmpty, "\(verb)")
         let bad = text.unicodeScalars.filter {
-          $0 != "\n" && ($0.value < 0x20 || (0x7f..<0xa0).contains($0.value) || $0.value == 0x202e)
+          $0 != "\n" && $0 != "\t" && ($0.value < 0x20 || (0x7f..<0xa0).contains($0.value) || $0.value == 0x202e)
         }
         #expect(bad.isEmpty, "\(verb) \(asks): \(bad.map { String($0.value, radix: 16) })")
         #expect(!text.split(separator: "\n").contains { $0.hasPrefix("\tforged") || $0.hasPrefix("forged") }, "\(verb)")
@@ -253,7 +253,7 @@ import Testing
     }
     #expect(
       ProgramRun.vxctl("list", "--socket", socket).output.contains(
-        #"w\x1b[2Je\x07\x9b31mb\x7f1\x85\u{202e}x\x0d\x0a\x09forged"#))
+        #"w\u001b[2Je\u0007\u009b31mb\u007f1\u0085\u202ex\u000d\u000a\#tforged"#))
     // As JSON, the names are what they were.
     let list = try JSONText.parse(Array(ProgramRun.vxctl("list", "--json", "--socket", socket).output.utf8))
     #expect(list.arrayValue?.first?["guest"]?.stringValue == hostile)
