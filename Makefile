@@ -4,7 +4,7 @@ SHELL := /bin/bash
 SWIFT_RELEASE := -c release --static-swift-stdlib
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install
+.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -16,7 +16,8 @@ help:
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
-	@echo 'make install  binaries, unit and ACPI table below DESTDIR (default /)'
+	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
+	@echo 'make install  the same files below DESTDIR (default /)'
 
 deps:
 	@deploy/build/install-dependencies
@@ -29,6 +30,10 @@ build: deps
 api: deps
 	swift build --product vxd
 	.build/debug/vxd --describe-api > deploy/control-api.json
+
+# vxd-profiles(5), generated from docs/profiles.md; Tests/check-documents compares them.
+man:
+	deploy/man/from-markdown vxd-profiles 5 'options of disks, guests and their devices' <docs/profiles.md >deploy/man/vxd-profiles.5
 
 lint: deps
 	Tests/lint
@@ -72,7 +77,9 @@ bench: deps
 	.build/release/vxd-bench rates
 
 DESTDIR ?= /
-install: build
+install: build install-files
+
+install-files:
 	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
 	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
 	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
@@ -82,12 +89,16 @@ install: build
 	install -D -m 644 deploy/sysctl.conf $(DESTDIR)/usr/lib/sysctl.d/50-vxd.conf
 	install -D -m 644 deploy/man/vxd.8 $(DESTDIR)/usr/share/man/man8/vxd.8
 	install -D -m 644 deploy/man/vxctl.1 $(DESTDIR)/usr/share/man/man1/vxctl.1
+	install -D -m 644 deploy/man/vxd-profiles.5 $(DESTDIR)/usr/share/man/man5/vxd-profiles.5
+	install -d $(DESTDIR)/usr/share/doc/vxd/docs
+	install -m 644 README.md CHANGELOG.md SECURITY.md $(DESTDIR)/usr/share/doc/vxd/
+	install -m 644 docs/*.md $(DESTDIR)/usr/share/doc/vxd/docs/
 	install -D -m 644 deploy/grafana/vxd.json $(DESTDIR)/usr/share/vxd/grafana.json
 	install -D -m 644 deploy/prometheus/alerts.yml $(DESTDIR)/usr/share/vxd/alerts.yml
 	install -D -m 644 deploy/control-api.json $(DESTDIR)/usr/share/vxd/control-api.json
 	install -d $(DESTDIR)/usr/share/bash-completion/completions $(DESTDIR)/usr/share/zsh/vendor-completions \
 	  $(DESTDIR)/usr/share/fish/vendor_completions.d
-	.build/release/vxctl --generate-completion-script bash > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
+	.build/release/vxctl --generate-completion-script bash | sed '1{/^#!/d}' > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
 	.build/release/vxctl --generate-completion-script zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_vxctl
 	.build/release/vxctl --generate-completion-script fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/vxctl.fish
 	install -D -m 644 deploy/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/vxd.conf
@@ -97,5 +108,11 @@ install: build
 	install -m 644 deploy/guest-module/* $(DESTDIR)/usr/src/virtio-xenbus-1.0/
 	install -D -m 644 deploy/profiles.example.json $(DESTDIR)/usr/share/vxd/profiles.example.json
 
+# Packs, checks with lintian; Tests/check-packages tries the packages in a chroot.
+deb: build
+	@deploy/build/install-dependencies debhelper dh-dkms lintian
+	deploy/debian/build
+	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file build/deb/*.deb
+
 clean:
-	rm -rf .build
+	rm -rf .build build

@@ -15,8 +15,8 @@ package final class ControlClient {
     package var message: String {
       switch self {
       case .unreachable(let path, let reason):
-        "vxd does not answer on \(path): \(reason). Is it running (systemctl status vxd)? Is --socket right?"
-      case .protocolBroken(let what): "vxd's answer cannot be used: \(what)"
+        "cannot connect to vxd on \(path): \(reason). Is it running (systemctl status vxd)? Is --socket right?"
+      case .protocolBroken(let what): "no usable answer from vxd: \(what)"
       case .refused(let fault): fault.message
       }
     }
@@ -51,7 +51,8 @@ package final class ControlClient {
       if let error = reply["error"] {
         throw .refused(
           ControlFault(
-            code: error["code"]?.integerValue ?? 0, message: error["message"]?.stringValue ?? "an error without words",
+            code: error["code"]?.integerValue ?? 0,
+            message: error["message"]?.stringValue ?? "an error without a message",
             data: error["data"] ?? .null))
       }
       guard let result = reply["result"] else { throw .protocolBroken("neither result nor error") }
@@ -92,7 +93,7 @@ package final class ControlClient {
     do throws(JSONText.Fault) {
       return try JSONText.parse(message)
     } catch {
-      throw .protocolBroken("no JSON: \(error)")
+      throw .protocolBroken("not JSON: \(error.message)")
     }
   }
 }

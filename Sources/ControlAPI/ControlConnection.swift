@@ -19,6 +19,15 @@ package final class ControlConnection {
   private var lastEvent: Int64 = 0
   /// The client is gone, or is to be dropped.
   package var isOver = false
+  /// The client sends no more; it still gets what it asked for, and a subscriber its events, until it closes altogether.
+  private var hasEnded = false
+  /// The client takes no more: what it has sent is still done.
+  private var isGone = false
+  /// Messages that were read and wait for room for their answers, from `next` on.
+  private var pending: [FrameReader.Item] = []
+  private var next = 0
+  /// Messages answered at a time, so that a client with many holds up nobody else's.
+  private static let turn = 16
   /// Bytes that may wait for a client; one that lets more pile up is dropped.
   private static let outgoingLimit = 8 << 20
   /// Above this no further request is read until some of it is taken.
@@ -39,18 +48,42 @@ package final class ControlConnection {
 
   private var waiting: Int { outgoing.count - sent }
 
+  private var hasPending: Bool { next < pending.count }
+
+  private var mayAnswer: Bool { waiting < Self.outgoingPause && hasPending }
+
+  /// Writable also means: its turn again.
   var interest: UInt32 {
-    (waiting > 0 ? EPOLLOUT.rawValue : 0) | (waiting < Self.outgoingPause ? EPOLLIN.rawValue : 0)
+    (waiting > 0 || mayAnswer ? EPOLLOUT.rawValue : 0)
+      | (waiting < Self.outgoingPause && !hasPending && !hasEnded ? EPOLLIN.rawValue : 0)
   }
 
-  /// Reads what has come, and answers it.
   package func receive() {
+    guard !hasPending, !hasEnded else { return }
+    (pending, next) = ([], 0)
     var buffer = [UInt8](repeating: 0, count: 65536)
     let count = read(raw, &buffer, buffer.count)
-    if count == 0 || (count < 0 && errno != EAGAIN && errno != EINTR) { isOver = true }
-    guard count > 0 else { return }
-    for item in reader.append(buffer[..<count]) {
-      switch item {
+    if count < 0 && errno != EAGAIN && errno != EINTR { isOver = true }
+    if count == 0 {
+      hasEnded = true
+      if let last = reader.finish() { pending.append(last) }
+    }
+    if count > 0 { pending += reader.append(buffer[..<count]) }
+  }
+
+  /// Nobody reads any more.
+  func hungUp() {
+    isGone = true
+    (outgoing, sent) = ([], 0)
+  }
+
+  /// Answers some of what was read, as far as there is room.
+  private func work() {
+    var left = Self.turn
+    while left > 0, mayAnswer {
+      left -= 1
+      next += 1
+      switch pending[next - 1] {
       case .message(let message): answer(message)
       case .tooLong:
         send(
@@ -102,14 +135,17 @@ package final class ControlConnection {
   }
 
   private func send(_ message: JSONValue) {
+    guard !isGone else { return }
     outgoing.append(contentsOf: JSONText.text(message).utf8)
     outgoing.append(0x0a)
     if waiting > Self.outgoingLimit { isOver = true }
   }
 
-  /// Sends what the client takes now.
+  /// Answers and sends what can be; afterwards `isOver` says whether the connection has come to its end.
   package func flush() {
+    work()
     push()
+    defer { if hasEnded && !hasPending && waiting == 0 && (!isSubscribed || isGone) { isOver = true } }
     guard waiting == 0, missedFrom != 0, !isOver else { return }
     sendDropped(from: missedFrom, to: lastEvent)
     missedFrom = 0
@@ -123,7 +159,7 @@ package final class ControlConnection {
       }
       if count < 0 {
         if errno == EINTR { continue }
-        if errno != EAGAIN { isOver = true }
+        if errno != EAGAIN { hungUp() }
         break
       }
       sent += count

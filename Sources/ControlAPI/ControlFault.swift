@@ -25,7 +25,7 @@ package struct ControlFault: Error, Equatable {
 
   package static func methodNotFound(_ method: String) -> ControlFault {
     ControlFault(
-      code: -32601, message: "there is no method '\(method)'",
+      code: -32601, message: "unknown method '\(method)'",
       data: ["field": "method", "remedy": "rpc.discover lists the methods"])
   }
 

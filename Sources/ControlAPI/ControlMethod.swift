@@ -52,10 +52,11 @@ package struct ControlMethod: Sendable {
     self.summary = summary
     self.parameters =
       parameters + [
-        ControlParameter("dryRun", "boolean", required: false, "Check and tell, and change nothing."),
+        ControlParameter(
+          "dryRun", "boolean", required: false, "Check everything and report what would be done; change nothing."),
         ControlParameter(
           "idempotencyKey", "string", required: false,
-          "A name of the caller's for this change: said twice, it is done once."),
+          "A key for this change: repeating the request with the same key has no further effect."),
       ]
     result = ["type": "object"]
     body = { parameters throws(ControlFault) in
@@ -140,7 +141,7 @@ package struct ControlMethods: Sendable {
     } catch {
       let fault: ControlFault =
         switch error {
-        case .syntax(let words, let offset): .parse("this is no JSON: \(words)", offset: offset)
+        case .syntax(let words, let offset): .parse("not JSON: \(words), at byte \(offset)", offset: offset)
         case .tooDeep: .parse("the message is nested deeper than \(JSONText.depthLimit) levels", offset: 0)
         case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request a line")
         }
@@ -166,8 +167,8 @@ package struct ControlMethods: Sendable {
       guard let id else { return nil }
       return ["jsonrpc": "2.0", "result": result, "id": id]
     } catch {
-      // A request that is none cannot be told from a notification: it is answered.
-      if id == nil && error.code != -32600 { return nil }
+      // A notification is a request without an id, whatever else is wrong with it (JSON-RPC 2.0, 4.1). What is no request at all is answered.
+      if id == nil, request["jsonrpc"]?.stringValue == "2.0", request["method"]?.stringValue != nil { return nil }
       return Self.reply(error: error, id: id ?? .null)
     }
   }
@@ -190,16 +191,22 @@ package struct ControlMethods: Sendable {
     default: break
     }
     guard let method = methods[name] else { throw .methodNotFound(name) }
-    let parameters = request["params"] ?? .object([])
-    guard case .object = parameters else {
-      throw .invalidRequest("'params' must be an object", field: "params", remedy: "give parameters by name")
+    let parameters: JSONValue
+    switch request["params"] {
+    // Generated clients send [] where there are none.
+    case nil, .some(.null), .some(.array([])): parameters = .object([])
+    case .some(.object(let members)): parameters = .object(members)
+    case .some(let other):
+      throw ControlFault(
+        code: -32602, message: "'params' must be an object, not \(other.kind)",
+        data: ["field": "params", "remedy": "give parameters by name; rpc.discover describes them"])
     }
     guard role >= method.role else {
       throw ControlFault(
-        code: -32005, message: "'\(name)' is for \(method.role.name), and you may \(role.name)",
+        code: -32005, message: "permission denied: '\(name)' requires role \(method.role.name); you have \(role.name)",
         data: [
           "field": "method",
-          "remedy": .string("call it as root, or be in a group of vxd's --\(method.role.name)-group"),
+          "remedy": .string("run it as root, or as a member of a group of vxd's --\(method.role.name)-group"),
         ])
     }
     try method.check(parameters)

@@ -62,8 +62,9 @@ package final class ControlServer: @unchecked Sendable {
   private func serve(_ raw: Int32, _ events: UInt32) {
     guard let connection = clients[raw] else { return }
     if events & EPOLLIN.rawValue != 0 { connection.receive() }
+    // With EPOLLIN there is still something to read; the end shows there.
     if events & (EPOLLERR.rawValue | EPOLLHUP.rawValue) != 0 && events & EPOLLIN.rawValue == 0 {
-      connection.isOver = true
+      connection.hungUp()
     }
     settle(connection)
   }

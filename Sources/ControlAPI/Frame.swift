@@ -30,6 +30,13 @@ package struct FrameReader {
     return items
   }
 
+  /// What the stream's end leaves: a last line needs no newline.
+  package mutating func finish() -> Item? {
+    guard !isSkipping, !pending.isEmpty else { return nil }
+    defer { pending = [] }
+    return .message(pending)
+  }
+
   private mutating func take(_ bytes: some Collection<UInt8>, _ items: inout [Item]) {
     guard !isSkipping else { return }
     guard pending.count + bytes.count <= Self.limit else {

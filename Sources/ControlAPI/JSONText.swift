@@ -10,16 +10,27 @@ package enum JSONText {
     case syntax(String, offset: Int)
     case tooDeep
     case empty
+
+    package var message: String {
+      switch self {
+      case .syntax(let words, let offset): "\(words), at byte \(offset)"
+      case .tooDeep: "nested deeper than \(JSONText.depthLimit) levels"
+      case .empty: "the text is empty"
+      }
+    }
   }
 
+  /// Reads one JSON value (RFC 8259).
+  ///
   /// - Throws: for text that is no JSON value, has something behind it, is nested too deep, or is not UTF-8.
   package static func parse(_ text: [UInt8]) throws(Fault) -> JSONValue {
     guard text.contains(where: { $0 != 0x20 && $0 != 0x09 && $0 != 0x0d && $0 != 0x0a }) else { throw .empty }
+    let prepared = try JSONScanner.prepare(text)
     guard let tokener = json_tokener_new_ex(depthLimit) else { throw .syntax("out of memory", offset: 0) }
     defer { json_tokener_free(tokener) }
     json_tokener_set_flags(tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8)
     // A newline behind the text ends a bare number, which json-c would else go on reading.
-    let terminated = text + [0x0a]
+    let terminated = prepared + [0x0a]
     let object = terminated.withUnsafeBytes {
       json_tokener_parse_ex(tokener, $0.bindMemory(to: CChar.self).baseAddress, Int32(clamping: $0.count))
     }
@@ -32,7 +43,8 @@ package enum JSONText {
         error == json_tokener_continue ? "the text ends too early" : String(cString: json_tokener_error_desc(error))
       throw .syntax(words, offset: min(offset, text.count))
     }
-    guard text[min(offset, text.count)...].allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0d || $0 == 0x0a }) else {
+    guard prepared[min(offset, prepared.count)...].allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0d || $0 == 0x0a })
+    else {
       throw .syntax("something follows the value", offset: offset)
     }
     return value(of: object)
@@ -43,7 +55,19 @@ package enum JSONText {
     switch json_object_get_type(object) {
     case json_type_boolean: return .bool(json_object_get_boolean(object) != 0)
     case json_type_int: return .integer(json_object_get_int64(object))
-    case json_type_double: return .number(json_object_get_double(object))
+    case json_type_double:
+      // json-c keeps the text of a double that it has read.
+      guard let start = json_object_to_json_string_ext(object, JSON_C_TO_STRING_PLAIN) else { return .null }
+      var text = String(cString: start)
+      if text.hasSuffix(JSONScanner.mark), Int64(text.dropLast(JSONScanner.mark.count)) == nil,
+        text.dropLast(JSONScanner.mark.count).utf8.allSatisfy({
+          $0 == UInt8(ascii: "-") || $0 >= UInt8(ascii: "0") && $0 <= UInt8(ascii: "9")
+        })
+      {
+        text.removeLast(JSONScanner.mark.count)
+      }
+      let number = json_object_get_double(object)
+      return "\(number)" == text ? .number(number) : .exact(text)
     case json_type_string:
       let length = Int(json_object_get_string_len(object))
       guard let start = json_object_get_string(object) else { return .string("") }
@@ -82,7 +106,9 @@ package enum JSONText {
     case .null: return nil
     case .bool(let flag): return json_object_new_boolean(flag ? 1 : 0)
     case .integer(let number): return json_object_new_int64(number)
-    case .number(let number): return json_object_new_double(number)
+    // The shortest text that means the number; json-c's own has 17 digits. JSON knows neither NaN nor infinity.
+    case .number(let number): return number.isFinite ? json_object_new_double_s(number, "\(number)") : nil
+    case .exact(let text): return json_object_new_double_s(0, text)
     case .string(let text):
       var text = text
       return text.withUTF8 { bytes in

@@ -4,6 +4,9 @@ package enum JSONValue: Equatable, Sendable {
   case bool(Bool)
   case integer(Int64)
   case number(Double)
+  /// A number in the words of its sender, where neither an Int64 nor a Double's own text is the same: `18446744073709551615`, `1e3`. So that an
+  /// id comes back as it was.
+  case exact(String)
   case string(String)
   case array([JSONValue])
   case object([Member])
@@ -40,7 +43,7 @@ package enum JSONValue: Equatable, Sendable {
     case .null: "null"
     case .bool: "boolean"
     case .integer: "integer"
-    case .number: "number"
+    case .number, .exact: "number"
     case .string: "string"
     case .array: "array"
     case .object: "object"

@@ -2,12 +2,14 @@ import CLinux
 package import EventLoop
 import Glibc
 
-/// Answers HTTP GET /metrics with a text: on a Unix socket and, where wanted, on a TCP port of the loopback. One request a connection
-/// (RFC 9110's least: HTTP/1.0 with Connection: close, which scrapers and curl take).
+/// Answers HTTP GET and HEAD of /metrics with a text: on a Unix socket and, where wanted, on a TCP port of the loopback. One request a
+/// connection (HTTP/1.0 with Connection: close, which scrapers and curl take). Who asks for OpenMetrics gets it, others Prometheus' text
+/// format.
 package final class MetricsServer: @unchecked Sendable {
   // Invariant behind @unchecked Sendable: everything but the immutable parts is touched on the server's thread only.
 
-  private static let requestLimit = 8192
+  /// Read and dropped after the answer, so that a client which still sends reads the answer before the connection is reset.
+  private static let lingerLimit = 1 << 16
   private static let clientLimit = 64
   /// A client that has not sent its request, or taken its answer, by then is dropped.
   private static let patience: UInt64 = 10_000
@@ -16,11 +18,12 @@ package final class MetricsServer: @unchecked Sendable {
     let descriptor: OwnedDescriptor
     var token: EventLoop.Token?
     var timer: UInt64 = 0
-    var request: [UInt8] = []
-    /// Bytes of it in which no end was found.
-    var searched = 0
+    var head: [UInt8] = []
+    var boundary = MetricsRequest.Boundary()
     var answer: [UInt8] = []
     var sent = 0
+    /// Bytes dropped after the answer; nil before its end.
+    var lingered: Int?
 
     init(_ raw: Int32) { descriptor = OwnedDescriptor(adopting: raw) }
   }
@@ -36,7 +39,8 @@ package final class MetricsServer: @unchecked Sendable {
   /// - Parameters:
   ///   - path: of the Unix socket.
   ///   - port: of 127.0.0.1; nil for none.
-  ///   - text: makes the answer, on the server's thread.
+  ///   - contentType: of OpenMetrics.
+  ///   - text: makes the answer as OpenMetrics text, on the server's thread.
   /// - Throws: EADDRINUSE when somebody else listens there.
   package init(path: String, port: UInt16?, contentType: String, text: @escaping @Sendable () -> String) throws(Errno) {
     self.text = text
@@ -102,54 +106,82 @@ package final class MetricsServer: @unchecked Sendable {
 
   private func serve(_ raw: Int32) {
     guard let client = clients[raw] else { return }
-    if client.answer.isEmpty {
-      var buffer = [UInt8](repeating: 0, count: 4096)
-      let count = read(raw, &buffer, buffer.count)
-      if count < 0 && (errno == EAGAIN || errno == EINTR) { return }
-      guard count > 0 else { return end(client) }
-      client.request += buffer[..<count]
-      guard let end = Self.endOfHead(client.request, from: client.searched) else {
-        client.searched = client.request.count
-        if client.request.count > Self.requestLimit { self.end(client) }
-        return
-      }
-      client.answer = answer(String(decoding: client.request[..<end], as: UTF8.self))
-      if let token = client.token { try? thread.loop.modify(token, events: EPOLLOUT.rawValue) }
-    }
+    if client.lingered != nil { return linger(client) }
+    if client.answer.isEmpty { receive(client) }
+    guard !client.answer.isEmpty else { return }
     while client.sent < client.answer.count {
       let count = client.answer.withUnsafeBytes {
         send(raw, $0.baseAddress.map { $0 + client.sent }, client.answer.count - client.sent, Int32(MSG_NOSIGNAL))
       }
       if count < 0 && errno == EINTR { continue }
       if count < 0 && errno == EAGAIN { return }
-      guard count > 0 else { break }
+      guard count > 0 else { return end(client) }
       client.sent += count
     }
-    end(client)
+    shutdown(raw, Int32(SHUT_WR))
+    client.lingered = 0
+    if let token = client.token { try? thread.loop.modify(token, events: EPOLLIN.rawValue) }
+    linger(client)
   }
 
-  /// - Parameter searched: bytes in which there was none; an end may begin in the last three of them.
-  private static func endOfHead(_ bytes: [UInt8], from searched: Int) -> Int? {
-    let first = max(0, searched - 3)
-    guard bytes.count >= first + 4 else { return nil }
-    return (first...(bytes.count - 4)).first { bytes[$0..<($0 + 4)].elementsEqual([13, 10, 13, 10]) }
+  private func receive(_ client: Client) {
+    var buffer = [UInt8](repeating: 0, count: 4096)
+    let count = read(client.descriptor.raw, &buffer, buffer.count)
+    if count < 0 && (errno == EAGAIN || errno == EINTR) { return }
+    guard count > 0 else { return end(client) }
+    for byte in buffer[..<count] {
+      client.head.append(byte)
+      if client.boundary.ends(with: byte) {
+        client.answer = answer(client.head)
+        break
+      }
+      guard client.head.count < MetricsRequest.limit else {
+        client.answer = Self.response(
+          "431 Request Header Fields Too Large", "text/plain",
+          "expected a request of at most \(MetricsRequest.limit) bytes\n")
+        break
+      }
+    }
+    if !client.answer.isEmpty, let token = client.token { try? thread.loop.modify(token, events: EPOLLOUT.rawValue) }
   }
 
-  private func answer(_ head: String) -> [UInt8] {
-    let words = head.prefix { $0 != "\r\n" && $0 != "\r" }.split(separator: " ")
-    func response(_ status: String, _ type: String, _ body: String) -> [UInt8] {
-      Array(
-        "HTTP/1.0 \(status)\r\nContent-Type: \(type)\r\nContent-Length: \(body.utf8.count)\r\nConnection: close\r\n\r\n\(body)"
-          .utf8)
+  /// Until the client has closed its side.
+  private func linger(_ client: Client) {
+    var buffer = [UInt8](repeating: 0, count: 4096)
+    while true {
+      let count = read(client.descriptor.raw, &buffer, buffer.count)
+      if count < 0 && errno == EINTR { continue }
+      if count < 0 && errno == EAGAIN { return }
+      let total = (client.lingered ?? 0) + max(count, 0)
+      client.lingered = total
+      guard count > 0, total <= Self.lingerLimit else { return end(client) }
     }
-    guard words.count == 3, words[2].hasPrefix("HTTP/1.") else {
-      return response("400 Bad Request", "text/plain", "this is no HTTP request\n")
+  }
+
+  private static func response(
+    _ status: String, _ type: String, _ body: String, _ more: String = "", isHead: Bool = false
+  ) -> [UInt8] {
+    Array(
+      ("HTTP/1.0 \(status)\r\nContent-Type: \(type)\r\nContent-Length: \(body.utf8.count)\r\n\(more)Connection: close\r\n\r\n"
+        + (isHead ? "" : body)).utf8)
+  }
+
+  private func answer(_ head: [UInt8]) -> [UInt8] {
+    guard let request = MetricsRequest(head) else {
+      return Self.response("400 Bad Request", "text/plain", "not an HTTP/1 request\n")
     }
-    guard words[0] == "GET" else { return response("405 Method Not Allowed", "text/plain", "only GET is\n") }
-    guard words[1] == "/metrics" || words[1].hasPrefix("/metrics?") else {
-      return response("404 Not Found", "text/plain", "/metrics is all there is\n")
+    let isHead = request.method == "HEAD"
+    guard isHead || request.method == "GET" else {
+      return Self.response(
+        "405 Method Not Allowed", "text/plain", "method not allowed; use GET or HEAD\n", "Allow: GET, HEAD\r\n")
     }
-    return response("200 OK", contentType, text())
+    guard request.path == "/metrics" else {
+      return Self.response("404 Not Found", "text/plain", "not found; try /metrics\n", isHead: isHead)
+    }
+    let openMetrics = AcceptHeader.prefersOpenMetrics(request.values("accept"))
+    return Self.response(
+      "200 OK", openMetrics ? contentType : PrometheusText.contentType,
+      openMetrics ? text() : PrometheusText.from(openMetrics: text()), "Vary: Accept\r\n", isHead: isHead)
   }
 
   /// Ends the server; the socket's file is removed.

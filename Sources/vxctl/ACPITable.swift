@@ -5,7 +5,7 @@ import Xen
 /// `vxctl acpi-table`: the SSDT that tells an x86 HVM guest of its virtio-mmio slots.
 struct ACPITable: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "acpi-table", abstract: "Writes the ACPI table of the virtio-mmio slots, for acpi_firmware= of xl.",
+    commandName: "acpi-table", abstract: "Write the ACPI table of the virtio-mmio slots, for acpi_firmware= of xl.",
     discussion: "vxd must run with the same number of slots (vxd --slots).")
 
   @Option(help: "Number of slots, 1 to \(SlotTable.maximumCount).")
@@ -15,9 +15,7 @@ struct ACPITable: ParsableCommand {
   var file: String
 
   func validate() throws {
-    guard (1...SlotTable.maximumCount).contains(slots) else {
-      throw ValidationError("--slots: \(slots) is not from 1 to \(SlotTable.maximumCount).")
-    }
+    try check("--slots", slots, 1...SlotTable.maximumCount)
   }
 
   func run() throws {
@@ -33,6 +31,3 @@ struct ACPITable: ParsableCommand {
     }
   }
 }
-
-/// Sends what was printed on its way, for readers of a pipe.
-func flushOutput() { fflush(nil) }

@@ -8,36 +8,38 @@ import Glibc
 /// `vxctl console GUEST [PORT]`: the terminal of a guest.
 struct Console: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "console", abstract: "Attaches this terminal to a guest's console, or to another port of it.",
+    commandName: "console", abstract: "Attach this terminal to a guest's console, or to another port of it.",
     discussion: """
-      What the port remembers is shown first. Many may watch, one writes. Ctrl-] ends it; the guest goes on. The terminal's size goes to the \
-      guest as it changes.
+      Recent output (scrollback) is shown on attach. Many can watch; one has the keyboard. Ctrl-] detaches. The guest follows the terminal's \
+      size.
       """)
 
   @OptionGroup var connection: ConnectionOptions
-  @Flag(help: "Only watch.")
+  @Flag(help: "Only watch; leave the keyboard to others.")
   var readOnly = false
-  @Flag(help: "Take the keyboard from whoever has it now.")
+  @Flag(help: "Take over the keyboard from another user.")
   var take = false
-  @Option(name: .customLong("console"), help: "Which console device; the guest's first otherwise.")
+  @Option(name: .customLong("console"), help: "Which console device; by default the guest's first.")
   var device: String?
-  @Option(help: "For scripts: end after so many seconds.", transform: Seconds.whole)
+  @Option(help: "For scripts: detach after this many seconds.", transform: Seconds.whole)
   var seconds: Int?
   @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
   var size: WindowSize?
   @Argument(help: "Name or domain number of the guest.")
-  var guest: String
-  @Argument(help: "Name or number of the port; the console otherwise.")
+  var guest: GuestName
+  @Argument(help: "Name or number of the port; by default the console.")
   var port: String?
 
   func run() throws {
     var path: String?
     try connection.run { client throws(ControlClient.Failure) in
-      var members: [JSONValue.Member] = [.init(name: "guest", value: .string(guest))]
+      var members: [JSONValue.Member] = [
+        .init(name: "guest", value: .string(try guest.known(to: client).parameter))
+      ]
       if let port { members.append(.init(name: "port", value: .string(port))) }
       if let device { members.append(.init(name: "device", value: .string(device))) }
       let found = try client.call("console.find", .object(members))
-      if connection.json { printJSON(found) }
+      if connection.json { Output.json(found) }
       path = found["path"]?.stringValue
     }
     guard let path, !connection.json else { return }
@@ -45,12 +47,13 @@ struct Console: ParsableCommand {
     do throws(Errno) {
       session = ConsoleSession(try UnixSocket.connect(path))
     } catch {
-      say("vxctl: '\(path)' cannot be connected to: \(error)\n       run this as root, where vxd runs\n")
+      Output.complain(
+        "cannot connect to '\(path)': \(error)", remedy: "run this as root, in the domain that vxd runs in")
       throw ExitCode(2)
     }
     let outcome = session.run(readOnly: readOnly, takes: take, seconds: seconds, size: size)
     if let outcome {
-      say("\(outcome)\n")
+      Output.complain(outcome)
       throw ExitCode(1)
     }
   }
@@ -84,14 +87,6 @@ struct WindowSize: ExpressibleByArgument, Equatable {
   var frame: ConsoleFrame {
     ConsoleFrame(.size, [columns, rows].flatMap { [UInt8($0 >> 8), UInt8($0 & 255)] })
   }
-}
-
-/// What is written beside the guest's output.
-private func say(_ text: String) {
-  // A terminal in raw mode needs the carriage return.
-  var text = text.split(separator: "\r", omittingEmptySubsequences: false).map { String($0).visible }
-    .joined(separator: "\r")
-  text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
 }
 
 /// A connection to a port, and the terminal in raw mode.
@@ -145,7 +140,7 @@ private final class ConsoleSession {
     if !readOnly {
       guard send(ConsoleFrame(.write, [takes ? 1 : 0])) else { return lastWords() }
       makeRaw()
-      if saved != nil { say("Connected; Ctrl-] ends this.\r\n") }
+      if saved != nil { Output.write(2, "Connected; Ctrl-] detaches.\r\n") }
     }
     let end = seconds.map { EventLoop.now() + UInt64($0) * 1_000_000_000 }
     var shown: WindowSize?
@@ -167,7 +162,7 @@ private final class ConsoleSession {
       ]
       guard poll(&waits, 2, timeout) >= 0 else {
         if errno == EINTR { continue }
-        return "vxctl: \(Errno.last)"
+        return "\(Errno.last)"
       }
       if waits[0].revents != 0 {
         guard let words = receive() else { continue }
@@ -178,7 +173,7 @@ private final class ConsoleSession {
         switch readKeys() {
         case .some(true): break
         case .some(false): return nil
-        // Whoever pipes something in still wants to see the answer.
+        // A script that pipes its input in still wants to see the answer.
         case nil: hasInput = false
         }
       }
@@ -190,34 +185,33 @@ private final class ConsoleSession {
   private func lastWords() -> String {
     restore()
     let words = receive() ?? ""
-    return words.isEmpty ? "vxctl: vxd has closed the connection" : words
+    return words.isEmpty ? "vxd has closed the connection" : words
   }
 
-  /// - Returns: nil to go on; else why not, empty for no reason at all.
+  /// - Returns: nil to continue; else why not, empty for no reason at all.
   private func receive() -> String? {
     var bytes = [UInt8](repeating: 0, count: 8192)
     let count = read(descriptor, &bytes, bytes.count)
-    guard count > 0 else { return count == 0 ? "" : "vxctl: \(Errno.last)" }
+    guard count > 0 else { return count == 0 ? "" : "\(Errno.last)" }
     reader.append(bytes[..<count])
     do throws(ConsoleFrameReader.Malformed) {
       while let frame = try reader.next() {
         switch frame.kind {
         case .data: frame.bytes.withUnsafeBytes { _ = write(1, $0.baseAddress, $0.count) }
         case .mode where frame.bytes.first == 0:
-          say("vxctl: somebody else has the keyboard; --take takes it\r\n")
+          Output.write(2, "vxctl: another user has the keyboard; --take takes it over\r\n")
         case .mode where frame.bytes.first == 2:
-          return "vxctl: you may not attach to consoles\n"
-            + "       call it as root, or be in a group of vxd's --operate-group"
+          return "permission denied: run this as root, or as a member of a group of vxd's --operate-group"
         default: break
         }
       }
     } catch {
-      return "vxctl: what vxd says makes no sense: are both of the same version?"
+      return "vxd's answer is not understood: are vxd and vxctl of the same version?"
     }
     return nil
   }
 
-  /// - Returns: whether to go on; nil at the end of the input.
+  /// - Returns: whether to continue; nil at the end of the input.
   private func readKeys() -> Bool? {
     var bytes = [UInt8](repeating: 0, count: 1024)
     let count = read(0, &bytes, bytes.count)

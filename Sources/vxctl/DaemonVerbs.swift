@@ -6,7 +6,7 @@ import Glibc
 /// Reads a file, or standard input for "-".
 func readText(_ path: String) throws -> [UInt8] {
   guard let file = fopen(path == "-" ? "/dev/stdin" : path, "re") else {
-    throw ValidationError("'\(path)' cannot be read: \(String(cString: strerror(errno)))")
+    throw ValidationError("cannot read '\(path)': \(String(cString: strerror(errno)))")
   }
   defer { fclose(file) }
   var text: [UInt8] = []
@@ -18,7 +18,7 @@ func readText(_ path: String) throws -> [UInt8] {
 /// `vxctl config check|diff|reload`: profiles before and after they are used.
 struct Config: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Profiles: check a file, see what it would change, use it.",
+    abstract: "Check a file of profiles, show what it would change, apply it.",
     subcommands: [Check.self, Difference.self, Reload.self])
 
   static func value(_ path: String) throws -> JSONValue {
@@ -26,12 +26,12 @@ struct Config: ParsableCommand {
     do throws(JSONText.Fault) {
       return try JSONText.parse(text)
     } catch {
-      throw ValidationError("'\(path)' is no JSON: \(error)")
+      throw ValidationError("'\(path)' is not JSON: \(error.message)")
     }
   }
 
   struct Check: ParsableCommand {
-    static let configuration = CommandConfiguration(abstract: "Checks a file of profiles, and names what is wrong.")
+    static let configuration = CommandConfiguration(abstract: "Check a file of profiles, and report what is wrong.")
 
     @OptionGroup var connection: ConnectionOptions
     @Argument(help: "The file; - for standard input.")
@@ -41,7 +41,7 @@ struct Config: ParsableCommand {
       let value = try Config.value(file)
       try connection.run { client throws(ControlClient.Failure) in
         let answer = try client.call("config.check", ["profiles": value])
-        if connection.json { printJSON(answer) } else { print("\(file) is correct") }
+        if connection.json { Output.json(answer) } else { Output.line("\(file) is correct") }
       }
     }
   }
@@ -49,7 +49,7 @@ struct Config: ParsableCommand {
   struct Difference: ParsableCommand {
     static let configuration = CommandConfiguration(
       commandName: "diff",
-      abstract: "What a file of profiles would change of the running devices, when those are opened again.")
+      abstract: "Show what a file of profiles would change for the running devices, once they are opened again.")
 
     @OptionGroup var connection: ConnectionOptions
     @Argument(help: "The file; - for standard input.")
@@ -59,82 +59,91 @@ struct Config: ParsableCommand {
       let value = try Config.value(file)
       try connection.run { client throws(ControlClient.Failure) in
         let answer = try client.call("config.diff", ["profiles": value])
-        if connection.json { return printJSON(answer) }
+        if connection.json { return Output.json(answer) }
         for device in answer.arrayValue ?? [] {
-          print("\(device.cell("guest"))/\(device.cell("device"))")
-          for change in device["changes"]?.arrayValue ?? [] { print("  \(change.stringValue ?? "")") }
+          Output.line("\(device.cell("guest"))/\(device.cell("device"))")
+          for change in device["changes"]?.arrayValue ?? [] {
+            Output.line("  \(Output.printable(change.stringValue ?? ""))")
+          }
         }
-        if answer.arrayValue?.isEmpty != false { print("nothing changes") }
+        if answer.arrayValue?.isEmpty != false { Output.line("nothing changes") }
       }
     }
   }
 }
 
-/// `vxctl reload`: the profiles anew.
+/// `vxctl reload`: reads the profiles again.
 struct Reload: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Reads the profiles again: for the disks that are opened from now on; limits and restart policies hold at once.")
+      "Read the profiles again: for devices that are opened from now on; limits and restart policies apply at once.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
 
-  func run() throws { try Outcome.change(connection, "config.reload", [], options) }
+  func run() throws { try Outcome.change(connection, "config.reload", of: .daemon, options) }
 }
 
 /// `vxctl log-level LEVEL`.
 struct LogLevelVerb: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "log-level", abstract: "Changes what vxd logs: debug, info, notice, warning, error, critical.")
+    commandName: "log-level", abstract: "Set the log level of vxd: debug, info, notice, warning, error, critical.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "The lowest level that is logged.")
+  @Argument(help: "The lowest level to log.")
   var level: String
 
   func run() throws {
-    try Outcome.change(connection, "log.level", [.init(name: "level", value: .string(level))], options)
+    try Outcome.change(
+      connection, "log.level", of: .daemon, options, [.init(name: "level", value: .string(level))])
   }
 }
 
 /// `vxctl shutdown`: the end of the daemon.
 struct Shutdown: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Ends vxd: guests keep their devices and wait for the next one, or lose them with --end.")
+    abstract: "Stop vxd: guests keep their devices and wait for the next vxd, or lose them with --end.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Flag(help: "End the devices for good: guests that run get I/O errors.")
+  @Flag(help: "End the devices for good: running guests get I/O errors.")
   var end = false
 
   func run() throws {
-    try Outcome.change(connection, "system.shutdown", [.init(name: "end", value: .bool(end))], options)
+    try Outcome.change(connection, "system.shutdown", of: .daemon, options, [.init(name: "end", value: .bool(end))])
   }
 }
 
 /// `vxctl metrics`: what Prometheus reads.
 struct MetricsVerb: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "metrics", abstract: "Prints the metrics, as OpenMetrics text.")
+    commandName: "metrics", abstract: "Print the metrics, as OpenMetrics text.")
 
   @Option(help: "The daemon's metrics socket.")
   var metricsSocket = "/run/vxd/metrics.sock"
 
   func run() throws {
     let raw: Int32
-    do {
+    do throws(Errno) {
       raw = try UnixSocket.connect(metricsSocket)
     } catch {
-      print("vxctl: vxd does not answer on \(metricsSocket): \(error)")
+      Output.complain(
+        "cannot connect to \(metricsSocket): \(error)",
+        remedy: "is vxd running (systemctl status vxd)? Is --metrics-socket right?")
       throw ExitCode(2)
     }
     defer { close(raw) }
-    var request = Array("GET /metrics HTTP/1.0\r\n\r\n".utf8)
-    _ = write(raw, &request, request.count)
+    Output.write(raw, "GET /metrics HTTP/1.0\r\nAccept: application/openmetrics-text\r\n\r\n")
     var answer: [UInt8] = []
     var buffer = [UInt8](repeating: 0, count: 65536)
     while case let count = read(raw, &buffer, buffer.count), count > 0 { answer += buffer[..<count] }
-    let end = (0..<max(0, answer.count - 3)).first { Array(answer[$0..<($0 + 4)]) == [13, 10, 13, 10] } ?? 0
-    print(String(decoding: answer[min(end + 4, answer.count)...], as: UTF8.self), terminator: "")
+    let head = (0..<max(0, answer.count - 3)).first { answer[$0..<($0 + 4)].elementsEqual([13, 10, 13, 10]) }
+    guard let head, String(decoding: answer.prefix(13), as: UTF8.self) == "HTTP/1.0 200 " else {
+      Output.complain(
+        "no usable answer on \(metricsSocket): '\(String(decoding: answer.prefix { $0 != 13 }, as: UTF8.self))'")
+      throw ExitCode(2)
+    }
+    Output.write(1, Output.printable(String(decoding: answer[(head + 4)...], as: UTF8.self), keepsLines: true))
   }
 }

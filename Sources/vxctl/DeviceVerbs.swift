@@ -3,18 +3,24 @@ import ControlAPI
 
 /// A device as operators name it: GUEST/DEVICE.
 struct DeviceName: ExpressibleByArgument {
-  let guest: String
+  let guest: GuestName
   let device: String
 
   init?(argument: String) {
-    let parts = argument.split(separator: "/", omittingEmptySubsequences: false)
-    guard parts.count == 2, !parts[0].isEmpty, !parts[1].isEmpty else { return nil }
-    (guest, device) = (String(parts[0]), String(parts[1]))
+    guard let slash = argument.lastIndex(of: "/"), let guest = GuestName(argument: String(argument[..<slash])) else {
+      return nil
+    }
+    self.guest = guest
+    device = String(argument[argument.index(after: slash)...])
+    guard !device.isEmpty else { return nil }
   }
 
   /// As parameters of the device methods.
-  var parameters: [JSONValue.Member] {
-    [.init(name: "guest", value: .string(guest)), .init(name: "device", value: .string(device))]
+  func parameters(_ client: ControlClient) throws(ControlClient.Failure) -> [JSONValue.Member] {
+    [
+      .init(name: "guest", value: .string(try guest.known(to: client).parameter)),
+      .init(name: "device", value: .string(device)),
+    ]
   }
 }
 
@@ -27,20 +33,20 @@ struct Device: ParsableCommand {
 /// `vxctl resume GUEST/DEVICE`: the end of a hold or a pause.
 struct Resume: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Lets a device go on that was held by errors of its store, or paused; what failed is tried again.")
+    abstract: "Resume a device that is held or paused; failed requests are executed again.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
   var device: DeviceName
 
-  func run() throws { try Outcome.change(connection, "device.resume", device.parameters, options) }
+  func run() throws { try Outcome.change(connection, "device.resume", of: .device(device), options) }
 }
 
 /// `vxctl pause GUEST/DEVICE`: its requests wait.
 struct Pause: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Stops a device's backend: the guest's requests wait until 'vxctl resume'.")
+    abstract: "Pause a device: the guest's requests wait until 'vxctl resume'.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
@@ -49,15 +55,14 @@ struct Pause: ParsableCommand {
 
   func run() throws {
     try Outcome.change(
-      connection, "device.pause", device.parameters, options, device: device.device,
-      until: Outcome(good: ["device.paused"]))
+      connection, "device.pause", of: .device(device), options, until: Outcome(good: ["device.paused"]))
   }
 }
 
 /// `vxctl restart GUEST/DEVICE`: a new backend, also out of quarantine.
 struct Restart: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Makes a device's backend anew, also out of quarantine; the guest sees a pause.")
+    abstract: "Restart a device's backend (also clears quarantine); the guest only sees a stall.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
@@ -66,7 +71,7 @@ struct Restart: ParsableCommand {
 
   func run() throws {
     try Outcome.change(
-      connection, "device.restart", device.parameters, options, device: device.device,
+      connection, "device.restart", of: .device(device), options,
       until: Outcome(
         good: ["device.restarted", "device.ready"],
         bad: ["device.failed", "device.quarantined", "device.faulted"]))
@@ -76,21 +81,20 @@ struct Restart: ParsableCommand {
 /// `vxctl resize GUEST/DEVICE [BYTES]`: a new size, seen by the running guest.
 struct Resize: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Makes a disk follow the size of its image, or grows a regular file first.")
+    abstract: "Make a disk follow the size of its image, or grow a regular file first.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
   var device: DeviceName
   @Argument(
-    help: "Size for a regular file in bytes, or with K, M, G or T; without it the image's present size is taken.")
+    help: "New size of a regular file in bytes, or with K, M, G or T; without it, the image's present size.")
   var size: ByteCount?
 
   func run() throws {
-    var parameters = device.parameters
-    if let size { parameters.append(.init(name: "bytes", value: .count(size.bytes))) }
     try Outcome.change(
-      connection, "device.resize", parameters, options, device: device.device,
+      connection, "device.resize", of: .device(device), options,
+      size.map { [.init(name: "bytes", value: .count($0.bytes))] } ?? [],
       until: Outcome(good: ["device.resized"], bad: ["device.notResized"]))
   }
 }

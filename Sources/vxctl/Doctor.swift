@@ -1,19 +1,14 @@
 import ArgumentParser
+import CLinux
 import ControlAPI
 import Glibc
 
 /// `vxctl doctor`: what keeps this host, or a guest on it, from working.
 struct Doctor: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Checks this host and the guests' configuration, and says what to do.")
+    abstract: "Check this host and the guests' configuration, and report what to do.")
 
   @OptionGroup var connection: ConnectionOptions
-
-  private struct Finding {
-    var isGood: Bool
-    var subject: String
-    var words: String
-  }
 
   func run() throws {
     var findings: [Finding] = []
@@ -21,67 +16,144 @@ struct Doctor: ParsableCommand {
       let client = try ControlClient(path: connection.socket)
       let nodes = try client.call("system.info")["hostNodes"]?.arrayValue?.compactMap(\.stringValue)
       let devices = try client.call("device.list")
-      findings = hostFindings(nodes ?? Self.allNodes)
-      findings.append(Finding(isGood: true, subject: "vxd", words: "answers on \(connection.socket)"))
+      // vxd says itself which nodes it needs where it runs.
+      findings = HostFacts.current(nodes: nodes).findings
+      findings.append(Finding(.good, "vxd", "answers on \(connection.socket)"))
       findings += guestFindings(devices)
     } catch {
-      findings = hostFindings(Self.allNodes)
-      findings.append(Finding(isGood: false, subject: "vxd", words: error.message))
+      findings = HostFacts.current(nodes: nil).findings
+      findings.append(Finding(.bad, "vxd", error.message))
     }
     if connection.json {
-      printJSON(
-        .array(
-          findings.map {
-            ["ok": .bool($0.isGood), "subject": .string($0.subject), "text": .string($0.words)]
-          }))
+      Output.json(.array(findings.map(\.json)))
     } else {
-      for finding in findings { print("\(finding.isGood ? "ok  " : "BAD ") \(finding.subject): \(finding.words)") }
+      for finding in findings { Output.line(finding.line) }
     }
-    if findings.contains(where: { !$0.isGood }) { throw ExitCode(1) }
-  }
-
-  /// What vxd needs in dom0; it says itself when it needs less.
-  private static let allNodes = ["evtchn", "gntdev", "privcmd"]
-
-  /// - Parameter nodes: below /dev/xen.
-  private func hostFindings(_ nodes: [String]) -> [Finding] {
-    var findings: [Finding] = []
-    let isXen = access("/sys/hypervisor/type", F_OK) == 0
-    findings.append(
-      Finding(
-        isGood: isXen, subject: "hypervisor",
-        words: isXen ? "this system runs on Xen" : "this system does not run on Xen; try 'vxd --simulate'"))
-    for node in nodes {
-      let isThere = access("/dev/xen/\(node)", R_OK | W_OK) == 0
-      findings.append(
-        Finding(
-          isGood: isThere, subject: "/dev/xen/\(node)",
-          words: isThere ? "can be used" : "cannot be used: modprobe xen-\(node), and run as root"))
-    }
-    let operations = Self.number("/proc/sys/fs/aio-max-nr")
-    findings.append(
-      Finding(
-        isGood: operations >= 262_144, subject: "fs.aio-max-nr",
-        words: operations >= 262_144
-          ? "\(operations) operations"
-          : "\(operations) operations are few: 256 for each queue; sysctl fs.aio-max-nr=1048576"))
-    return findings
-  }
-
-  /// The number that a file of /proc holds; 0 when there is none.
-  private static func number(_ path: String) -> UInt64 {
-    guard let file = fopen(path, "re") else { return 0 }
-    defer { fclose(file) }
-    var text = [CChar](repeating: 0, count: 64)
-    guard fgets(&text, 64, file) != nil else { return 0 }
-    return UInt64(String(decoding: text.prefix { $0 > 32 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)) ?? 0
+    if findings.contains(where: { $0.verdict == .bad }) { throw ExitCode(1) }
   }
 
   private func guestFindings(_ devices: JSONValue) -> [Finding] {
     (devices.arrayValue ?? []).compactMap { device in
       let subject = "\(device.cell("guest"))/\(device.cell("device"))"
-      guard let reason = device["warning"]?.stringValue ?? device["reason"]?.stringValue else { return nil }
-      return Finding(isGood: false, subject: subject, words: reason)
+      return (device["warning"]?.stringValue ?? device["reason"]?.stringValue).map { Finding(.bad, subject, $0) }
+    }
+  }
+}
+
+/// One line of a report.
+struct Finding: Equatable {
+  enum Verdict: String {
+    case good = "ok"
+    case bad = "BAD"
+    /// Nothing is wrong, as far as can be told.
+    case note
+  }
+
+  var verdict: Verdict
+  var subject: String
+  var text: String
+
+  init(_ verdict: Verdict, _ subject: String, _ text: String) {
+    self.verdict = verdict
+    self.subject = subject
+    self.text = text
+  }
+
+  var line: String {
+    let mark = verdict.rawValue + String(repeating: " ", count: 4 - verdict.rawValue.count)
+    return "\(mark) \(Output.printable(subject)): \(Output.printable(text))"
+  }
+
+  var json: JSONValue {
+    [
+      "ok": .bool(verdict != .bad), "verdict": .string(verdict.rawValue.lowercased()), "subject": .string(subject),
+      "text": .string(text),
+    ]
+  }
+}
+
+/// What doctor looks at on the host, apart from what it makes of it.
+struct HostFacts {
+  /// Whether the kernel runs on Xen, and in the control domain.
+  var isXen = true
+  var isControlDomain = true
+  /// The caller may do everything: what it cannot use, nobody can.
+  var isRoot = true
+  /// Errors of access to nodes below /dev/xen, by name; 0 for none.
+  var nodes: [String: Int32] = [:]
+  /// The nodes that are needed; nil where vxd does not say: those of its domain's kind then.
+  var wanted: [String]?
+  /// 0, or why the kernel makes no aio context.
+  var aio: Int32 = 0
+  var aioLimit: UInt64?
+  var aioInUse: UInt64?
+
+  /// - Parameter wanted: nodes below /dev/xen that vxd says it needs; nil when it does not answer.
+  static func current(nodes wanted: [String]?) -> HostFacts {
+    var facts = HostFacts()
+    facts.wanted = wanted
+    facts.isXen = text("/sys/hypervisor/type") == "xen"
+    facts.isControlDomain = text("/proc/xen/capabilities")?.contains("control_d") == true
+    facts.isRoot = geteuid() == 0
+    for name in wanted ?? ["evtchn", "gntdev", "privcmd"] {
+      facts.nodes[name] = access("/dev/xen/\(name)", R_OK | W_OK) == 0 ? 0 : errno
+    }
+    facts.aio = clinux_probe_aio()
+    facts.aioLimit = text("/proc/sys/fs/aio-max-nr").flatMap { UInt64($0) }
+    facts.aioInUse = text("/proc/sys/fs/aio-nr").flatMap { UInt64($0) }
+    return facts
+  }
+
+  /// The first line of a file of /proc or /sys.
+  private static func text(_ path: String) -> String? {
+    guard let file = fopen(path, "re") else { return nil }
+    defer { fclose(file) }
+    var text = [CChar](repeating: 0, count: 256)
+    guard fgets(&text, 256, file) != nil else { return nil }
+    return String(decoding: text.prefix { $0 != 0 && $0 != 10 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+  }
+
+  var findings: [Finding] {
+    var findings = [
+      isXen
+        ? Finding(.good, "hypervisor", "this is \(isControlDomain ? "dom0" : "a domain other than dom0") on Xen")
+        : Finding(.bad, "hypervisor", "this system does not run on Xen; 'vxd --simulate' needs none")
+    ]
+    if isXen {
+      // A driver domain has no use for privcmd: it has no rights over guests.
+      let wanted = wanted ?? ["evtchn", "gntdev"] + (isControlDomain ? ["privcmd"] : [])
+      findings += wanted.map { node($0, nodes[$0] ?? ENOENT) }
+    }
+    findings.append(asynchronousIO)
+    return findings
+  }
+
+  private func node(_ name: String, _ error: Int32) -> Finding {
+    let subject = "/dev/xen/\(name)"
+    switch error {
+    case 0: return Finding(.good, subject, "usable")
+    case ENOENT: return Finding(.bad, subject, "missing: modprobe xen-\(name)")
+    case EACCES where !isRoot:
+      return Finding(.note, subject, "present; only root can check whether it is usable")
+    default: return Finding(.bad, subject, "not usable: \(String(cString: strerror(error)))")
+    }
+  }
+
+  private var asynchronousIO: Finding {
+    let (limit, used) = (aioLimit.map { "\($0)" } ?? "unknown", aioInUse.map { "\($0)" } ?? "unknown")
+    let subject = "asynchronous I/O"
+    switch aio {
+    case 0:
+      guard let aioLimit, aioLimit < 262_144 else {
+        return Finding(.good, subject, "available; fs.aio-max-nr is \(limit), \(used) in use")
+      }
+      return Finding(
+        .bad, subject,
+        "fs.aio-max-nr is \(limit), enough for \(aioLimit / 256) virtqueues of disks: sysctl fs.aio-max-nr=1048576")
+    case EAGAIN:
+      return Finding(.bad, subject, "fs.aio-max-nr (\(limit)) is used up: sysctl fs.aio-max-nr=1048576")
+    case ENOSYS: return Finding(.bad, subject, "this kernel has no asynchronous I/O (CONFIG_AIO), which disks need")
+    default: return Finding(.bad, subject, "io_setup fails: \(String(cString: strerror(aio)))")
     }
   }
 }

@@ -3,29 +3,70 @@ import ControlAPI
 import Glibc
 import Xen
 
-/// `vxctl explain GUEST[/DEVICE]`: the whole way from the entry in Xenstore to the store, up to the first thing that is wrong.
+/// `vxctl explain GUEST[/DEVICE]`: every step from the Xenstore entry to the backing storage, up to the first problem.
 struct Explain: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Walks the whole chain of a guest's devices and names the first thing that is wrong, and what to do.")
+    abstract:
+      "Check every step from the Xenstore entry to the backing storage, and report the first problem and what to do.")
 
   @OptionGroup var connection: ConnectionOptions
   @Argument(help: "GUEST or GUEST/DEVICE.")
   var target: String
 
-  /// The first thing that is wrong.
+  /// The first problem.
   private struct Wrong: Error {
     var words: String
     var remedy: String
   }
 
+  /// What was found so far, for the end: an array of findings in JSON, or lines that were printed at once.
+  private final class Report {
+    private let asJSON: Bool
+    private var findings: [Finding] = []
+
+    init(json: Bool) { asJSON = json }
+
+    func add(_ verdict: Finding.Verdict, _ text: String, remedy: String? = nil) {
+      guard !asJSON else {
+        return findings.append(Finding(verdict, remedy ?? "", text))
+      }
+      Output.line("\(verdict.rawValue.padded(to: 4)) \(Output.printable(text))")
+      if let remedy { Output.line("     \(Output.printable(remedy))") }
+    }
+
+    func end() {
+      guard asJSON else { return }
+      Output.json(
+        .array(
+          findings.map { finding in
+            var members: [JSONValue.Member] = [
+              .init(name: "ok", value: .bool(finding.verdict != .bad)),
+              .init(name: "verdict", value: .string(finding.verdict.rawValue.lowercased())),
+              .init(name: "text", value: .string(finding.text)),
+            ]
+            if !finding.subject.isEmpty { members.append(.init(name: "remedy", value: .string(finding.subject))) }
+            return .object(members)
+          }))
+    }
+  }
+
+  func validate() throws {
+    guard GuestName(argument: target) != nil else {
+      throw ValidationError("'\(target)': expected GUEST or GUEST/DEVICE")
+    }
+  }
+
   func run() throws {
     let name = DeviceName(argument: target)
-    let guest = name?.guest ?? target
+    guard let guest = name?.guest ?? GuestName(argument: target) else { return }
+    let report = Report(json: connection.json)
+    defer { report.end() }
     do throws(Wrong) {
-      let client = try reachDaemon()
-      let domain = try findDomain(guest)
+      let client = try reachDaemon(report)
+      let domain = try findDomain(guest, report)
       let known = try findGuest(guest, client)
-      let entries = try (domain ?? known?.cell("domain")).map { domain throws(Wrong) in try checkEntries(domain) } ?? 0
+      let number = domain ?? known?["domain"]?.integerValue.flatMap { DomainID(exactly: $0) }
+      let entries = try number.map { number throws(Wrong) in try checkEntries(number, report) } ?? 0
       guard let known else {
         guard entries == 0 else {
           throw Wrong(words: "vxd does not know the guest", remedy: "look at vxd's log: journalctl -u vxd")
@@ -34,38 +75,35 @@ struct Explain: ParsableCommand {
           words: "the guest has no virtio device whose backend is this domain, in Xenstore or in the profiles",
           remedy: "its disk line needs backendtype=standalone, specification=virtio, and no backend= of another domain")
       }
-      let devices = try devices(of: known, client)
+      let devices = try devices(of: known, client, report)
       for device in devices
       where name == nil || device.cell("device") == name?.device || device.cell("id") == name?.device {
-        try explain(device, client, guestNeeds: known.cell("guestNeeds"))
+        try explain(device, client, report, guestNeeds: known.cell("guestNeeds"))
       }
       if let name, !devices.contains(where: { $0.cell("device") == name.device || $0.cell("id") == name.device }) {
         throw Wrong(
-          words: "guest '\(guest)' has no device '\(name.device)'",
+          words: "guest '\(guest.plain)' has no device '\(name.device)'",
           remedy: "it has \(devices.map { $0.cell("device") }.joined(separator: ", "))")
       }
       if entries > devices.count(where: { ["virtio_disk", "virtio"].contains($0.cell("kind")) }) {
         throw Wrong(
           words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
       }
-      if let note = known["note"]?.stringValue { print("note: \(note)") }
-      print("nothing is wrong")
+      if let note = known["note"]?.stringValue { report.add(.note, note) }
+      report.add(.good, "no problem found")
     } catch {
-      print("BAD  \(error.words)")
-      print("     \(error.remedy)")
+      report.add(.bad, error.words, remedy: error.remedy)
       throw ExitCode(1)
     }
   }
 
-  private func good(_ words: String) { print("ok   \(words)") }
-
-  private func reachDaemon() throws(Wrong) -> ControlClient {
+  private func reachDaemon(_ report: Report) throws(Wrong) -> ControlClient {
     do throws(ControlClient.Failure) {
       let client = try ControlClient(path: connection.socket)
       let info = try client.call("system.info")
-      good("vxd \(info.cell("version")) answers, on \(info.cell("hypervisor"))")
+      report.add(.good, "vxd \(info.cell("version")) answers, on \(info.cell("hypervisor"))")
       guard info["xenstoreConnected"]?.boolValue == true else {
-        throw .protocolBroken("vxd has lost xenstored; it looks for it every 5 s")
+        throw .protocolBroken("vxd has lost its connection to xenstored; it retries every 5 s")
       }
       return client
     } catch {
@@ -76,22 +114,23 @@ struct Explain: ParsableCommand {
   private func openStore() -> XenStore? { try? XenStore() }
 
   /// The guest's domain as Xenstore has it; nil where domains cannot be read, as in a driver domain.
-  private func findDomain(_ guest: String) throws(Wrong) -> String? {
-    guard let store = openStore(), let domains = store.list("/local/domain") else { return nil }
-    for domain in domains {
-      guard domain == guest || store.read("/local/domain/\(domain)/name") == guest else { continue }
-      good("the guest runs as domain \(domain)")
+  private func findDomain(_ guest: GuestName, _ report: Report) throws(Wrong) -> DomainID? {
+    guard let store = openStore(), store.list("/local/domain")?.isEmpty == false else { return nil }
+    do throws(ToolstackDevice.Fault) {
+      let domain = try guest.domain(in: store)
+      report.add(.good, "the guest runs as domain \(domain)")
       return domain
+    } catch {
+      throw Wrong(words: error.message, remedy: "xl list; is it running?")
     }
-    throw Wrong(words: "there is no guest '\(guest)'", remedy: "xl list; is it running?")
   }
 
   /// Checks the guest's entries in Xenstore.
   ///
   /// - Returns: how many there are.
-  private func checkEntries(_ domain: String) throws(Wrong) -> Int {
+  private func checkEntries(_ domain: DomainID, _ report: Report) throws(Wrong) -> Int {
     guard let store = openStore() else {
-      good("(Xenstore cannot be read from here: entries are not checked)")
+      report.add(.note, "Xenstore is not readable here: entries are not checked")
       return 0
     }
     var count = 0
@@ -101,11 +140,11 @@ struct Explain: ParsableCommand {
         let name = store.read("\(path)/dev") ?? "\(kind) \(entry)"
         if let fault = store.read("\(path)/error") {
           throw Wrong(
-            words: "the entry of \(name) is refused: \(fault)",
+            words: "the entry of \(name) was refused: \(fault)",
             remedy: "correct the guest's configuration, or the image")
         }
         let what = store.read("\(path)/params") ?? store.read("\(path)/type") ?? "?"
-        good("entry \(name): \(what), backend state \(store.read("\(path)/state") ?? "?")")
+        report.add(.good, "entry \(name): \(what), backend state \(store.read("\(path)/state") ?? "?")")
         count += 1
       }
     }
@@ -113,22 +152,27 @@ struct Explain: ParsableCommand {
   }
 
   /// The guest as vxd knows it; nil when it does not.
-  private func findGuest(_ guest: String, _ client: ControlClient) throws(Wrong) -> JSONValue? {
+  private func findGuest(_ guest: GuestName, _ client: ControlClient) throws(Wrong) -> JSONValue? {
     do throws(ControlClient.Failure) {
+      let known = try guest.known(to: client)
       let guests = try client.call("guest.list").arrayValue ?? []
-      return guests.first { $0.cell("name") == guest || $0.cell("domain") == guest }
+      return known.domain.flatMap { domain in guests.first { $0["domain"]?.integerValue == domain } }
     } catch {
       throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
     }
   }
 
-  private func devices(of guest: JSONValue, _ client: ControlClient) throws(Wrong) -> [JSONValue] {
+  private func devices(
+    of guest: JSONValue, _ client: ControlClient, _ report: Report
+  ) throws(Wrong) -> [JSONValue] {
     guard guest.cell("state") == "running" else {
       throw Wrong(
         words: "the guest is \(guest.cell("state")): \(guest.cell("reason"))", remedy: "journalctl -u vxd; vxctl doctor"
       )
     }
-    for fact in guest["facts"]?.arrayValue ?? [] { good("\(fact.cell("name")): \(fact.cell("value"))") }
+    for fact in guest["facts"]?.arrayValue ?? [] {
+      report.add(.good, "\(fact.cell("name")): \(fact.cell("value"))")
+    }
     do throws(ControlClient.Failure) {
       return try client.call("device.list", ["guest": .string(guest.cell("name"))]).arrayValue ?? []
     } catch {
@@ -137,14 +181,18 @@ struct Explain: ParsableCommand {
   }
 
   private static let remedies = [
-    "failed": "correct what it names; vxd tries again by itself",
+    "failed": "fix the cause; vxd tries again by itself",
     "faulted": "the guest's driver must reset the device: unbind and bind it, or restart the guest",
-    "held": "mend the store, then 'vxctl resume'", "quarantined": "'vxctl device restart' when the cause is gone",
+    "held": "free space or fix the storage, then 'vxctl resume'",
+    "quarantined": "fix the cause, then 'vxctl restart'",
     "paused": "'vxctl resume'", "restarting": "wait, and watch 'vxctl events'",
-    "opening": "the image takes long to open: is its server there?",
+    "opening": "the image takes long to open: does its storage or server answer?",
   ]
 
-  private func explain(_ device: JSONValue, _ client: ControlClient, guestNeeds: String) throws(Wrong) {
+  private func explain(
+    _ device: JSONValue, _ client: ControlClient, _ report: Report, guestNeeds: String
+  ) throws(Wrong) {
+    func good(_ text: String) { report.add(.good, text) }
     let name = "\(device.cell("guest"))/\(device.cell("device"))"
     let state = device.cell("state")
     if let remedy = Self.remedies[state] {
@@ -153,27 +201,31 @@ struct Explain: ParsableCommand {
     guard
       let full = try? client.call(
         "device.get", ["guest": .string(device.cell("guest")), "device": .string(device.cell("device"))])
-    else { throw Wrong(words: "\(name) has gone meanwhile", remedy: "ask again") }
+    else { throw Wrong(words: "\(name) has gone in the meantime", remedy: "run this again") }
     let what = full["image"]?.stringValue ?? full.cell("type")
     let place = (full["facts"]?.arrayValue ?? []).map { "; \($0.cell("name")) \($0.cell("value"))" }.joined()
     good("\(name): \(what) is open (\(full.cell("store")))\(place)")
     guard state == "connected" else {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(
-        words: "\(name): the guest's driver has not taken the device (driver status \(full.cell("driverStatus")))",
+        words: "\(name): the guest's driver has not connected (driver status \(full.cell("driverStatus")))",
         remedy: "is the guest up? It needs \(guestNeeds)")
     }
     if let stuck = full["stuck"] {
       throw Wrong(
         words:
           "\(name): a request of queue \(stuck.cell("queue")) is \(stuck.cell("milliseconds")) ms old, in the \(stuck.cell("layer"))",
-        remedy: "the store does not answer: look at the disk or the NBD server behind it")
+        remedy: "the storage does not answer: check the disk or the NBD server behind it")
     }
-    good("\(name): the driver works, \(full.cell("requests")) requests, \(full.cell("inFlight")) under way")
+    good("\(name): the driver works, \(full.cell("requests")) requests, \(full.cell("inFlight")) in flight")
     let throttled = full["counters"]?["throttled"]?.integerValue ?? 0
-    if throttled > 0 { good("\(name): \(throttled) requests waited for their rate (vxctl limit \(name))") }
+    if throttled > 0 { good("\(name): \(throttled) requests were delayed by limits (vxctl limit \(name))") }
     if full["counters"]?["failed"]?.integerValue ?? 0 > 0 {
-      good("\(name): note that \(full["counters"]?.cell("failed") ?? "?") requests have failed so far")
+      report.add(.note, "\(name): \(full["counters"]?.cell("failed") ?? "?") requests have failed so far")
     }
   }
+}
+
+extension String {
+  fileprivate func padded(to width: Int) -> String { self + String(repeating: " ", count: max(0, width - count)) }
 }

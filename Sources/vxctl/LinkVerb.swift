@@ -1,7 +1,7 @@
 import ArgumentParser
 import ControlAPI
 
-/// `vxctl link GUEST/DEVICE up|down`: the cable of a network device.
+/// `vxctl link GUEST/DEVICE up|down`: the link state of a network device.
 struct Link: ParsableCommand {
   enum Direction: String, ExpressibleByArgument, CaseIterable {
     case up
@@ -9,7 +9,7 @@ struct Link: ParsableCommand {
   }
 
   static let configuration = CommandConfiguration(
-    abstract: "Pulls the cable of a network device, or plugs it in; the guest sees it, and it stays so.")
+    abstract: "Set the link state of a network device; it persists until changed.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
@@ -20,6 +20,6 @@ struct Link: ParsableCommand {
 
   func run() throws {
     try Outcome.change(
-      connection, "device.link", device.parameters + [.init(name: "up", value: .bool(direction == .up))], options)
+      connection, "device.link", of: .device(device), options, [.init(name: "up", value: .bool(direction == .up))])
   }
 }

@@ -4,17 +4,17 @@ import Xen
 
 /// Limits on the command line.
 struct LimitOptions: ParsableArguments {
-  @Option(help: "Reads a second; 0 for no limit.")
+  @Option(help: "Reads per second; 0 for no limit.")
   var readOps: Int64?
-  @Option(help: "Writes a second; 0 for no limit.")
+  @Option(help: "Writes per second; 0 for no limit.")
   var writeOps: Int64?
-  @Option(help: "Bytes read a second, also with K, M, G; 0 for no limit.")
+  @Option(help: "Bytes read per second, also with K, M, G; 0 for no limit.")
   var readBytes: ByteCount?
-  @Option(help: "Bytes written a second, also with K, M, G; 0 for no limit.")
+  @Option(help: "Bytes written per second, also with K, M, G; 0 for no limit.")
   var writeBytes: ByteCount?
-  @Option(help: "How much of an unused rate may be caught up on, in milliseconds of it.")
+  @Option(help: "Burst: how many milliseconds of unused rate can accumulate.")
   var burst: Int64?
-  @Option(help: "Requests worked on at a time; 0 for no limit.")
+  @Option(help: "Requests in progress at a time; 0 for no limit.")
   var inFlight: Int64?
 
   var members: [JSONValue.Member] {
@@ -29,7 +29,7 @@ struct LimitOptions: ParsableArguments {
 /// `vxctl limit WHAT --write-bytes 50M`: of a device, a guest, or all guests together.
 struct Limit: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Changes limits at once; profiles are what lasts. Without options it shows them.")
+    abstract: "Change limits at run time (not persistent; use profiles), or show them.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
@@ -38,31 +38,38 @@ struct Limit: ParsableCommand {
   var target: String
 
   func run() throws {
-    let device = DeviceName(argument: target)
-    var parameters = device?.parameters ?? []
-    var method = "device.limit"
-    if device == nil {
-      method = target == "daemon" ? "daemon.limit" : "guest.limit"
-      if target != "daemon" { parameters.append(.init(name: "guest", value: .string(target))) }
-    }
     let isQuestion = limits.members.isEmpty
-    parameters.append(.init(name: "limits", value: .object(limits.members)))
+    let device = DeviceName(argument: target)
+    guard let guest = GuestName(argument: target) else {
+      throw ValidationError("'\(target)': expected GUEST/DEVICE, GUEST or daemon")
+    }
     try connection.run { client throws(ControlClient.Failure) in
-      // With nothing to change, a dry run tells what holds.
+      var parameters: [JSONValue.Member] = []
+      var method = "daemon.limit"
+      if let device {
+        method = "device.limit"
+        parameters = try device.parameters(client)
+      } else if target != "daemon" {
+        method = "guest.limit"
+        parameters.append(.init(name: "guest", value: .string(try guest.known(to: client).parameter)))
+      }
+      parameters.append(.init(name: "limits", value: .object(limits.members)))
+      // Without a change, a dry run reports the present limits.
       let more = isQuestion ? [JSONValue.Member(name: "dryRun", value: true)] : options.members
       let answer = try client.call(method, .object(parameters + more))
-      if connection.json { return printJSON(answer) }
+      if connection.json { return Output.json(answer) }
       if let would = answer["would"]?.stringValue {
-        print(isQuestion ? would.replacingPrefix("become", with: "are") : "would do: \(would)")
+        Output.line(
+          Output.printable(isQuestion ? would.replacingWord("become", with: "are") : "would do: \(would)"))
       } else if let limits = answer["limits"] {
-        print(JSONText.text(limits))
+        Output.json(limits, pretty: false)
       }
     }
   }
 }
 
 extension String {
-  fileprivate func replacingPrefix(_ word: String, with other: String) -> String {
+  fileprivate func replacingWord(_ word: String, with other: String) -> String {
     split(separator: " ", omittingEmptySubsequences: false).map { $0 == word ? other : String($0) }
       .joined(separator: " ")
   }
@@ -71,10 +78,10 @@ extension String {
 /// `vxctl attach GUEST disk --image PATH`: a disk for a guest that runs.
 struct Attach: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Gives a running guest a disk, a network device, a console or an entropy device.",
+    abstract: "Attach a disk, a network device, a console or an entropy device to a running guest.",
     discussion: """
-      Without --backend, this vxd serves it in one of the spare slots that the guest's profile declares (HVM guests). With --backend, in \
-      dom0, the device is written to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it (PV and PVH guests).
+      HVM guests: fills one of the spare disks that the guest's profile declares. PV and PVH guests, in dom0: with --backend, writes the \
+      device to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it.
       """)
 
   enum Kind: String, ExpressibleByArgument, CaseIterable {
@@ -98,7 +105,7 @@ struct Attach: ParsableCommand {
   @OptionGroup var options: ChangeOptions
   @OptionGroup var limits: LimitOptions
   @Argument(help: "Name or domain number of the guest.")
-  var guest: String
+  var guest: GuestName
   @Argument(help: "What to attach: disk; with --backend also network, console or entropy.")
   var kind: Kind
   @Option(help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.")
@@ -110,11 +117,11 @@ struct Attach: ParsableCommand {
   var deviceOptions: String?
   @Option(
     help:
-      "Which spare slot (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); the first free one otherwise."
+      "Which spare disk (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); by default the first free one."
   )
   var device: String?
-  @Option(help: "Name or number of the domain whose vxd serves the disk, over Xenbus.")
-  var backend: String?
+  @Option(help: "Name or number of the domain whose vxd serves the device, over Xenbus.")
+  var backend: GuestName?
   @Flag(help: "With --backend: the guest may only read.")
   var readOnly = false
   @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Seconds.whole)
@@ -126,15 +133,13 @@ struct Attach: ParsableCommand {
       throw ValidationError(
         kind == .disk
           ? "a disk needs --image"
-          : "a \(kind.rawValue) device is attached with --backend; HVM guests have those of their profile")
+          : "a \(kind.rawValue) device needs --backend; HVM guests have those of their profile")
     }
-    var parameters: [JSONValue.Member] = [
-      .init(name: "guest", value: .string(guest)), .init(name: "image", value: .string(image)),
-    ]
+    var parameters: [JSONValue.Member] = [.init(name: "image", value: .string(image))]
     if let device { parameters.append(.init(name: "device", value: .string(device))) }
     if !limits.members.isEmpty { parameters.append(.init(name: "limits", value: .object(limits.members))) }
     try Outcome.change(
-      connection, "device.attach", parameters, options,
+      connection, "device.attach", of: .guest(guest), options, parameters,
       until: Outcome(good: ["device.attached"], bad: ["device.notAttached"]))
   }
 }
@@ -143,16 +148,16 @@ struct Attach: ParsableCommand {
 struct Detach: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Takes a disk away that was attached at run time: waits for its requests up to a deadline, then by force.",
+      "Detach a device: waits for its requests up to a deadline, then aborts them. Unmount it in the guest first.",
     discussion:
-      "With --xenbus, in dom0: a disk over Xenbus, of any backend domain, whether it was there from the guest's start or not."
+      "HVM guests: empties a spare disk. PV and PVH guests, in dom0: with --xenbus, removes a device of any backend domain."
   )
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/spare0.")
   var device: DeviceName
-  @Option(help: "Seconds to wait for requests under way.", transform: Seconds.whole)
+  @Option(help: "Seconds to wait for requests in flight.", transform: Seconds.whole)
   var deadline = 10
   @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false
@@ -160,7 +165,7 @@ struct Detach: ParsableCommand {
   func run() throws {
     if xenbus { return try detachXenbus() }
     try Outcome.change(
-      connection, "device.detach", device.parameters + [.init(name: "seconds", value: .count(deadline))], options,
-      device: device.device, until: Outcome(good: ["device.detached"], seconds: Int32(clamping: deadline + 30)))
+      connection, "device.detach", of: .device(device), options, [.init(name: "seconds", value: .count(deadline))],
+      until: Outcome(good: ["device.detached"], seconds: Int64(deadline) + 30))
   }
 }

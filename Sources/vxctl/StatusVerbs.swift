@@ -3,7 +3,8 @@ import ControlAPI
 
 /// `vxctl status`: the daemon, its guests and devices at a glance.
 struct Status: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "The daemon, its guests and their devices.")
+  static let configuration = CommandConfiguration(
+    abstract: "Show the daemon, its guests, their devices, and what is wrong with them.")
 
   @OptionGroup var connection: ConnectionOptions
 
@@ -13,22 +14,20 @@ struct Status: ParsableCommand {
       let guests = try client.call("guest.list")
       let devices = try client.call("device.list")
       if connection.json {
-        return printJSON(["system": info, "guests": guests, "devices": devices])
+        return Output.json(["system": info, "guests": guests, "devices": devices])
       }
-      print(
+      Output.line(
         "vxd \(info.cell("version")) on \(info.cell("hypervisor")), pid \(info.cell("pid")), up \(info.cell("uptimeSeconds")) s"
       )
-      print(
+      Output.line(
         "\(info.cell("guests")) guests, \(info.cell("devices")) devices (\(info.cell("devicesInTrouble")) in trouble), "
           + "\(info.cell("ioreqServers")) ioreq servers, \(info.cell("mappedPages")) guest pages mapped")
-      print("")
-      print(Status.guestTable(guests))
-      print("")
-      print(List.table(devices))
-      for device in devices.arrayValue ?? [] {
-        if let reason = device["reason"]?.stringValue {
-          print("\n\(device.cell("guest"))/\(device.cell("device")): \(reason)")
-        }
+      Output.line("")
+      Output.line(Status.guestTable(guests))
+      Output.line("")
+      Output.line(List.table(devices))
+      for device in devices.arrayValue ?? [] where device["reason"]?.stringValue != nil {
+        Output.line("\n\(device.cell("guest"))/\(device.cell("device")): \(device.cell("reason"))")
       }
     }
   }
@@ -47,18 +46,18 @@ struct Status: ParsableCommand {
 
 /// `vxctl list`: the devices.
 struct List: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "The devices, of all guests or of one.")
+  static let configuration = CommandConfiguration(abstract: "List the devices of all guests, or of one.")
 
   @OptionGroup var connection: ConnectionOptions
   @Argument(help: "Only this guest's: its name or domain number.")
-  var guest: String?
+  var guest: GuestName?
 
   func run() throws {
     try connection.run { client throws(ControlClient.Failure) in
       var parameters: JSONValue = .object([])
-      if let guest { parameters = ["guest": .string(guest)] }
+      if let guest { parameters = ["guest": .string(try guest.known(to: client).parameter)] }
       let devices = try client.call("device.list", parameters)
-      if connection.json { printJSON(devices) } else { print(List.table(devices)) }
+      if connection.json { Output.json(devices) } else { Output.line(List.table(devices)) }
     }
   }
 
@@ -78,7 +77,8 @@ struct List: ParsableCommand {
 
 /// `vxctl show GUEST/DEVICE`: one device in full.
 struct Show: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "One device with its counters.")
+  static let configuration = CommandConfiguration(
+    abstract: "Show one device with its counters, latencies and limits.")
 
   @OptionGroup var connection: ConnectionOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
@@ -86,16 +86,16 @@ struct Show: ParsableCommand {
 
   func run() throws {
     try connection.run { client throws(ControlClient.Failure) in
-      let answer = try client.call("device.get", .object(device.parameters))
-      if connection.json { return printJSON(answer) }
+      let answer = try client.call("device.get", .object(try device.parameters(client)))
+      if connection.json { return Output.json(answer) }
       for member in answer.objectValue ?? [] {
         if case .object(let counters) = member.value {
-          print("\(member.name):")
+          Output.line("\(member.name):")
           for counter in counters {
-            print("  \(Show.padded(counter.name)) \(answer[member.name]?.cell(counter.name) ?? "-")")
+            Output.line("  \(Show.padded(counter.name)) \(answer[member.name]?.cell(counter.name) ?? "-")")
           }
         } else {
-          print("\(Show.padded(member.name))   \(answer.cell(member.name))")
+          Output.line("\(Show.padded(member.name))   \(answer.cell(member.name))")
         }
       }
     }
@@ -108,15 +108,20 @@ struct Show: ParsableCommand {
 
 /// `vxctl events`: what happens, as it happens.
 struct Events: ParsableCommand {
-  static let configuration = CommandConfiguration(abstract: "Prints events of guests and devices as they happen.")
+  static let configuration = CommandConfiguration(abstract: "Print events of guests and devices as they happen.")
 
   @OptionGroup var connection: ConnectionOptions
   @Option(help: "End after this many events.")
   var count: Int?
-  @Option(help: "First those that came after the event of this number.")
+  @Option(help: "First print the events after this number.")
   var after: Int64?
-  @Flag(name: .shortAndLong, help: "Go on printing; it is what happens in any case.")
+  @Flag(name: .shortAndLong, help: "Accepted for compatibility; events are always followed.")
   var follow = false
+
+  func validate() throws {
+    try check("--count", count, 1...Int.max)
+    try check("--after", after, 0...Int64.max)
+  }
 
   func run() throws {
     try connection.run { client throws(ControlClient.Failure) in
@@ -126,18 +131,22 @@ struct Events: ParsableCommand {
         let message = try client.receive(-1)
         guard let event = message["params"] else { continue }
         if message["method"] == "event.dropped" {
-          print("(events \(event.cell("from")) to \(event.cell("to")) are lost)")
+          if connection.json {
+            Output.json(
+              ["event": "event.dropped", "from": event["from"] ?? .null, "to": event["to"] ?? .null], pretty: false)
+          } else {
+            Output.line("(events \(event.cell("from")) to \(event.cell("to")) were lost)")
+          }
           continue
         }
         if connection.json {
-          print(JSONText.text(event))
+          Output.json(event, pretty: false)
         } else {
           let subject =
             event["device"].map { _ in "\(event.cell("guest"))/\(event.cell("device"))" } ?? event.cell("guest")
-          let reason = event["reason"]?.stringValue.map { ": \($0)" } ?? ""
-          print("\(event.cell("sequence")) \(event.cell("event")) \(subject)\(reason)")
+          let reason = event["reason"]?.stringValue.map { ": \(Output.printable($0))" } ?? ""
+          Output.line("\(event.cell("sequence")) \(event.cell("event")) \(subject)\(reason)")
         }
-        flushOutput()
         left -= 1
       }
     }

@@ -22,12 +22,13 @@ struct Table {
 }
 
 extension JSONValue {
-  /// A member as an operator reads it; a dash where there is none.
+  /// A member as an operator reads it, without control characters; a dash where there is none.
   func cell(_ name: String) -> String {
     switch self[name] {
-    case .string(let text): text.visible(keepsLines: false)
+    case .string(let text): Output.printable(text)
     case .integer(let number): "\(number)"
     case .number(let number): "\(number)"
+    case .exact(let text): text
     case .bool(let flag): flag ? "yes" : "no"
     case nil, .null, .array, .object: "-"
     }

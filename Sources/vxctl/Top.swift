@@ -2,23 +2,28 @@ import ArgumentParser
 import ControlAPI
 import Glibc
 
-/// `vxctl top`: what the devices do, renewed all the time, on the whole screen.
+/// `vxctl top`: what the devices do, refreshed all the time, on the whole screen.
 struct Top: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Shows what the devices do, renewed all the time.",
-    discussion: "Keys: q ends; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space renews at once.")
+    abstract: "Live view of what the devices do.",
+    discussion: "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes at once.")
 
   enum Order: String, ExpressibleByArgument, CaseIterable {
     case reads, writes, bytes, inflight, name
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between two looks.", transform: Seconds.pause)
+  @Option(help: "Seconds between refreshes, 0.1 to 3600.", transform: Seconds.pause)
   var interval = 2.0
   @Option(help: "What to sort by.")
   var sort = Order.bytes
-  @Option(help: "End after so many looks; without a terminal, one is printed.")
+  @Option(help: "Number of refreshes (default: 1 if standard output is not a terminal).")
   var count: Int?
+
+  func validate() throws {
+    try check("--count", count, 1...Int.max)
+    guard !connection.json else { throw ValidationError("--json: 'top' has no JSON form; use 'vxctl list --json'") }
+  }
 
   struct Row {
     var name: String
@@ -43,11 +48,12 @@ struct Top: ParsableCommand {
 
   func run() throws {
     let isTerminal = isatty(0) == 1 && isatty(1) == 1
-    let terminal = isTerminal ? Terminal() : nil
-    defer { terminal?.restore() }
     var order = sort
     var looks = 0
     try connection.run { client throws(ControlClient.Failure) in
+      // Given back before a failure is reported, which would be lost with the alternate screen.
+      let terminal = isTerminal ? Terminal() : nil
+      defer { terminal?.restore() }
       var old: [String: Row] = [:]
       var oldTime = now()
       while true {
@@ -57,7 +63,7 @@ struct Top: ParsableCommand {
         let elapsed = max(time - oldTime, 0.001)
         let rates = rows.map { row in Self.rate(row, old[row.name], looks == 0 ? 0 : elapsed) }
         let lines = Self.lines(rates, info, order, terminal?.size ?? (80, 1000))
-        if let terminal { terminal.show(lines) } else { print(lines.joined(separator: "\n")) }
+        if let terminal { terminal.show(lines) } else { Output.line(lines.joined(separator: "\n")) }
         old = Dictionary(rows.map { ($0.name, $0) }, uniquingKeysWith: { $1 })
         oldTime = time
         looks += 1
@@ -87,12 +93,13 @@ struct Top: ParsableCommand {
     return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
   }
 
-  /// Counts of a second; all 0 at the first look.
+  /// Counts per second; all 0 at first.
   private static func rate(_ row: Row, _ old: Row?, _ seconds: Double) -> Row {
     func by(_ path: WritableKeyPath<Row, Int64>) -> Int64 {
       guard let old, seconds > 0 else { return 0 }
-      // Whatever the daemon says, sums of these are within the type.
-      return Int64(min(max(0, Double(row[keyPath: path]) - Double(old[keyPath: path])) / seconds, 1e18))
+      // The daemon's numbers are taken for what they are: a difference may overflow, a rate too.
+      let (difference, overflow) = row[keyPath: path].subtractingReportingOverflow(old[keyPath: path])
+      return overflow ? 0 : Int64(exactly: (Double(max(0, difference)) / seconds).rounded()) ?? .max
     }
     var rate = row
     for path in [\Row.reads, \Row.writes, \Row.readBytes, \Row.writtenBytes] { rate[keyPath: path] = by(path) }
@@ -105,7 +112,7 @@ struct Top: ParsableCommand {
         switch order {
         case .reads: (left.reads, right.reads)
         case .writes: (left.writes, right.writes)
-        case .bytes: (left.readBytes + left.writtenBytes, right.readBytes + right.writtenBytes)
+        case .bytes: (left.readBytes &+ left.writtenBytes, right.readBytes &+ right.writtenBytes)
         case .inflight: (left.inFlight, right.inFlight)
         case .name: (0, 0)
         }
@@ -176,7 +183,6 @@ final class Terminal {
   }
 
   private func put(_ text: String) {
-    var bytes = Array(text.utf8)
-    _ = write(1, &bytes, bytes.count)
+    Output.write(1, text)
   }
 }

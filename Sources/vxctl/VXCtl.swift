@@ -6,9 +6,11 @@ import Glibc
 @main
 struct VXCtl: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "vxctl", abstract: "Shows and steers vxd, the virtio driver-domain daemon for Xen.",
+    commandName: "vxctl", abstract: "Inspect and control vxd, the virtio daemon for Xen guests.",
     discussion: """
-      Exit codes: 0 done; 1 vxd refused or found trouble; 2 vxd cannot be reached; 64 wrong usage.
+      GUEST is a name or a domain number; 'name:web1' or 'id:7' where it could be either. DEVICE is a name such as xvde or net0.
+      Exit status: 0 success; 1 vxd refused, or a problem was found; 2 vxd cannot be reached; 64 wrong usage.
+      With --json, errors are JSON too: {"error": {"kind": ..., "message": ..., "data": ...}} on standard output.
       Completions: vxctl --generate-completion-script bash (or zsh, fish).
       """,
     version: "0.2.0",
@@ -19,32 +21,43 @@ struct VXCtl: ParsableCommand {
       Reload.self,
       MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self,
     ])
-}
 
-/// Options that every verb on the socket has.
-struct ConnectionOptions: ParsableArguments {
-  @Option(help: "The daemon's control socket.")
-  var socket = "/run/vxd/control.sock"
-
-  @Flag(help: "Print the answer as JSON.")
-  var json = false
-
-  /// Connects and runs `body`; failures are printed and become exit codes.
-  func run(_ body: (ControlClient) throws(ControlClient.Failure) -> Void) throws {
-    do throws(ControlClient.Failure) {
-      try body(try ControlClient(path: socket))
+  /// As ArgumentParser does it, but for mistakes on the command line, which --json makes JSON too.
+  static func main() {
+    do {
+      var command = try parseAsRoot()
+      try command.run()
     } catch {
-      var text = "vxctl: \(error.message)\n"
-      if case .refused(let fault) = error, let remedy = fault.data["remedy"]?.stringValue {
-        text += "       \(remedy)\n"
-      }
-      text = text.visible
-      text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
-      if case .refused = error { throw ExitCode(1) }
-      throw ExitCode(2)
+      let isUsage = exitCode(for: error) == .validationFailure
+      guard isUsage, CommandLine.arguments.contains("--json") else { exit(withError: error) }
+      Trouble(.usage, message(for: error)).report(json: true)
+      Glibc.exit(Trouble.Kind.usage.exitCode)
     }
   }
 }
 
-/// Prints a value as JSON, indented.
-func printJSON(_ value: JSONValue) { print(JSONText.text(value, pretty: true)) }
+/// Options that every verb on the socket has.
+struct ConnectionOptions: ParsableArguments {
+  @Option(name: .shortAndLong, help: "The daemon's control socket.")
+  var socket = "/run/vxd/control.sock"
+
+  @Flag(help: "Print the answer as JSON; errors too.")
+  var json = false
+
+  /// Connects and runs `body`; failures are reported and become exit codes.
+  func run(_ body: (ControlClient) throws(ControlClient.Failure) -> Void) throws {
+    do throws(ControlClient.Failure) {
+      try body(try ControlClient(path: socket))
+    } catch {
+      let trouble = Trouble(error)
+      trouble.report(json: json)
+      throw ExitCode(trouble.kind.exitCode)
+    }
+  }
+}
+
+/// Refuses a number outside its range, before anything is computed with it.
+func check<Number: Comparable>(_ option: String, _ value: Number?, _ range: ClosedRange<Number>) throws {
+  guard let value, !range.contains(value) else { return }
+  throw ValidationError("\(option): \(value): expected a number from \(range.lowerBound) to \(range.upperBound)")
+}

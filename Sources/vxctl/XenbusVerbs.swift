@@ -11,21 +11,19 @@ enum Toolstack {
       do throws(XenError) {
         store = try XenStore(socketPath: getenv("XENSTORED_PATH").map { String(cString: $0) })
       } catch {
-        throw ToolstackDevice.Fault("Xenstore cannot be reached: \(error)", remedy: "run this in dom0, as root")
+        throw ToolstackDevice.Fault("cannot connect to Xenstore: \(error)", remedy: "run this in dom0, as root")
       }
       let answer = try body(store)
-      if json { printJSON(answer) } else { print(answer["text"]?.stringValue ?? "") }
+      if json { Output.json(answer) } else { Output.line(answer["text"]?.stringValue ?? "") }
     } catch {
-      var text = "vxctl: \(error.message)\n" + (error.remedy.map { "       \($0)\n" } ?? "")
-      text = text.visible
-      text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
+      Trouble(.refused, error.message, remedy: error.remedy).report(json: json)
       throw ExitCode(1)
     }
   }
 
   /// What the backend writes when it cannot serve a disk.
   static func error(_ disk: ToolstackDevice) -> String? {
-    disk.backend.flatMap { disk.store.read("\($0)/error") }
+    disk.backend.flatMap { disk.store.read("\($0)/error") }.map { Output.printable($0) }
   }
 
   static func state(_ disk: ToolstackDevice) -> String? { disk.backend.flatMap { disk.store.read("\($0)/state") } }
@@ -42,28 +40,28 @@ extension Attach {
     return ToolstackDevice(store, guest: domain, device: try ToolstackDevice.free(store, guest: domain))
   }
 
-  func attach(over backend: String) throws {
+  func attach(over backend: GuestName) throws {
     try Toolstack.run(connection.json) { store throws(ToolstackDevice.Fault) in
       guard limits.members.isEmpty else {
         throw ToolstackDevice.Fault(
-          "limits: a disk with --backend gets its limits there", remedy: "vxctl limit, in that domain")
+          "limits cannot be given with --backend", remedy: "use 'vxctl limit' in the backend's domain")
       }
-      let domain = try ToolstackDevice.domain(guest, store)
-      let server = try ToolstackDevice.domain(backend, store)
+      let domain = try guest.domain(in: store)
+      let server = try backend.domain(in: store)
       guard server != domain else { throw ToolstackDevice.Fault("--backend: a guest cannot be its own backend") }
       let disk = try target(of: domain, store)
       let word = kind.generic.map { "\($0.rawValue)\(disk.device)" } ?? ToolstackDevice.name(disk.device)
-      let name = "\(guest)/\(word)"
+      let name = "\(guest.plain)/\(word)"
       if options.dryRun {
         return [
-          "text": .string("would do: \(name)\(image.map { ", '\($0)'" } ?? "") of domain \(server)"),
+          "text": .string("would do: attach \(name)\(image.map { ", '\($0)'" } ?? "") of domain \(server)"),
           "device": .string(name),
         ]
       }
       if let generic = kind.generic {
         try disk.create(backend: server, type: generic, options: deviceOptions)
       } else {
-        guard let image else { throw ToolstackDevice.Fault("--image: a disk needs one") }
+        guard let image else { throw ToolstackDevice.Fault("a disk needs --image") }
         try disk.create(backend: server, target: image, readOnly: readOnly)
       }
       _ = disk.wait(seconds: wait) { Toolstack.error(disk) != nil || Toolstack.state(disk) == "4" }
@@ -75,10 +73,12 @@ extension Attach {
       }
       guard state == "2" else {
         try? disk.remove()
-        throw ToolstackDevice.Fault("\(name): no vxd of domain \(server) took it up", remedy: "is vxd running there?")
+        throw ToolstackDevice.Fault(
+          "\(name): vxd of domain \(server) did not respond", remedy: "is vxd running in that domain?")
       }
       return [
-        "text": .string("\(name): offered; the guest has not taken it yet (is its module virtio_xenbus loaded?)"),
+        "text": .string(
+          "\(name): offered; the guest's driver has not connected yet (is its module virtio_xenbus loaded?)"),
         "device": .string(name), "connected": false,
       ]
     }
@@ -88,22 +88,22 @@ extension Attach {
 extension Detach {
   func detachXenbus() throws {
     try Toolstack.run(connection.json) { store throws(ToolstackDevice.Fault) in
-      let domain = try ToolstackDevice.domain(device.guest, store)
+      let domain = try device.guest.domain(in: store)
       let disk = try ToolstackDevice(store, guest: domain, name: device.device)
       guard disk.exists else {
         throw ToolstackDevice.Fault(
-          "there is no virtio device \(device.device) of domain \(domain)", remedy: "'vxctl list' names them")
+          "domain \(domain) has no virtio device '\(device.device)'", remedy: "'vxctl list' shows its devices")
       }
-      let name = "\(device.guest)/\(device.device)"
-      if options.dryRun { return ["text": .string("would do: take \(name) away"), "device": .string(name)] }
+      let name = "\(device.guest.plain)/\(device.device)"
+      if options.dryRun { return ["text": .string("would do: detach \(name)"), "device": .string(name)] }
       try disk.requestEnd()
       let inTime = disk.wait(seconds: deadline) { disk.hasEnded }
       var words = "detached"
       if !inTime {
         try disk.forceEnd()
-        words = "detached by force: its requests fail"
+        words = "detached by force: its remaining requests were aborted"
         if !disk.wait(seconds: 30, until: { disk.hasEnded }) {
-          words = "detached by force; its backend has not let go of the guest's memory yet"
+          words = "detached by force; its backend has not released the guest's memory yet"
         }
       }
       try disk.remove()
@@ -115,25 +115,26 @@ extension Detach {
 /// `vxctl reattach --backend DOMAIN`: after a driver domain's reboot.
 struct Reattach: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Gives disks whose backend's domain is gone to a new one: after a reboot of the driver domain, in dom0.",
+    abstract:
+      "Reconnect devices whose driver domain is gone to a new one: after a reboot of the driver domain, in dom0.",
     discussion: """
-      A domain that reboots gets another number, and its guests' entries name the old one. Their drivers end what was under way with an \
-      error, and find the disks again under the same names.
+      A domain that reboots gets another number, and its guests' entries name the old one. In-flight requests fail with an I/O error; the \
+      devices reappear under the same names.
       """)
 
-  @Flag(help: "Print the answer as JSON.")
+  @Flag(help: "Print the answer as JSON; errors too.")
   var json = false
-  @Option(help: "Name or number of the domain that serves the disks from now on.")
-  var backend: String
+  @Option(help: "Name or number of the domain that serves the devices from now on.")
+  var backend: GuestName
   @Option(help: "Seconds to wait for the guests' drivers.", transform: Seconds.whole)
   var wait = 60
-  @Argument(help: "Only this guest's disks: its name or number.")
-  var guest: String?
+  @Argument(help: "Only this guest's devices: its name or number.")
+  var guest: GuestName?
 
   func run() throws {
     try Toolstack.run(json) { store throws(ToolstackDevice.Fault) in
-      let server = try ToolstackDevice.domain(backend, store)
-      let only = if let guest { Optional(try ToolstackDevice.domain(guest, store)) } else { DomainID?.none }
+      let server = try backend.domain(in: store)
+      let only = if let guest { Optional(try guest.domain(in: store)) } else { DomainID?.none }
       let lost = ToolstackDevice.all(store).filter { disk in
         guard only == nil || disk.guest == only, let path = disk.backend else { return false }
         return store.read("\(path)/state") == nil
@@ -143,10 +144,11 @@ struct Reattach: ParsableCommand {
       for disk in lost {
         _ = disk.wait(seconds: wait) { Toolstack.error(disk) != nil || Toolstack.state(disk) == "4" }
         let words =
-          Toolstack.error(disk) ?? (Toolstack.state(disk) == "4" ? "connected" : "the guest has not taken it yet")
+          Toolstack.error(disk)
+          ?? (Toolstack.state(disk) == "4" ? "connected" : "the guest's driver has not connected yet")
         lines.append("domain \(disk.guest)/\(disk.name): \(words)")
       }
-      if lost.isEmpty { lines.append("no device has lost its backend") }
+      if lost.isEmpty { lines.append("every device has its backend") }
       return ["text": .string(lines.joined(separator: "\n")), "disks": .array(lines.map(JSONValue.string))]
     }
   }

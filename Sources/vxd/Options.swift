@@ -1,3 +1,4 @@
+import CLinux
 import ControlAPI
 import EventLoop
 import Glibc
@@ -27,90 +28,160 @@ struct Options {
   static let usage = """
     usage: vxd [OPTION...]
 
-    Serves virtio devices to the guests of this Xen host: watches Xenstore and runs a backend for each device whose
+    Provides virtio devices to the guests of this Xen host: watches Xenstore and runs a backend for each device whose
     backend is this domain.
 
-      --socket PATH            control socket (default /run/vxd/control.sock)
-      --slots N                virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
-      --mapping-budget MIB     guest memory kept mapped per guest at most (default 1024)
-      --profiles PATH          options of disks that libxl cannot carry (default /etc/vxd/profiles.json)
-      --state PATH             where the state of running devices is kept, which a restarted vxd goes on from
-                               (default: 'state' beside the control socket; '' keeps none, and devices end
-                               with the daemon)
-      --metrics-socket PATH    OpenMetrics by HTTP (default: 'metrics.sock' beside the control socket; '' for none)
-      --metrics-port N         the same on 127.0.0.1
-      --operate-group GROUP    members may change devices (vxctl attach, limit, restart, ...)
-      --admin-group GROUP      members may change the daemon too; root always may, and whoever can connect may look
-      --describe-api           print the control socket's methods as OpenRPC, and end
-      --buffered               do not try O_DIRECT
-      --simulate               run on a simulated Xen with a guest that does I/O, without any Xen at all
-      --verbose                log more
-      --version, --help
+      -s, --socket=PATH          control socket (default /run/vxd/control.sock)
+      -p, --profiles=PATH        profiles of guests and devices (default /etc/vxd/profiles.json)
+          --slots=N              virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
+          --mapping-budget=MIB   limit of guest memory kept mapped, for each guest, 4 to 1048576 (default 1024)
+          --state=PATH           state of running devices, from which the next vxd resumes (default: 'state' beside
+                                 the control socket; empty: none, and devices end with the daemon)
+          --metrics-socket=PATH  metrics over HTTP (default: 'metrics.sock' beside the control socket; empty: none)
+          --metrics-port=N       the same on 127.0.0.1
+          --operate-group=GROUP  members may change devices (vxctl attach, limit, restart, ...)
+          --admin-group=GROUP    members may also change the daemon; root always may; anyone who can connect has
+                                 read-only access
+          --describe-api         print the control socket's methods as OpenRPC, and exit
+          --buffered             do not use O_DIRECT
+          --simulate             run on a simulated Xen with a guest that does I/O; no Xen is needed
+      -v, --verbose              log more
+      -V, --version              print the version, and exit
+      -h, --help                 print this text, and exit
 
     """
+
+  /// Options by number, as getopt_long reports them; the names are those of the command line.
+  private enum Name: String, CaseIterable {
+    case socket, profiles, slots, state, simulate, verbose, version, help, buffered
+    case mappingBudget = "mapping-budget"
+    case metricsSocket = "metrics-socket"
+    case metricsPort = "metrics-port"
+    case operateGroup = "operate-group"
+    case adminGroup = "admin-group"
+    case describeAPI = "describe-api"
+    // Not in the usage. The first corrupts data, which the testbed shows; the others are for tests that kill vxd: a simulated Xen and
+    // xenstored in another process.
+    case ignoreInvalidations = "test-ignore-invalidations"
+    case simulatedXen = "simulated-xen"
+    case simulatedXenstore = "simulated-xenstore"
+
+    var takesValue: Bool {
+      switch self {
+      case .simulate, .verbose, .version, .help, .buffered, .describeAPI, .ignoreInvalidations: false
+      default: true
+      }
+    }
+
+    var letter: Character? {
+      switch self {
+      case .socket: "s"
+      case .profiles: "p"
+      case .verbose: "v"
+      case .version: "V"
+      case .help: "h"
+      default: nil
+      }
+    }
+  }
+
+  /// What the command line says, in its order; by getopt_long, so with `--socket=PATH`, `--socket PATH`, `-s PATH`, `-sPATH` and unambiguous
+  /// beginnings of names.
+  private static func read(_ arguments: [String]) throws(OptionFault) -> [(name: Name, shown: String, value: String)] {
+    let names = Name.allCases
+    let texts = names.map { strdup($0.rawValue) }
+    var words = arguments.map { strdup($0) } + [nil]
+    defer { (texts + words).forEach { free($0) } }
+    // Values above those of letters, so that both forms of an option can be told apart.
+    let first: Int32 = 1000
+    let table =
+      zip(names, texts).enumerated().map { index, entry in
+        option(
+          name: UnsafePointer(entry.1), has_arg: entry.0.takesValue ? required_argument : no_argument, flag: nil,
+          val: first + Int32(index))
+      } + [option(name: nil, has_arg: 0, flag: nil, val: 0)]
+    // A colon at the beginning tells a missing value from an unknown option.
+    let letters = ":" + names.compactMap { name in name.letter.map { "\($0)\(name.takesValue ? ":" : "")" } }.joined()
+    var result: [(Name, String, String)] = []
+    var found = clinux_option()
+    while true {
+      clinux_next_option(Int32(arguments.count), &words, letters, table, &found)
+      if found.value == -1 { break }
+      let letter = UInt8(exactly: found.value).map { Character(UnicodeScalar($0)) }
+      if letter == "?" || letter == ":" {
+        let last = Int(found.index) - 1
+        let word = arguments.indices.contains(last) ? arguments[last] : ""
+        // A short option may stand among others in its word.
+        let short = UInt8(exactly: found.refused).map { "-\(Character(UnicodeScalar($0)))" }
+        let shown = found.refused == 0 || word.hasPrefix("--") ? word : short ?? word
+        if letter == ":" { throw OptionFault("\(shown): expected a value") }
+        if found.refused >= first { throw OptionFault("\(word): this option takes no value") }
+        throw OptionFault("unknown option '\(shown)' (see vxd --help)")
+      }
+      let known = found.value >= first ? names[Int(found.value - first)] : names.first { $0.letter == letter }
+      guard let known else { throw OptionFault("unknown option (see vxd --help)") }
+      result.append((known, "--\(known.rawValue)", found.argument.map { String(cString: $0) } ?? ""))
+    }
+    // getopt_long has moved them behind the options.
+    if Int(found.index) < arguments.count, let word = words[Int(found.index)] {
+      throw OptionFault("unexpected argument '\(String(cString: word))' (see vxd --help)")
+    }
+    return result
+  }
 
   /// - Returns: nil when the options ask for nothing but a text, which is printed.
   static func parse(_ arguments: [String]) throws(OptionFault) -> Options? {
     var options = Options()
-    var rest = arguments.dropFirst()[...]
-    func value(_ name: String) throws(OptionFault) -> String {
-      guard let text = rest.popFirst() else { throw OptionFault("\(name) needs a value") }
-      return text
-    }
-    func number(_ name: String, _ range: ClosedRange<UInt64>) throws(OptionFault) -> UInt64 {
-      let text = try value(name)
-      guard let number = UInt64(text), range.contains(number) else {
-        throw OptionFault("\(name): '\(text)' is no number from \(range.lowerBound) to \(range.upperBound)")
+    var isGiven: Set<Name> = []
+    for (name, shown, value) in try read(arguments) {
+      func number(_ range: ClosedRange<UInt64>) throws(OptionFault) -> UInt64 {
+        guard let number = UInt64(value), range.contains(number) else {
+          throw OptionFault("\(shown): '\(value)': expected an integer from \(range.lowerBound) to \(range.upperBound)")
+        }
+        return number
       }
-      return number
-    }
-    func group(_ name: String) throws(OptionFault) -> UInt32 {
-      let text = try value(name)
-      do throws(Errno) { return try ControlAccess.group(text) } catch {
-        throw OptionFault("\(name): there is no group '\(text)'")
+      func group() throws(OptionFault) -> UInt32 {
+        do throws(Errno) { return try ControlAccess.group(value) } catch {
+          throw OptionFault("\(shown): '\(value)': no such group")
+        }
       }
-    }
-    var isGiven: Set<String> = []
-    while let argument = rest.popFirst() {
-      isGiven.insert(argument)
-      switch argument {
-      case "--socket": options.socket = try value(argument)
-      case "--slots": options.settings.slots = Int(try number(argument, 1...32))
-      case "--mapping-budget": options.settings.mappingBudget = try number(argument, 4...1_048_576) << 20
-      case "--profiles":
-        options.profiles = try value(argument)
+      isGiven.insert(name)
+      switch name {
+      case .socket: options.socket = value
+      case .slots: options.settings.slots = Int(try number(1...32))
+      case .mappingBudget: options.settings.mappingBudget = try number(4...1_048_576) << 20
+      case .profiles:
+        options.profiles = value
         options.profilesAreWanted = true
-      // Not in the usage: it corrupts data, which the testbed shows.
-      case "--test-ignore-invalidations": options.settings.ignoresInvalidations = true
-      // For tests that kill vxd: a simulated Xen and xenstored in another process.
-      case "--simulated-xen": options.simulatedXen = try value(argument)
-      case "--simulated-xenstore": options.settings.xenstoreSocket = try value(argument)
-      case "--state": options.state = try value(argument)
-      case "--metrics-socket": options.metricsSocket = try value(argument)
-      case "--metrics-port": options.metricsPort = UInt16(try number(argument, 1...65535))
-      case "--operate-group": options.access.operators.insert(try group(argument))
-      case "--admin-group": options.access.admins.insert(try group(argument))
-      case "--describe-api":
+      case .ignoreInvalidations: options.settings.ignoresInvalidations = true
+      case .simulatedXen: options.simulatedXen = value
+      case .simulatedXenstore: options.settings.xenstoreSocket = value
+      case .state: options.state = value
+      case .metricsSocket: options.metricsSocket = value
+      case .metricsPort: options.metricsPort = UInt16(try number(1...65535))
+      case .operateGroup: options.access.operators.insert(try group())
+      case .adminGroup: options.access.admins.insert(try group())
+      case .describeAPI:
         let methods = SupervisorControl.methods(board: StatusBoard(), isSimulated: false)
         print(JSONText.text(methods.discovery, pretty: true))
         return nil
-      case "--buffered": options.settings.direct = false
-      case "--simulate": options.simulate = true
-      case "--verbose": options.verbose = true
-      case "--version":
+      case .buffered: options.settings.direct = false
+      case .simulate: options.simulate = true
+      case .verbose: options.verbose = true
+      case .version:
         print("vxd \(SupervisorControl.version)")
         return nil
-      case "--help":
+      case .help:
         print(usage, terminator: "")
         return nil
-      default: throw OptionFault("there is no option '\(argument)' (vxd --help)")
       }
     }
-    // Beside the control socket, unless said otherwise.
+    guard !options.socket.isEmpty else { throw OptionFault("--socket: expected a path") }
+    // Beside the control socket by default.
     let folder = options.socket.lastIndex(of: "/").map { options.socket[..<$0] + "/" } ?? ""
     options.consoleFolder = folder + "console"
-    if !isGiven.contains("--state") { options.state = folder + "state" }
-    if !isGiven.contains("--metrics-socket") { options.metricsSocket = folder + "metrics.sock" }
+    if !isGiven.contains(.state) { options.state = folder + "state" }
+    if !isGiven.contains(.metricsSocket) { options.metricsSocket = folder + "metrics.sock" }
     do throws(ProfileFault) {
       options.settings.profiles = try DiskProfiles(path: options.profiles, isOptional: !options.profilesAreWanted)
     } catch {

@@ -46,7 +46,7 @@ import Testing
     #expect(error(#"{"jsonrpc":"2.0","id":1}"#) == (-32600, "method"))
     #expect(error(#"{"jsonrpc":"2.0","id":[],"method":"echo"}"#) == (-32600, "id"))
     #expect(error(#"{"jsonrpc":"2.0","id":1,"method":"nothing"}"#) == (-32601, "method"))
-    #expect(error(#"{"jsonrpc":"2.0","id":1,"method":"echo","params":[1]}"#) == (-32600, "params"))
+    #expect(error(#"{"jsonrpc":"2.0","id":1,"method":"echo","params":[1]}"#) == (-32602, "params"))
     #expect(error(#"{"jsonrpc":"2.0","id":1,"method":"echo"}"#) == (-32602, "params.text"))
     #expect(error(#"{"jsonrpc":"2.0","id":1,"method":"echo","params":{"text":1}}"#) == (-32602, "params.text"))
     #expect(error(#"{"jsonrpc":"2.0","id":1,"method":"echo","params":{"text":"","no":1}}"#) == (-32602, "params.no"))

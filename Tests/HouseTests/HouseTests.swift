@@ -106,6 +106,27 @@ import Testing
     #expect(classes > 10)
   }
 
+  /// What operators read is plain English: the patterns that were not, in string literals of the programs and the control socket.
+  @Test func messagesArePlainEnglish() throws {
+    let patterns = [
+      " is wanted", " are wanted", " is no ", "there is no such", "goes on", "somebody", "whoever", "for want of",
+      " anew",
+      "is all there is", "is none of",
+    ]
+    for file in try Self.files("Sources")
+    where ["vxd/", "vxctl/", "ControlAPI/"].contains(where: file.hasPrefix) {
+      for (index, line) in try Self.lines("\(Self.root)/Sources/\(file)").enumerated() {
+        // Between quotation marks; comments are for those who know the house.
+        let literals = line.split(separator: "\"", omittingEmptySubsequences: false).enumerated()
+          .filter { $0.offset % 2 == 1 }.map(\.element).joined(separator: "|")
+        guard !line.trimmed.hasPrefix("//") else { continue }
+        for pattern in patterns {
+          #expect(!literals.contains(pattern), "Sources/\(file):\(index + 1): '\(pattern)' in \(line)")
+        }
+      }
+    }
+  }
+
   @Test func noWorkIsLeftMarked() throws {
     for file in try Self.files("Sources") {
       for line in try Self.lines("\(Self.root)/Sources/\(file)") {
@@ -113,4 +134,8 @@ import Testing
       }
     }
   }
+}
+
+extension String {
+  fileprivate var trimmed: Substring { drop { $0 == " " } }
 }

@@ -207,7 +207,7 @@ import Xen
       $0.hasPrefix("--")
     }
     #expect(options.count >= 10, "\(options)")
-    for option in options { #expect(daemon.contains(option), "vxd.8 does not know '\(option)'") }
+    for option in options { #expect(daemon.contains(option.prefix { $0 != "=" }), "vxd.8 does not know '\(option)'") }
   }
 
   /// systemd rates the unit's sandbox, and finds nothing in the units that it does not know.
@@ -250,10 +250,10 @@ import Xen
   @Test func wrongUsageIsExplained() throws {
     let option = try vxd(["--slots", "99"])
     #expect(option.status == 2)
-    #expect(option.output.contains("--slots: '99' is no number from 1 to 32"))
+    #expect(option.output.contains("--slots: '99': expected an integer from 1 to 32"))
     let unreachable = try vxctl(["status", "--socket", "/nowhere"])
     #expect(unreachable.status == 2)
-    #expect(unreachable.output.contains("vxd does not answer on /nowhere"))
+    #expect(unreachable.output.contains("cannot connect to vxd on /nowhere"))
     let device = try vxctl(["show", "web1"])
     #expect(device.status == 64)
     #expect(device.output.contains("GUEST/DEVICE"))

@@ -23,7 +23,7 @@ import Testing
     return Set(words.map(String.init).filter { $0.hasPrefix("vxd_") })
   }
 
-  @Test(arguments: ["deploy/grafana/vxd.json", "deploy/prometheus/alerts.yml"])
+  @Test(arguments: ["deploy/grafana/vxd.json", "deploy/prometheus/alerts.yml", "docs/metrics.md"])
   func everyNameThatDeployUsesExists(path: String) throws {
     let known = Set(Metrics.families.flatMap(\.sampleNames))
     let used = names(try text(path))

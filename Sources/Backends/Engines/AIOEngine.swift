@@ -64,8 +64,18 @@ package final class AIOEngine: BlockEngine {
     }
     ring = context.flatMap(CompletionRing.init)
     guard result == 0 else {
-      throw .host(
-        what: "cannot make an aio context (fs.aio-max-nr is used up: sysctl fs.aio-max-nr=1048576)", Errno(-result))
+      throw .host(what: "cannot create an aio context\(Self.remedy(result))", Errno(-result))
+    }
+  }
+
+  /// What keeps io_setup from making a context, where its error says so; else the error speaks for itself.
+  ///
+  /// - Parameter result: a negated errno.
+  package static func remedy(_ result: Int32) -> String {
+    switch -result {
+    case EAGAIN: " (fs.aio-max-nr is used up: sysctl fs.aio-max-nr=1048576)"
+    case ENOSYS: " (this kernel has no asynchronous I/O: CONFIG_AIO)"
+    default: ""
     }
   }
 

@@ -1,5 +1,6 @@
 # limit: 300 s
 # needs: xenbus
+# processors: 5
 # A PV guest with Xen's default tsc_mode. All other guests have the native one: Xen intercepts RDTSC on processors without an invariant TSC,
 # such as the emulated one, and QEMU's emulation of SVM loses HVM and PVH guests by that intercept now and then. PV guests have none.
 start_vxd

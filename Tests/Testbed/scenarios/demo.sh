@@ -1,5 +1,6 @@
 # limit: 900 s
 # needs: xenbus
+# processors: 5
 # `make demo`: the main job, told step by step.
 show() { echo "STEP \$ $*"; "$@" 2>&1 | sed 's/^/| /'; }
 

@@ -1,5 +1,6 @@
 # limit: 1200 s
 # needs: xenbus
+# processors: 5
 # dom0 with the toolstack alone, an unprivileged driver domain with vxd, a PVH and a PV guest with disks from it over Xenbus.
 no_errors() { ! grep -E "GUEST (ERRORS|CORRUPT|FAIL)|Oops|BUG:|hung task" "$(console_of "$1")"; }
 rounds_more() { # NAME COUNT : so many rounds from now

@@ -47,6 +47,22 @@ int clinux_block_device_can_secure_erase(int fd) {
   return ioctl(fd, BLKSECDISCARD, range) != 0 && errno == EINVAL;
 }
 
+void clinux_next_option(int argc, char **argv, const char *letters, const struct option *table, struct clinux_option *found) {
+  opterr = 0;
+  optind = found->index;
+  found->value = getopt_long(argc, argv, letters, table, NULL);
+  found->argument = optarg;
+  found->refused = optopt;
+  found->index = optind;
+}
+
+int clinux_probe_aio(void) {
+  unsigned long context = 0;
+  if (syscall(SYS_io_setup, 1, &context) != 0) return errno;
+  syscall(SYS_io_destroy, context);
+  return 0;
+}
+
 unsigned int clinux_device_major(dev_t device) { return major(device); }
 unsigned int clinux_device_minor(dev_t device) { return minor(device); }
 

@@ -1,5 +1,6 @@
 # limit: 500 s
 # needs: xenbus
+# processors: 5
 # vxd in dom0 serves a PV and a PVH guest over Xenbus, beside its ioreq servers for HVM guests.
 make_disk /disks/one.img 32
 make_disk /disks/two.img 32

@@ -1,5 +1,6 @@
 # limit: 700 s
 # needs: xenbus
+# processors: 5
 # A network device from an unprivileged driver domain, with the bridge in there, for a PVH guest whose console is dom0's.
 start_vxd
 remember_resources

@@ -1,5 +1,6 @@
 # limit: 1800 s
 # needs: xenbus
+# processors: 5
 # A guest with a disk of an honest backend, in a driver domain, and one device after another of a backend in dom0 that lies
 # (dom0/hostile-backend.c): the guest stays up, its other disk goes on, and what lied is gone from the guest afterwards. PV guests: the
 # emulator's SVM loses a PVH guest now and then (lib/machine.sh), which would look like a success of the liar.

@@ -1,5 +1,6 @@
 # limit: 900 s
 # needs: xenbus
+# processors: 5
 # Network devices that are plugged into running PVH guests, over Xenbus: two guests on one bridge with dom0. Their consoles are plugged
 # in too; where libxl knows such devices (4.18 and later, on trixie) the guests' configurations have them.
 load_modules llc stp bridge tun garp mrp 8021q veth macvlan tap macvtap
@@ -18,7 +19,7 @@ start_vxd
 remember_resources
 GUEST_MEMORY=360
 write_direct_config pvh one "vx.test=serve"
-GUEST_VCPUS=2
+GUEST_VCPUS=2 GUEST_CPUS="2-3"
 write_direct_config pvh two "vx.test=serve"
 step "two guests without a disk"
 for guest in one two; do check "$guest: xl create" create $guest; done

@@ -1,5 +1,6 @@
 // What Swift cannot import of Linux' headers: ioctl numbers, variadic calls, structures of the kernel's interface.
 #pragma once
+#include <getopt.h>
 #include <linux/falloc.h>
 #include <stdint.h>
 #include <sys/epoll.h>
@@ -48,6 +49,18 @@ int clinux_accept(int fd);
 int clinux_open_pty(char *name, uint32_t capacity);
 /// The size of the terminal behind a descriptor; 0 or an errno.
 int clinux_window_size(int fd, uint16_t *columns, uint16_t *rows);
+/// What getopt_long found: the option's value (or '?' for one that is unknown, ':' for one without its value, -1 at the end), its argument,
+/// the option that was refused, and the place in argv. Zeros begin a command line.
+struct clinux_option {
+  int value;
+  char *argument;
+  int refused;
+  int index;
+};
+/// The next option by getopt_long, which keeps its state in global variables: one command line at a time, from one thread.
+void clinux_next_option(int argc, char **argv, const char *letters, const struct option *table, struct clinux_option *found);
+/// Whether the kernel makes an aio context now: 0, or an errno (EAGAIN: fs.aio-max-nr is used up; ENOSYS: it has no aio at all).
+int clinux_probe_aio(void);
 /// The flag SOCK_CLOEXEC, an enumerator in glibc.
 int clinux_socket_cloexec(void);
 /// The flag O_DIRECT, which only GNU's headers show.
