@@ -92,6 +92,9 @@ package actor Supervisor {
   func reported(_ key: DeviceKey, _ id: BackendID, _ report: DeviceReport) {
     guard let (_, device) = table.known(key) else { return }
     handle(.device(key, .report(id, DeviceEvent.Report(report, of: device.backend))), of: key.domain)
+    guard case .fault = report, let transport = table.known(key)?.0.bus.transport(of: key) else { return }
+    // The driver may have reset the device since, in a report of its status that came before this one.
+    handle(.device(key, .driver(Driver(transport.currentStatus))), of: key.domain)
   }
 
   /// A bus has something to say.
