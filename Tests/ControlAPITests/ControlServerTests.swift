@@ -61,8 +61,7 @@ import Testing
     #expect(try other.receive(30_000)["id"] == 77)
   }
 
-  /// json-c makes the largest number of any larger one.
-  @Test(arguments: ["0", "1", "3", "4", "9223372036854775806", "9223372036854775807", "99999999999999999999"])
+  @Test(arguments: ["0", "1", "3", "4", "9223372036854775806", "9223372036854775807"])
   func eventsBehindAnyNumberAreReplayed(after: String) throws {
     let server = try server()
     defer { server.stop() }
@@ -80,8 +79,8 @@ import Testing
     #expect(try client.receive(5000)["params"]?["sequence"] == 4)
   }
 
-  @Test(arguments: ["-1", "-9223372036854775808", "-99999999999999999999"])
-  func negativeNumberOfAnEventIsRefused(after: String) throws {
+  @Test(arguments: ["-1", "-9223372036854775808", "-99999999999999999999", "99999999999999999999", "0.5"])
+  func numberThatNoEventCanHaveIsRefused(after: String) throws {
     let server = try server()
     defer { server.stop() }
     server.publish(["number": 1])
@@ -92,9 +91,10 @@ import Testing
     #expect(reply["error"]?["code"] == -32602)
     #expect(reply["error"]?["data"]?["field"] == "params.after")
     #expect(try client.call("ping") == "pong")
-    // It is no subscriber.
+    // It is no subscriber: an event would come before the answer to what is asked later.
     server.publish(["number": 2])
-    #expect(throws: ControlClient.Failure.self) { _ = try client.receive(100) }
+    try client.send(Array(#"{"jsonrpc": "2.0", "id": 77, "method": "ping"}"#.utf8))
+    #expect(try client.receive(30_000)["id"] == 77)
   }
 
   /// A client that never reads is dropped; the others are answered all the time.
