@@ -77,6 +77,7 @@ watch_limit() {
     ps | sed 's/^/| /'
     show_logs
     echo "TESTBED VERDICT 0 passed, 1 failed"
+    sleep 2
     poweroff -f
   ) &
 }

@@ -95,6 +95,10 @@ report() { # QUEUE : true when every check of every run held
 run() { # JOBS NAME...
   local jobs=$1 job queue workers=()
   shift
+  # Two runs of one scenario would write over each other's files.
+  mkdir -p "$OUTPUT"
+  exec {RUN_LOCK}>"$OUTPUT/lock"
+  flock --nonblock "$RUN_LOCK" || die "another testbed uses $OUTPUT: wait for it, or set VXD_TESTBED_OUTPUT to another folder"
   queue=$OUTPUT/queue-$$
   [ $# -le 1 ] && jobs=1
   make_queue "$queue" "$@"
