@@ -39,8 +39,9 @@ iperf "UDP to the guest" -u -b 20M -R -t 1
 step "16 MiB over TCP while the driver domain's vxd is killed"
 in_guest one "mkdir /tmp/out; dd if=/dev/urandom of=/tmp/out/file bs=128k count=128 2>/dev/null; httpd -p 8080 -h /tmp/out"
 guest=$(xl domid one)
+check "a limit" in_driver "vxctl limit domain-$guest/net1 --write-bytes 8000000"
 in_driver "(wget -q -O /tmp/received http://10.8.0.2:8080/file; touch /tmp/complete) >/dev/null 2>&1 </dev/null &"
-# In one command, since the transfer takes half a second of the emulated clock.
+# In one command: a limit, which ends with the daemon, makes the transfer take two seconds of the emulated clock.
 check "vxd is killed in its midst and comes back" in_driver \
   "until [ \$(stat -c %s /tmp/received 2>/dev/null || echo 0) -gt 1000000 ]; do usleep 5000; done; kill_vxd; stat -c %s /tmp/received; start_vxd"
 sed 's/^/| received then: /' /tmp/check.out

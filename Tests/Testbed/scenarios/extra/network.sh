@@ -112,11 +112,13 @@ dd if=/dev/urandom of=/tmp/out/file bs=128k count=256 2>/dev/null
 # iperf3 would do for speed, but its server may end before it has read everything.
 httpd -p 8080 -h /tmp/out
 in_guest one "httpd -p 8080 -h /tmp/out"
+# All of it would take a second of the emulated clock. A limit ends with the daemon.
+slowly() { vxctl limit one/net1 --write-bytes 30000000 >/dev/null; }
+slowly
 received() { stat -c %s /tmp/received 2>/dev/null || echo 0; }
 has_received() { [ "$(received)" -ge "$1" ]; }
 (wget -q -O /tmp/received http://10.9.0.2:8080/file; touch /tmp/complete) &
 in_guest one "(wget -q -O /tmp/received http://10.9.0.1:8080/file; touch /tmp/complete) >/dev/null 2>&1 &"
-# All of it takes a second of the emulated clock.
 for bytes in 3000000 40000000; do
   POLL=20000
   check "$bytes bytes are there" wait_until 100 has_received $bytes
@@ -127,6 +129,7 @@ for bytes in 3000000 40000000; do
   check "not all of it is there yet" not has_received 104857600
   start_vxd
   check "served again" wait_until 60 device_state_is one/net1 connected
+  slowly
 done
 check "it arrives" wait_until 200 test -e /tmp/complete
 check "as it was" equal "$(received) $(md5sum </tmp/received)" "104857600 $(in_guest one "md5sum </tmp/out/file")"
