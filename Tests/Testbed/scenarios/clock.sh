@@ -1,3 +1,4 @@
+# takes: 55 s
 # limit: 300 s
 # needs: xenbus
 # processors: 5

@@ -1,3 +1,4 @@
+# takes: 173 s
 # limit: 900 s
 # needs: xenbus
 # processors: 5

@@ -1,3 +1,4 @@
+# takes: 200 s
 # limit: 1200 s
 # needs: xenbus
 # processors: 5

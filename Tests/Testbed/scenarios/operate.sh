@@ -1,3 +1,4 @@
+# takes: 74 s
 # limit: 800 s
 # What an operator does with a running guest: attach and detach a disk, limits, pause, restart, explain; roles and metrics.
 make_disk /disks/alpha.img 32

@@ -1,3 +1,4 @@
+# takes: 69 s
 # limit: 700 s
 # needs: xenbus
 # processors: 5

@@ -1,3 +1,4 @@
+# takes: 108 s
 # limit: 900 s
 # The ends of guests: destroyed under I/O, shut down by the toolstack; a guest that waits for vxd; a lower domain number.
 make_disk /disks/one.img 64

@@ -1,3 +1,4 @@
+# takes: 110 s
 # limit: 900 s
 # Two guests at once, each with two disks: a file with buffered I/O and a block device with direct I/O through the bounce buffers.
 insmod /modules/loop.ko max_loop=4
