@@ -1,3 +1,4 @@
+# by name: yes
 # takes: 57 s
 # limit: 500 s
 # needs: xenbus
