@@ -69,10 +69,15 @@ verdict() {
   echo "TESTBED VERDICT $PASSED passed, $FAILED failed"
 }
 
-# Ends the scenario when the emulated clock says that it has had its time.
+# Ends the scenario when the emulated clock says that it has had its time. Until then it shows that this clock runs (see watch_machine).
 watch_limit() {
   (
-    sleep "$LIMIT"
+    second=0
+    while [ "$second" -lt "$LIMIT" ]; do
+      sleep 2
+      second=$((second + 2))
+      echo "CLOCK $second"
+    done
     failed "the scenario ends within its limit, $LIMIT s of the emulated clock"
     ps | sed 's/^/| /'
     show_logs

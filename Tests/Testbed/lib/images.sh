@@ -236,6 +236,7 @@ prepare_images_alone() { # [RELEASE]
   fetch_packages
   TOOLS_ROOT=$PACKAGES_ROOT
   fetch_fio
+  fetch_emulator
   if [ "${1:-bookworm}" != bookworm ]; then
     choose_release "$1"
     fetch_packages

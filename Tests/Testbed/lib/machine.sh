@@ -46,14 +46,16 @@ choose_variation() { # NUMBER : sets SHIFT and DELAY
   esac
 }
 
-# Its console on standard output; what dom0 sends by its second serial port goes to FOLDER/logs.tar.gz.
+# Its console on standard output; what dom0 sends by its second serial port goes to FOLDER/logs.tar.gz. Its monitor is FOLDER/monitor: a name
+# of its own folder, since a socket's name has at most 107 characters.
 boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
   local initrd=$1 folder=$2
   shift 2
   local clock=(-accel "tcg,thread=single" -icount "shift=${SHIFT:-1},sleep=off" -rtc "base=$MACHINE_DATE,clock=vm")
   [ "${PARALLEL:-no}" = no ] || clock=(-accel "tcg,thread=multi")
-  exec "$@" qemu-system-x86_64 -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
-    -nographic -monitor none -serial stdio -serial "file:$folder/logs.tar.gz" -no-reboot -nodefaults -display none \
+  cd "$folder" || exit 1
+  exec "$@" "$EMULATOR" -L /usr/share/qemu -L /usr/share/seabios -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
+    -monitor unix:monitor,server=on,wait=off -serial stdio -serial file:logs.tar.gz -no-reboot -nodefaults -display none \
     -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 dom0_vcpus_pin bootscrub=0 loglvl=warning guest_loglvl=warning" \
     -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$initrd"
 }

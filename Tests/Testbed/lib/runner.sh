@@ -3,8 +3,6 @@
 # A run is named SCENARIO[@RELEASE][~VARIATION]. Its folder below $OUTPUT keeps console.log (all that the machine said), checks.log (what is shown of
 # it), and logs.tar.gz (dom0's and the guests' logs) when a check failed.
 
-# A machine that does not come to its end in this real time hangs outside of what it can notice itself: its own limit is in virtual time.
-LAST_RESORT=3000
 
 scenario_of() { local name=${1%%[@~]*}; echo "$TESTBED/scenarios/$name.sh"; }
 release_of() { local name=${1%%~*}; case $name in *@*) echo "${name#*@}" ;; *) echo bookworm ;; esac; }
@@ -143,7 +141,7 @@ run_scenario() { # NAME : true when every check of it held; sets SCENARIO_VERDIC
 }
 
 run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
-  local name=$1 file folder started machine reader verdict
+  local name=$1 file folder started machine watcher reader verdict
   file=$(scenario_of "$name")
   folder=$OUTPUT/$name
   RELEASE=$(release_of "$name")
@@ -163,14 +161,16 @@ run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
     shown "$folder" <"$folder/console.fifo" >"$folder/checks.log" &
   fi
   reader=$!
-  (boot "$INITRD" "$folder" timeout $LAST_RESORT) </dev/null >"$folder/console.fifo" 2>&1 &
+  (boot "$INITRD" "$folder") </dev/null >"$folder/console.fifo" 2>&1 &
   machine=$!
-  trap 'kill $machine; exit 1' TERM INT
+  watch_machine "$folder" $machine &
+  watcher=$!
+  trap 'kill $machine $watcher; exit 1' TERM INT
   wait $machine 2>/dev/null
-  [ $? -ne 124 ] || echo "TESTBED the machine did not end within $LAST_RESORT s" >>"$folder/console.log"
   trap - TERM INT
-  wait $reader 2>/dev/null
-  rm -f "$folder/initrd" "$folder/overlay.cpio" "$folder/console.fifo"
+  wait $reader $watcher 2>/dev/null
+  [ ! -s "$folder/stalled.log" ] || cat "$folder/stalled.log" >>"$folder/console.log"
+  rm -f "$folder/initrd" "$folder/overlay.cpio" "$folder/console.fifo" "$folder/monitor"
   [ -s "$folder/logs.tar.gz" ] || rm -f "$folder/logs.tar.gz"
   verdict=$(sed -n 's/^TESTBED VERDICT //p' "$folder/console.log" | head -n 1)
   SCENARIO_VERDICT="${verdict:-no verdict} in $((SECONDS - started)) s"
