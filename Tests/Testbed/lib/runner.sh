@@ -124,23 +124,7 @@ run() { # JOBS NAME...
 # What a run shows of its console.
 shown() { sed -u 's|\r*$||' | tee "$1/console.log" | grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |\| |GUEST|LOG|logs: )'; }
 
-# A run in which the emulator lost a guest tells nothing; it would lose it again in the same way, so the next try is another variation, with
-# a clock that is slow against the processors: fewer of its timers expire while an interrupt is new.
 run_scenario() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
-  local try code name=$1 losses=0
-  for try in 1 2 3 4 5; do
-    run_once "$name"
-    code=$?
-    [ $code -ne 0 ] && grep -q '^TESTBED LOST' "$OUTPUT/$name/console.log" || break
-    losses=$try
-    name=${1%%~*}~$(($(variation_of "$1") + 1000 * try + 1))
-    [ "$try" = 5 ] || say "scenario $1: the emulator lost a guest (see lost_a_guest in dom0/lib.sh); again, as $name"
-  done
-  [ $losses -eq 0 ] || SCENARIO_VERDICT+=", after $losses runs in which the emulator lost a guest"
-  return $code
-}
-
-run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
   local name=$1 file folder started machine watcher reader verdict
   file=$(scenario_of "$name")
   folder=$OUTPUT/$name

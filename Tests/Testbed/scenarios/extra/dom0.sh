@@ -1,4 +1,3 @@
-# by name: yes
 # takes: 57 s
 # limit: 500 s
 # needs: xenbus

@@ -3,8 +3,7 @@
 # needs: xenbus
 # processors: 5
 # A guest with a disk of an honest backend, in a driver domain, and one device after another of a backend in dom0 that lies
-# (dom0/hostile-backend.c): the guest stays up, its other disk goes on, and what lied is gone from the guest afterwards. PV guests: the
-# emulator's SVM loses a PVH guest now and then (lib/machine.sh), which would look like a success of the liar.
+# (dom0/hostile-backend.c): the guest stays up, its other disk goes on, and what lied is gone from the guest afterwards.
 rounds_more() { # NAME COUNT : so many rounds from now
   wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + $2)) || { tail -n 20 "$(console_of "$1")"; return 1; }
 }
