@@ -316,8 +316,12 @@ static void serve(double seconds)
 				xenevtchn_notify(evt, port);
 		}
 		memcpy(&used->ring[size], &taken, 2);
-		if (busy)
+		if (busy) {
 			misbehave(&seed);
+			/* The guest may have no request left that it could be lied to about. */
+			if (!lies++)
+				end = now() + seconds;
+		}
 		if ((!busy || ++turns % 64 == 0) && number(front, "state") == 5)
 			break;
 	}
