@@ -64,10 +64,11 @@ for size in 1 20000; do check "guest to guest, $size bytes" in_guest one "ping -
 
 step "TCP and UDP, with all offloads"
 # By the amount rather than by time: how much a second of the emulated clock carries depends on what is measured.
+# iperf3 of trixie sees that its bytes are through when a timer wakes it: without reports (-i 0) it has none.
 iperf() { # WHAT GUEST ARGUMENT...
   title=$1 from=$2
   shift 2
-  in_guest "$from" "iperf3 -i 0 $*" >/tmp/iperf.out 2>&1
+  in_guest "$from" "iperf3 -i 0.1 $*" >/tmp/iperf.out 2>&1
   code=$?
   check "$title: $(sed -n 's/.* \([0-9.]* [MGK]bits\/sec\).*receiver.*/\1/p' /tmp/iperf.out | tail -n 1)" ran $code
 }
