@@ -94,7 +94,7 @@ package enum Metrics {
     gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
     gauge(
       "vxd_event_channels", "Event channels bound to ioreq servers and to queues of Xenbus devices.",
-      "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) + $1.devices.reduce(0) { $0 + $1.channels() } })")
+      "\(guests.reduce(0) { $0 + $1.channels + $1.devices.reduce(0) { $0 + $1.channels() } })")
     gauge(
       "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
     gauge(
