@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 package import Devices
 package import Lifecycle
 import Xen
