@@ -46,9 +46,9 @@ let package = Package(
       name: "Xen", dependencies: ["Virtqueue", "Transport", "EventLoop", "CXen", "CLinux"],
       path: "Sources/Backends/Xen", swiftSettings: house),
     .target(
-      name: "Backends",
-      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle"],
-      path: "Sources/Backends/Assembly", swiftSettings: house),
+      name: "DeviceHost",
+      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle", "JSON"],
+      path: "Sources/Backends/DeviceHost", swiftSettings: house),
 
     // An in-process Xen with guests that play the virtio driver's side.
     .target(
@@ -58,18 +58,23 @@ let package = Package(
 
     // The control plane. What a guest and a device go through, as values: depends on nothing.
     .target(name: "Lifecycle", swiftSettings: house),
+    // JSON values: options of devices are such, and what is said on the control socket.
+    .target(name: "JSON", path: "Sources/ControlAPI/JSON", swiftSettings: house),
     .target(
-      name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
+      name: "ControlAPI", dependencies: ["JSON", "EventLoop", "CJSON", "CLinux"], exclude: ["CModules", "JSON"],
+      swiftSettings: house),
     .target(
       name: "Supervisor",
       dependencies: [
-        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "Lifecycle",
+        "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "JSON",
+        "Lifecycle",
         "CSystemd", "CLinux", log,
       ],
       exclude: ["CModules"], swiftSettings: house),
 
     .executableTarget(
-      name: "vxd", dependencies: ["Supervisor", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
+      name: "vxd",
+      dependencies: ["Supervisor", "DeviceHost", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
       swiftSettings: house),
     .executableTarget(
       name: "vxctl", dependencies: ["ControlAPI", "ConsoleLink", "EventLoop", "Xen", "CLinux", arguments],
@@ -77,7 +82,7 @@ let package = Package(
     .executableTarget(
       name: "vxd-bench",
       dependencies: [
-        "Backends", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
+        "DeviceHost", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
       ],
       path: "Benchmarks", exclude: ["profile"], swiftSettings: house),
 
@@ -85,7 +90,7 @@ let package = Package(
     .target(
       name: "TestSupport",
       dependencies: [
-        "Backends", "Virtqueue", "Transport", "Devices", "Engines", "EventLoop", "SimulatedXen", "Xen",
+        "DeviceHost", "Virtqueue", "Transport", "Devices", "Engines", "EventLoop", "SimulatedXen", "Xen",
         "CThreadSanitizer",
       ],
       path: "Tests/TestSupport", swiftSettings: house),
@@ -95,7 +100,8 @@ let package = Package(
     .testTarget(
       name: "BackendsTests",
       dependencies: [
-        "Backends", "Engines", "Devices", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport", "SimulatedXen",
+        "DeviceHost", "Engines", "Devices", "Lifecycle", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport",
+        "SimulatedXen",
         "Supervisor", "ConsoleLink", "CLinux",
       ],
       swiftSettings: house),
@@ -109,7 +115,8 @@ let package = Package(
     .testTarget(
       name: "SupervisorTests",
       dependencies: [
-        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "Lifecycle", "Transport",
+        "Supervisor", "SimulatedXen", "Xen", "DeviceHost", "Devices", "ControlAPI", "JSON", "EventLoop", "Lifecycle",
+        "Transport",
         "Virtqueue", "TestSupport", "CLinux", log, "vxd", "vxctl",
       ],
       swiftSettings: house),
@@ -124,7 +131,7 @@ if Context.environment["VXD_FUZZ"] != nil {
     .executableTarget(
       name: "vxd-fuzz",
       dependencies: [
-        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
+        "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
         "ControlAPI", "TestSupport",
       ],
       path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))

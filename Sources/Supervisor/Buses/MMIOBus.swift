@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
@@ -38,8 +38,6 @@ final class MMIOBus: GuestBus {
   private var seats: [DeviceKey: Seat] = [:]
   /// Devices whose saved state cannot be used, and why.
   private var lost: [DeviceKey: String] = [:]
-  /// The ioreq server of an earlier daemon.
-  private var earlierServer: UInt16?
 
   init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
     domain = facts.domain
@@ -59,7 +57,8 @@ final class MMIOBus: GuestBus {
     let server = cell.report.withLock { $0 }
     let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
     return BusFacts(
-      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, server: server?.report, pool: pool)
+      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, channels: server?.vcpus ?? 0, server: server?.report,
+      mappings: { [pool] in pool.statistics })
   }
 
   // MARK: What an earlier daemon left
@@ -73,7 +72,7 @@ final class MMIOBus: GuestBus {
       folder.forgetAll(domain)
       return []
     }
-    earlierServer = saved.server
+    cell.earlier.withLock { $0 = saved.server }
     for key in folder.contents.devices where key.domain == domain { restore(key, folder) }
     return lost.map { ($0.key, $0.value) }
   }
@@ -122,12 +121,10 @@ final class MMIOBus: GuestBus {
 
   // MARK: The server
 
-  /// Makes the ioreq server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
   func startServer(uuid: String?) -> BusJob {
     let (domain, folder, cell, handle, pool, loop) = (
       domain, host.settings.stateFolder, cell, handle, pool, thread.loop
     )
-    let earlier = earlierServer
     let ignoresInvalidations = host.settings.ignoresInvalidations
     let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.slot) } }
     #if arch(x86_64)
@@ -139,8 +136,8 @@ final class MMIOBus: GuestBus {
     #endif
     return {
       do throws(XenError) {
-        let server = try Self.makeServer(
-          handle, pool, loop, earlier: earlier, ignoresInvalidations: ignoresInvalidations
+        let server = try cell.makeServer(
+          handle, pool, loop, ignoresInvalidations: ignoresInvalidations
         ) { identifier in
           // Known to a later daemon before it can hold up a vCPU.
           try? folder?.save(StateFolder.Guest(server: identifier, uuid: uuid), of: domain)
@@ -156,28 +153,11 @@ final class MMIOBus: GuestBus {
         }
         return .serverStarted
       } catch {
-        cell.server?.close()
-        cell.server = nil
+        cell.giveUp()
         return .serverFailed(
           "cannot create an ioreq server for the guest (\(error)); virtio-mmio needs an HVM guest and, on x86, dom0")
       }
     }
-  }
-
-  private static func makeServer(
-    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, earlier: UInt16?,
-    ignoresInvalidations: Bool, onCreated: (UInt16) -> Void
-  ) throws(XenError) -> IOReqServer {
-    if let earlier {
-      do throws(XenError) {
-        return try IOReqServer(
-          guest: handle, pool: pool, loop: loop, adopting: earlier, ignoresInvalidations: ignoresInvalidations)
-      } catch {
-        // It is gone, and with it whoever waited for it: a new one serves as well.
-      }
-    }
-    return try IOReqServer(
-      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
   }
 
   func leaveServer() -> BusJob {
@@ -190,10 +170,12 @@ final class MMIOBus: GuestBus {
   }
 
   func closeServer() -> BusJob {
-    let (cell, pool) = (cell, pool)
+    let (cell, pool, handle) = (cell, pool, handle)
     return {
       cell.server?.close()
       cell.server = nil
+      // One that could not be adopted would let the guest's accesses wait for ever.
+      if let earlier = cell.earlier.withLock({ $0.take() }) { try? handle.destroyIOReqServer(earlier) }
       cell.report.withLock { $0 = nil }
       pool.close()
       return .serverClosed
@@ -287,4 +269,40 @@ private final class ServerCell: @unchecked Sendable {
   // Invariant behind @unchecked Sendable: `server` is read and written on the guest's thread only; the rest is made for sharing.
   var server: IOReqServer?
   let report = Mutex<(report: StatusBoard.IOReqServerReport, vcpus: Int)?>(nil)
+  /// The server of an earlier daemon, until it is adopted or known to be gone.
+  let earlier = Mutex<UInt16?>(nil)
+
+  /// Makes the server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
+  func makeServer(
+    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, ignoresInvalidations: Bool,
+    onCreated: (UInt16) -> Void
+  ) throws(XenError) -> IOReqServer {
+    if let number = earlier.withLock({ $0 }) {
+      do throws(XenError) {
+        let server = try IOReqServer(
+          guest: handle, pool: pool, loop: loop, adopting: number, ignoresInvalidations: ignoresInvalidations)
+        earlier.withLock { $0 = nil }
+        return server
+      } catch {
+        // Anything else may be over soon. The guest's accesses wait for that server then, which another one would not answer.
+        guard IOReqServer.isGone(error) else { throw error }
+        // And with it whoever waited for it: a new one serves as well.
+        earlier.withLock { $0 = nil }
+      }
+    }
+    return try IOReqServer(
+      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
+  }
+
+  /// The server is there, and cannot be used: one that an earlier daemon has made is left for the next try, since vCPUs may wait for it.
+  func giveUp() {
+    guard let server else { return }
+    if server.isAdopted {
+      earlier.withLock { $0 = server.identifier }
+      server.leave()
+    } else {
+      server.close()
+    }
+    self.server = nil
+  }
 }
