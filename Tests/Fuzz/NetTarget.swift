@@ -38,7 +38,7 @@ enum NetTarget {
     let choices = NetChoices(mac: mac, offloads: features.intersection(.netGuestOffloads).rawValue)
     var pump = NetPump(
       tap: sockets.tap, source: fixture.pool, counters: (0..<3).map { _ in QueueCounters() }, settings: settings,
-      rate: rate, choices: choices, isLinkUp: true, onChoices: { _ in }, onAnnounced: {})
+      rate: rate, choices: choices, isLinkUp: true, onChoices: { _ in true }, onAnnounced: {})
     let session = Session(features: features, locksMAC: settings.locksMAC)
     session.emptySockets()
     do throws(DeviceFault) {

@@ -114,6 +114,12 @@ package final class DeviceFixture {
   /// Returns when the device has dealt with everything that the driver did before, see `settle`.
   package func settle() { TestSupport.settle(threads) }
 
+  /// Runs something on the device's first thread, and waits for it; or does not wait.
+  package func perform(_ body: @escaping @Sendable () -> Void) { threads[0].perform(body) }
+  package func enqueue(_ body: @escaping @Sendable () -> Void) { threads[0].loop.enqueue(body) }
+  /// Jobs that wait for the device's first thread.
+  package var jobsWaiting: Int { threads[0].loop.jobsWaiting }
+
   /// Another backend takes the place of the present one, as after a death of vxd.
   package func exchange(_ between: () -> Void = {}) throws {
     transport.unplug()

@@ -2,6 +2,7 @@ package import Devices
 package import Engines
 package import EventLoop
 package import Lifecycle
+import Synchronization
 import Transport
 package import Virtqueue
 
@@ -32,6 +33,9 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
   package let fileName: String
   package let board: ConsolePortBoard
   private let worker: DeviceWorker<ConsolePump>
+  /// Characters on their way to the data thread. A driver writes them one by one, and as fast as it likes.
+  private let emergency = Mutex<[UInt8]>([])
+  private static let emergencyLimit = 256
   private static let queueSize: UInt16 = 64
 
   /// Paths below `consoleFolder` where `vxctl console` finds the ports.
@@ -124,6 +128,26 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     guard offeredFeatures.contains(.consoleEmergencyWrite), offset == ConsoleConfiguration.emergencyOffset,
       let byte = bytes.first
     else { return }
-    worker.change { $0.writeEmergency(byte) }
+    let isFirst = emergency.withLock { waiting in
+      // What comes faster than it can be taken is lost, as on a serial line.
+      if waiting.count < Self.emergencyLimit { waiting.append(byte) }
+      return waiting.count == 1
+    }
+    guard isFirst else { return }
+    worker.change { [emergency = Weakly(self)] pump in
+      for byte in emergency.backend?.takeEmergency() ?? [] { pump.writeEmergency(byte) }
+    }
+  }
+
+  private func takeEmergency() -> [UInt8] {
+    emergency.withLock { waiting in
+      defer { waiting = [] }
+      return waiting
+    }
+  }
+
+  private struct Weakly: Sendable {
+    weak let backend: ConsoleBackend?
+    init(_ backend: ConsoleBackend) { self.backend = backend }
   }
 }

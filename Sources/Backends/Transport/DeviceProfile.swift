@@ -32,4 +32,10 @@ package protocol TransportState: AnyObject, Sendable {
   func save(_ registers: MMIOTransport.Registers, _ status: DeviceStatus, configuration: [UInt8])
   /// The driver took a queue back while no backend was there to be told.
   func endQueue(_ queue: Int)
+  /// The driver is gone: nothing that it chose is the next one's. Behind the backend's reset, if there is a backend.
+  func forgetDriver()
+}
+
+extension TransportState {
+  package func forgetDriver() {}
 }

@@ -272,6 +272,7 @@ package final class MMIOTransport: DeviceTransport {
     let old = currentStatus
     device?.reset()
     for queue in profile.queueSizes.indices { state?.endQueue(queue) }
+    state?.forgetDriver()
     interrupts.clear()
     registers = Registers()
     clearQueues()

@@ -10,6 +10,8 @@ package final class XenbusTransport: DeviceTransport {
   private let onStatus: @Sendable (DeviceStatus) -> Void
   /// Told that the configuration space or the status is to be published anew, from any thread.
   private let onConfiguration: @Sendable () -> Void
+  /// Told, and not come to read yet: telling it again would only make it read the same twice.
+  private let isTold = Atomic<Bool>(false)
   private let status = Atomic<UInt32>(0)
   private let interrupts = Atomic<UInt64>(0)
   private let state: (any TransportState)?
@@ -45,6 +47,7 @@ package final class XenbusTransport: DeviceTransport {
 
   /// The `vx-config` node: generation, status and configuration space of one moment.
   package var configurationText: String {
+    isTold.store(false, ordering: .sequentiallyConsistent)
     let space = configuration
     // The generation first: a change that comes in between makes another text behind this one.
     let generation = space.generation
@@ -84,6 +87,7 @@ package final class XenbusTransport: DeviceTransport {
   package func disconnect() {
     device?.reset()
     endJournals()
+    state?.forgetDriver()
     channels = []
     registers = MMIOTransport.Registers()
     let old = DeviceStatus(rawValue: status.exchange(0, ordering: .acquiringAndReleasing))
@@ -95,7 +99,7 @@ package final class XenbusTransport: DeviceTransport {
   package func write(offset: Int, bytes: [UInt8]) {
     device?.configurationWritten(offset: offset, bytes: bytes)
     save()
-    onConfiguration()
+    tell()
   }
 
   private func endJournals() { for queue in registers.queues.indices { state?.endQueue(queue) } }
@@ -111,7 +115,7 @@ package final class XenbusTransport: DeviceTransport {
     if device.configuration !== earlier { device.configuration.follow(earlier) }
     space.withLock { $0 = device.configuration }
     self.device = device
-    defer { onConfiguration() }
+    defer { tell() }
     guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
     let features = FeatureBits(rawValue: registers.driverFeatures)
     let layouts = registers.layouts
@@ -139,11 +143,16 @@ package final class XenbusTransport: DeviceTransport {
   /// Queues interrupt by channels of their own.
   package func interruptForUsedBuffers() {}
 
-  package func interruptForConfiguration() { onConfiguration() }
+  package func interruptForConfiguration() { tell() }
+
+  /// A driver can bring changes about faster than they are published.
+  private func tell() {
+    if !isTold.exchange(true, ordering: .sequentiallyConsistent) { onConfiguration() }
+  }
 
   package func needReset() {
     status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing)
-    onConfiguration()
+    tell()
   }
 
   /// One queue's signals: a notification of its channel for used buffers, the transport for the rest.

@@ -24,7 +24,8 @@ extension BlockPump {
       if result == Self.notSupported { return complete(slot, .unsupported) }
       guard result >= 0 else { return failStep(slot, result) }
       record.pointee.failedSince = 0
-      if record.pointee.nextRange < record.pointee.rangeCount { stageRange(slot) } else { complete(slot, .ok) }
+      advanceRange(slot)
+      if record.pointee.nextRange < record.pointee.rangeCount { unfinished.append(slot) } else { complete(slot, .ok) }
     case .read, .write:
       guard result >= 0, UInt64(result) == record.pointee.stepBytes else {
         // A store that takes a part of a write is full; one that gives a part of a read has shrunk.
@@ -39,7 +40,13 @@ extension BlockPump {
       }
       record.pointee.failedSince = 0
       record.pointee.doneBytes &+= record.pointee.stepBytes
-      if record.pointee.doneBytes == record.pointee.dataBytes { complete(slot, .ok) } else { stageTransfer(slot) }
+      if record.pointee.doneBytes == record.pointee.dataBytes {
+        complete(slot, .ok)
+      } else if budget.allowsStep() {
+        stageStep(slot)
+      } else {
+        unfinished.append(slot)
+      }
     }
   }
 
@@ -171,6 +178,7 @@ extension BlockPump {
     waitingCount = 0
     tally.retries &+= UInt64(count)
     for index in 0..<count { stageAgain(Int(waiting[index])) }
+    goOn()
     submit()
   }
 
@@ -178,9 +186,7 @@ extension BlockPump {
     let record = slab.records + slot
     switch record.pointee.kind {
     case .flush: stage(slot, offset: 0, length: 0, vectorCount: 0)
-    case .discard, .writeZeroes, .secureErase:
-      record.pointee.nextRange &-= 1
-      stageRange(slot)
+    case .discard, .writeZeroes, .secureErase: unfinished.append(slot)
     case .read, .write:
       if record.pointee.bufferCount > 0 {
         // The data of a write is still in its bounce buffers.
@@ -189,8 +195,7 @@ extension BlockPump {
           vectorCount: record.pointee.vectorCount)
       }
       // The guest's memory may be mapped elsewhere by now.
-      guard let vectors = directVectors(slot) else { return complete(slot, .ioError) }
-      stage(slot, offset: record.pointee.offset, length: record.pointee.dataBytes, vectorCount: vectors)
+      stageStep(slot)
     }
   }
 }

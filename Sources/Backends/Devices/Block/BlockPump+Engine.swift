@@ -3,6 +3,14 @@ extension BlockPump {
   mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
     slab.records[slot].vectorCount = vectorCount
     slab.records[slot].isWithEngine = true
+    switch slab.records[slot].kind {
+    case .read, .write:
+      bytesInFlight &+= length
+      stagedBytes &+= length
+      budget.pay(bytes: length)
+    case .discard, .writeZeroes, .secureErase: rangesInFlight &+= 1
+    case .flush: break
+    }
     if slab.records[slot].submittedAt == 0 { slab.records[slot].submittedAt = now }
     staged[stagedCount] = EngineRequest(
       operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
@@ -12,6 +20,16 @@ extension BlockPump {
     staged[stagedCount].mayUnmap = mayUnmap
     stagedCount &+= 1
     inFlight &+= 1
+  }
+
+  /// The engine has a slot's step behind it.
+  mutating func noteReturn(_ slot: Int) {
+    slab.records[slot].isWithEngine = false
+    switch slab.records[slot].kind {
+    case .read, .write: bytesInFlight &-= slab.records[slot].stepBytes
+    case .discard, .writeZeroes, .secureErase: rangesInFlight &-= 1
+    case .flush: break
+    }
   }
 
   mutating func submit() {
@@ -28,8 +46,12 @@ extension BlockPump {
       for index in 0..<count {
         let slot = Int(completions[index].tag)
         guard slot < slab.count else { continue }
-        slab.records[slot].isWithEngine = false
-        if slab.records[slot].life == life { finishStep(slot, completions[index].result) } else { dropOrphan(slot) }
+        if slab.records[slot].life == life {
+          noteReturn(slot)
+          finishStep(slot, completions[index].result)
+        } else {
+          dropOrphan(slot)
+        }
       }
       // A full harvest may not be all; a step that goes on must be submitted.
       submit()

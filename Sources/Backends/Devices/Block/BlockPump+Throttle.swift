@@ -71,6 +71,7 @@ package struct SlotList: ~Copyable {
   deinit { slots.deallocate() }
 
   var isEmpty: Bool { count == 0 }
+  var length: Int { count }
   var first: Int? { count == 0 ? nil : Int(slots[start]) }
 
   mutating func append(_ slot: Int) {

@@ -19,7 +19,7 @@ extension ConsolePump {
   mutating func serveControl(_ signals: any TransportSignals) throws(VirtqueueFault) {
     guard fromDriver.isActive else { return }
     for _ in 0..<Self.batchLimit {
-      guard let chain = try fromDriver.next(&memory) else { break }
+      guard let chain = try fromDriver.next(&memory, &budget) else { break }
       var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
       var message: (UInt32, UInt16, UInt16) = (0, 0, 0)
       let count = withUnsafeMutableBytes(of: &message) { bytes -> Int in
@@ -113,7 +113,7 @@ extension ConsolePump {
   mutating func sendMessages(_ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
     guard toDriver.isActive else { return false }
     var sent = 0
-    while sent < messages.count, let chain = try toDriver.next(&memory) {
+    while sent < messages.count, let chain = try toDriver.next(&memory, &budget) {
       var cursor = ChainCursor(chain.writable, count: chain.writableCount)
       let done = messages[sent].withUnsafeBytes { bytes -> Int in
         guard let start = bytes.baseAddress else { return 0 }
