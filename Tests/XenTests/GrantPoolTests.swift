@@ -129,7 +129,9 @@ import Xen
       try inner.copy(reference, offset: offset, count: count, local: local, toGuest: toGuest)
     }
 
-    func doorbell(remotePort: UInt32) throws(XenError) -> any QueueDoorbell { try inner.doorbell(remotePort: remotePort) }
+    func doorbell(remotePort: UInt32) throws(XenError) -> any QueueDoorbell {
+      try inner.doorbell(remotePort: remotePort)
+    }
   }
 
   @Test func arenaStaysMappedUntilTheLastBatchInItEnds() throws {

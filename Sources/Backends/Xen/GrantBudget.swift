@@ -44,7 +44,9 @@ package final class GrantShare: Sendable {
   /// - Returns: where the pages are from; nil, with nothing taken, when there are not so many left.
   func take(_ pages: Int, forRings: Bool) -> Origin? {
     if Self.take(pages, (used, limit), (budget.used, budget.limit - budget.reserve)) { return .general }
-    guard forRings, Self.take(pages, (reserveUsed, reserveLimit), (budget.reserveUsed, budget.reserve)) else { return nil }
+    guard forRings, Self.take(pages, (reserveUsed, reserveLimit), (budget.reserveUsed, budget.reserve)) else {
+      return nil
+    }
     return .reserve
   }
 
