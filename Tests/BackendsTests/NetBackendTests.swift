@@ -130,6 +130,7 @@ import Virtqueue
   @Test func onlyTheGuestsOwnAddressesLeaveIt() throws {
     let wire = Wire()
     let fixture = try fixture(wire) {
+      $0.vlans = [5]
       $0.addresses = [InternetAddress(version4: 0x0a00_0002), InternetAddress(version6: 0xfd00 << 48, 2)]
     }
     defer { fixture.stop() }
@@ -138,7 +139,7 @@ import Virtqueue
       [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 17, 0, 0] + source + target + [0, 68, 0, port] + zeros.prefix(16)
     }
     func six(_ source: [UInt8], next: UInt8 = 17, type: UInt8 = 0, target: [UInt8] = []) -> [UInt8] {
-      [0x60, 0, 0, 0, 0, 32, next, 64] + source + zeros.prefix(16) + [type, 0, 0, 0, 0, 0, 0, 0] + target + zeros
+      [0x60, 0, 0, 0, 0, 24, next, 64] + source + zeros.prefix(16) + [type, 0, 0, 0, 0, 0, 0, 0] + target + zeros
     }
     func arp(_ hardware: [UInt8], _ sender: [UInt8]) -> [UInt8] {
       [0, 1, 8, 0, 6, 4, 0, 1] + hardware + sender + zeros.prefix(6) + [10, 0, 0, 1]

@@ -66,8 +66,10 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
       var own = [counters[2 * index], counters[2 * index + 1]]
       if index == 0 { own.append(counters[2 * settings.pairs]) }
       var options = NetPumpSettings(mac: settings.mac)
-      options.locksMAC = settings.locksMAC
-      options.lockedAddresses = settings.addresses
+      options.source.mac = settings.locksMAC ? settings.mac : nil
+      options.source.addresses = settings.addresses
+      options.source.vlans = settings.vlans
+      options.source.mayServe = settings.mayServe
       options.mtu = mtu
       options.pairs = settings.pairs
       let (sizes, final) = (profile.queueSizes, options)

@@ -34,8 +34,11 @@ package protocol TransportState: AnyObject, Sendable {
   func endQueue(_ queue: Int)
   /// The driver is gone: nothing that it chose is the next one's. Behind the backend's reset, if there is a backend.
   func forgetDriver()
+  /// The configuration space as it was saved last; empty when it never was.
+  var savedConfiguration: [UInt8] { get }
 }
 
 extension TransportState {
   package func forgetDriver() {}
+  package var savedConfiguration: [UInt8] { [] }
 }

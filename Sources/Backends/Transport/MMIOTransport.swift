@@ -91,15 +91,21 @@ package final class MMIOTransport: DeviceTransport {
     if device.configuration !== configuration { device.configuration.follow(configuration) }
     configuration = device.configuration
     self.device = device
-    guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
+    guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else {
+      // A driver that has not begun may have made its choice already.
+      if currentStatus.contains(.featuresOK), !currentStatus.contains(.driverOK) {
+        device.configurationWritten(offset: 0, bytes: old)
+      }
+      return true
+    }
     let layouts = registers.layouts
     guard profile.goesOn(with: device, features: negotiated, layouts: layouts) else {
       needReset()
       return false
     }
-    device.activate(features: negotiated, layouts: layouts, signals: self, adopts: true)
-    // What the driver wrote into the space is the driver's choice, which the new backend has to know.
+    // What the driver wrote into the space is the driver's choice, which the new backend has to know before it begins.
     device.configurationWritten(offset: 0, bytes: old)
+    device.activate(features: negotiated, layouts: layouts, signals: self, adopts: true)
     interrupts.raise([.usedBuffer, .configuration])
     return true
   }
@@ -265,7 +271,10 @@ package final class MMIOTransport: DeviceTransport {
   }
 
   private func activate() {
-    device?.activate(features: negotiated, layouts: registers.layouts, signals: self, adopts: false)
+    guard let device else { return }
+    // It may have come behind FEATURES_OK, in another's place.
+    guard profile.goesOn(with: device, features: negotiated, layouts: registers.layouts) else { return needReset() }
+    device.activate(features: negotiated, layouts: registers.layouts, signals: self, adopts: false)
   }
 
   private func reset() {

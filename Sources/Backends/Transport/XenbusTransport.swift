@@ -75,7 +75,13 @@ package final class XenbusTransport: DeviceTransport {
     registers.queues = setup.queues.map { $0?.layout ?? QueueLayout() }
     registers.ready = setup.queues.map { $0 != nil }
     channels = doorbells.map { bell in bell.map { QueueSignals($0, self) } }
-    if !adopts { endJournals() }
+    if adopts {
+      // As an earlier process left it; the driver does not write it again.
+      if let state { device?.configurationWritten(offset: 0, bytes: state.savedConfiguration) }
+    } else {
+      endJournals()
+      state?.forgetDriver()
+    }
     let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK]
     status.store(live.rawValue, ordering: .releasing)
     save()
@@ -123,8 +129,9 @@ package final class XenbusTransport: DeviceTransport {
       needReset()
       return false
     }
-    device.activate(features: features, layouts: layouts, signals: self, adopts: true)
+    // Before it begins: what the driver chose holds from the first request on.
     device.configurationWritten(offset: 0, bytes: old)
+    device.activate(features: features, layouts: layouts, signals: self, adopts: true)
     return true
   }
 

@@ -8,7 +8,7 @@ import Xen
 /// Options of network devices.
 extension DeclaredDevice {
   private static let networkNames =
-    "bridge, tap, macvtap, mac, mtu, queues, queueSize, link, macLock, addresses, checksum, tso, ufo, uso, mergeable"
+    "bridge, tap, macvtap, mac, mtu, queues, queueSize, link, macLock, addresses, vlans, router, checksum, tso, ufo, uso, mergeable"
 
   func network(_ owner: Owner, _ field: String) throws(ProfileFault) -> NetSettings {
     var settings = NetSettings(
@@ -54,6 +54,13 @@ extension DeclaredDevice {
           addresses.append(address)
         }
         settings.addresses = addresses
+      case "vlans":
+        var vlans: Set<UInt16> = []
+        for (index, value) in try OptionReader.array(member.value, place).enumerated() {
+          vlans.insert(UInt16(try OptionReader.number(value, "\(place)[\(index)]", 1...4094)))
+        }
+        settings.vlans = vlans
+      case "router": settings.mayServe = try OptionReader.flag(member.value, place)
       case "checksum": try Self.switchOffload(.checksum, member.value, place, &settings)
       case "tso": try Self.switchOffload(.tso, member.value, place, &settings)
       case "ufo": try Self.switchOffload(.ufo, member.value, place, &settings)

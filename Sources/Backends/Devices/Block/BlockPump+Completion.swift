@@ -6,6 +6,7 @@ extension BlockPump {
   private static var shortTransfer: Int { -5 }  // EIO
   private static var noSpace: Int { -28 }  // ENOSPC
   private static var notSupported: Int { -95 }  // EOPNOTSUPP
+  private static var again: Int { -11 }  // EAGAIN
   /// A page of zeros. Unsafe: never written after this, never freed.
   nonisolated(unsafe) private static let zeros: UnsafeRawPointer = {
     let page = UnsafeMutableRawPointer.allocate(byteCount: 4096, alignment: 4096)
@@ -19,7 +20,8 @@ extension BlockPump {
     switch record.pointee.kind {
     case .flush:
       guard result >= 0 else { return failStep(slot, result) }
-      complete(slot, .ok)
+      // It was another queue, or an earlier flush, that was told of the loss.
+      complete(slot, flushFault.result == 0 ? .ok : .ioError)
     case .discard, .writeZeroes, .secureErase:
       if result == Self.notSupported { return complete(slot, .unsupported) }
       guard result >= 0 else { return failStep(slot, result) }
@@ -152,6 +154,10 @@ extension BlockPump {
       goneResult = result
       return
     }
+    // EAGAIN is the engine's own: nothing was flushed.
+    let isLost = slab.records[slot].flushes && !engine.canRetryFlush && result != Self.again
+    if isLost { flushFault.note(result) }
+    if isLost, slab.records[slot].kind == .flush { return complete(slot, .ioError) }
     switch settings.errors.action(for: result) {
     case .report: return complete(slot, .ioError)
     case .retry(let milliseconds):

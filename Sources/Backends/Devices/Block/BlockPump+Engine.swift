@@ -16,7 +16,9 @@ extension BlockPump {
       operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
       vectors: slab.vectors(slot), vectorCount: vectorCount)
     // Read behind the chain's arrival: what the driver wrote before it made the chain available counts.
-    staged[stagedCount].isDurable = isWriteThrough || followsDriver && !writeback.isOn
+    let isDurable = isWriteThrough || followsDriver && !writeback.isOn
+    staged[stagedCount].isDurable = isDurable
+    slab.records[slot].flushes = isDurable || slab.records[slot].kind == .flush
     staged[stagedCount].mayUnmap = mayUnmap
     stagedCount &+= 1
     inFlight &+= 1
@@ -53,9 +55,10 @@ extension BlockPump {
           dropOrphan(slot)
         }
       }
-      // A full harvest may not be all; a step that goes on must be submitted.
+      // A full harvest may not be all; a step that goes on must be submitted, and where that moves its data nobody tells of its end.
+      let mayBeDone = stagedCount > 0 && engineMovesData
       submit()
-      if count < Self.completionCapacity { return }
+      if count < Self.completionCapacity && !mayBeDone { return }
     }
   }
 }

@@ -23,16 +23,14 @@ extension BlockPump {
     case .write: return transfer(slot, .write, request)
     case .flush:
       tally.flushes &+= 1
-      if settings.cache == .unsafe {
-        complete(slot, .ok)
-      } else {
-        slab.records[slot].kind = .flush
-        stage(slot, offset: 0, length: 0, vectorCount: 0)
-      }
+      slab.records[slot].kind = .flush
+      slab.records[slot].dataBytes = 0
+      if settings.cache == .unsafe { complete(slot, .ok) } else { start(slot) }
     case .discard: beginRanges(slot, .discard, isOffered: geometry.canDiscard)
     case .writeZeroes: beginRanges(slot, .writeZeroes, isOffered: geometry.canWriteZeroes)
     case .secureErase: beginRanges(slot, .secureErase, isOffered: geometry.canSecureErase)
     case .getID:
+      guard admitSmall() else { return false }
       var identifier: (UInt64, UInt64, UInt32) = (0, 0, 0)
       withUnsafeMutableBytes(of: &identifier) { bytes in
         for index in 0..<serial.count { bytes[index] = serial[index] }
@@ -44,6 +42,7 @@ extension BlockPump {
         complete(slot, .unsupported)
         return true
       }
+      guard admitSmall() else { return false }
       // struct virtio_blk_lifetime: pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b
       var words = (
         lifetime.preEndOfLife.littleEndian, lifetime.typicalA.littleEndian, lifetime.typicalB.littleEndian
@@ -78,20 +77,42 @@ extension BlockPump {
     let block = UInt64(geometry.logicalBlock)
     guard BlockRequest.isOnDisk(sector: request.sector, bytes: request.dataBytes, capacity: geometry.capacity),
       request.dataBytes % block == 0,
-      (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes > 0,
-      request.dataBytes < 1 << 31, operation == .read || !geometry.readOnly
+      (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes < 1 << 31,
+      operation == .read || !geometry.readOnly
     else {
       complete(slot, .ioError)
       return true
     }
     slab.records[slot].kind = operation
     slab.records[slot].offset = request.sector &* BlockConfiguration.sectorSize
+    guard request.dataBytes > 0 else {
+      // A multiple of 512 too (virtio 1.2, 5.2.6).
+      complete(slot, .ok)
+      return true
+    }
     guard isLimited else { return startTransfer(slot) }
     if admit(slot), !startTransfer(slot) { throttle(slot) }
     return true
   }
 
-  /// The first step of a request that its rate let through.
+  /// Starts a request without data of the guest's, or lets it wait for its rate.
+  private mutating func start(_ slot: Int) { if !isLimited || admit(slot) { _ = startAdmitted(slot) } }
+
+  /// Starts a request that its rate let through.
+  ///
+  /// - Returns: false when no bounce buffer is left.
+  mutating func startAdmitted(_ slot: Int) -> Bool {
+    switch slab.records[slot].kind {
+    case .read, .write: return startTransfer(slot)
+    case .flush: stage(slot, offset: 0, length: 0, vectorCount: 0)
+    case .discard, .writeZeroes, .secureErase:
+      unfinished.append(slot)
+      goOn()
+    }
+    return true
+  }
+
+  /// The first step of a transfer that its rate let through.
   ///
   /// - Returns: false when no bounce buffer is left.
   mutating func startTransfer(_ slot: Int) -> Bool {
@@ -256,6 +277,7 @@ extension BlockPump {
     guard isOffered else { return complete(slot, .unsupported) }
     slab.records[slot].kind = operation
     var cursor = dataCursor(slot)
+    var written: UInt64 = 0
     for index in 0..<count {
       // struct virtio_blk_discard_write_zeroes: sector u64, num_sectors u32, flags u32
       var words: (UInt64, UInt64) = (0, 0)
@@ -278,12 +300,15 @@ extension BlockPump {
       guard !fault, sectors <= BlockConfiguration.rangeSectorsMaximum,
         BlockRequest.isOnDisk(sector: sector, bytes: bytes, capacity: geometry.capacity)
       else { return complete(slot, .ioError) }
+      let mayUnmap = flags & 1 == 1 && geometry.canUnmapZeroes
+      if operation == .writeZeroes, !mayUnmap { written &+= bytes }
       slab.ranges(slot)[index] = OperationSlab.Range(
-        offset: sector &* BlockConfiguration.sectorSize, length: bytes, mayUnmap: flags & 1 == 1)
+        offset: sector &* BlockConfiguration.sectorSize, length: bytes, mayUnmap: mayUnmap)
     }
     slab.records[slot].rangeCount = count
-    unfinished.append(slot)
-    goOn()
+    // What a limit sees of it: bytes where the store has to write them.
+    slab.records[slot].dataBytes = written
+    start(slot)
   }
 
   /// Stages the next piece of a request that names ranges. Pieces end where multiples of their size lie on the disk, so that a store that

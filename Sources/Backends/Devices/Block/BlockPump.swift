@@ -65,6 +65,8 @@ package struct BlockPump: ~Copyable {
   var isWriteThrough = false
   var followsDriver = false
   let writeback: WritebackSwitch
+  /// Of all queues of the device.
+  let flushFault: FlushFault
 
   /// Slots whose step failed and is to be tried again: after a while, or at an operator's word.
   let waiting: UnsafeMutablePointer<UInt32>
@@ -91,7 +93,8 @@ package struct BlockPump: ~Copyable {
   ///   comes from `chainLimit(queueSize:)`.
   package init(
     engine: any BlockEngine, source: any GuestMemorySource, counters: QueueCounters, settings: BlockPumpSettings,
-    writeback: WritebackSwitch = WritebackSwitch(), storage: JournalStorage, rate: RateNode = RateNode(),
+    writeback: WritebackSwitch = WritebackSwitch(), flushFault: FlushFault = FlushFault(), storage: JournalStorage,
+    rate: RateNode = RateNode(),
     latencies: QueueLatencies = QueueLatencies()
   ) throws(VirtqueueFault) {
     self.engine = engine
@@ -105,6 +108,7 @@ package struct BlockPump: ~Copyable {
     unfinished = SlotList(capacity: slots)
     self.counters = counters
     self.writeback = writeback
+    self.flushFault = flushFault
     self.settings = settings
     geometry = engine.geometry
     serial = Array(settings.serial.prefix(20))
@@ -271,7 +275,7 @@ package struct BlockPump: ~Copyable {
       while true {
         queue.disableNotifications()
         let hasRoom = try serve(signals)
-        if self.budget.isSpent { return .more }
+        if self.budget.isSpent || isStalled { return .more }
         // Without room the queue waits for completions, and notifications stay off.
         guard hasRoom else { return .idle }
         if pollForMore() { continue }
@@ -286,6 +290,11 @@ package struct BlockPump: ~Copyable {
       if case .badLayout = error { throw .memory }
       throw .virtqueue(error)
     }
+  }
+
+  /// Requests wait for their next step, and nothing is under way that would bring the pump back to them.
+  private var isStalled: Bool {
+    !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
   }
 
   /// Takes what is there, group by group, and publishes what is done.

@@ -23,7 +23,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
     var outputDone = 0
     /// What the driver has said, and what it has been told.
     var isReady = false
-    var toldOpen = false
+    var toldOpen: Bool? = false
     var toldSize: TerminalSize?
   }
 
@@ -53,7 +53,10 @@ package struct ConsolePump: DevicePump, ~Copyable {
   var toDriver: OrderedQueue
   var fromDriver: OrderedQueue
   /// Messages that wait for a buffer of the driver, oldest first.
-  var messages: [[UInt8]] = []
+  var messages: [Message] = []
+  /// Ports that the driver was told of, or is about to be.
+  var announced: UInt64 = 0
+  var hasRemembered = false
   var features: FeatureBits = []
   private let rate: RateNode
   private let piece: UnsafeMutableRawPointer
@@ -146,6 +149,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
 
   /// The driver is gone: whatever it had open is closed.
   package mutating func end(_ queue: Int) {
+    if queue == 3 { announced = 0 }
     let index = queue < 2 ? 0 : queue < 4 ? nil : Self.port(of: queue)
     guard let index, index < portCount else { return }
     ports[index].isReady = false

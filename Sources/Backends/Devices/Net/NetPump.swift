@@ -105,7 +105,7 @@ package struct NetPump: DevicePump, ~Copyable {
     receiveQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[0])
     transmitQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[1])
     controlQueue = OrderedQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
-    lock = SourceLock(mac: settings.locksMAC ? settings.mac : nil, addresses: settings.lockedAddresses)
+    lock = SourceLock(settings.source)
     filter = ReceiveFilter(choices)
     // One more for the spill: IOV_MAX is 1024.
     vectors = .allocate(capacity: Self.vectorLimit + 1)
@@ -245,12 +245,14 @@ package struct NetPump: DevicePump, ~Copyable {
 /// What a pump needs to know of its device.
 package struct NetPumpSettings: Sendable {
   package var mac: MACAddress
-  package var locksMAC = true
-  /// The only IP addresses that the guest may use; nil for any.
-  package var lockedAddresses: [InternetAddress]?
+  /// What the guest may send; by default, from its hardware address only.
+  package var source = SourceRules()
   package var mtu = 1500
   /// Queue pairs that the device has.
   package var pairs = 1
 
-  package init(mac: MACAddress) { self.mac = mac }
+  package init(mac: MACAddress) {
+    self.mac = mac
+    source.mac = mac
+  }
 }
