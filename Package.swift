@@ -87,6 +87,7 @@ let package = Package(
       path: "Benchmarks", exclude: ["profile"], swiftSettings: house),
 
     .target(name: "CThreadSanitizer", path: "Tests/CThreadSanitizer"),
+    .target(name: "CStoreTrace", path: "Tests/CStoreTrace"),
     .target(
       name: "TestSupport",
       dependencies: [
@@ -95,7 +96,8 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: house),
     .testTarget(
-      name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen", "Xen"], swiftSettings: house),
+      name: "VirtqueueTests", dependencies: ["Virtqueue", "TestSupport", "SimulatedXen", "Xen", "CStoreTrace"],
+      swiftSettings: house),
     .testTarget(name: "TransportTests", dependencies: ["Transport", "TestSupport"], swiftSettings: house),
     .testTarget(
       name: "BackendsTests",

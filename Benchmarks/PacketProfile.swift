@@ -117,7 +117,7 @@ private final class InlinePackets: VirtioDevice, @unchecked Sendable {
     pump = NetPump(
       tap: tap, source: source, counters: [QueueCounters(), QueueCounters()], settings: NetPumpSettings(mac: mac),
       rate: RateNode(), choices: NetChoices(mac: mac, offloads: large.rawValue), isLinkUp: true,
-      onChoices: { _ in }, onAnnounced: {})
+      onChoices: { _ in true }, onAnnounced: {})
   }
 
   func accepts(_ features: FeatureBits) -> Bool { true }

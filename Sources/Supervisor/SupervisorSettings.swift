@@ -15,6 +15,8 @@ package struct SupervisorSettings: Sendable {
   package var bucketShift = 21
   /// Granted pages that are kept mapped at most, of all guests together.
   package var grantBudget = 1 << 17
+  /// What one guest may have of them; nil for a quarter.
+  package var grantShare: Int?
   /// Milliseconds between two checks that xenstored is there.
   package var storeCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.

@@ -36,6 +36,8 @@ struct Options {
       -p, --profiles=PATH        profiles of guests and devices (default /etc/vxd/profiles.json)
           --slots=N              virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
           --mapping-budget=MIB   limit of guest memory kept mapped, for each guest, 4 to 1048576 (default 1024)
+          --grant-budget=MIB     limit of granted memory kept mapped, of all guests together, 16 to 65536 (default 512)
+          --grant-share=MIB      what one guest may have of it, 1 to 65536 (default a quarter); the rest is copied
           --state=PATH           state of running devices, from which the next vxd resumes (default: 'state' beside
                                  the control socket; empty: none, and devices end with the daemon)
           --metrics-socket=PATH  metrics over HTTP (default: 'metrics.sock' beside the control socket; empty: none)
@@ -57,6 +59,8 @@ struct Options {
   private enum Name: String, CaseIterable {
     case socket, profiles, slots, state, simulate, verbose, version, help, buffered
     case mappingBudget = "mapping-budget"
+    case grantBudget = "grant-budget"
+    case grantShare = "grant-share"
     case metricsSocket = "metrics-socket"
     case metricsPort = "metrics-port"
     case operateGroup = "operate-group"
@@ -152,6 +156,8 @@ struct Options {
       switch name {
       case .socket: options.socket = value
       case .slots: options.settings.slots = Int(try number(1...32))
+      case .grantBudget: options.settings.grantBudget = Int(try number(16...65536)) << 8
+      case .grantShare: options.settings.grantShare = Int(try number(1...65536)) << 8
       case .mappingBudget: options.settings.mappingBudget = try number(4...1_048_576) << 20
       case .profiles:
         options.profiles = value

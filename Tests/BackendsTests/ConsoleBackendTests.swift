@@ -298,8 +298,9 @@ import Virtqueue
       _ = fixture.driver.add([.init(place(fixture, 1, 3), 6, writable: false)], queue: 1)
     }
     #expect(fixture.waitForUsed(1) != nil)
-    // It is told again that the console is open, which it is used to.
+    // It is told again what is open, since that may have changed.
     #expect(message(fixture, mailbox) == [0, 0, 0, 0, 6, 0, 1, 0])
+    #expect(message(fixture, mailbox) == [1, 0, 0, 0, 6, 0, 0, 0])
     let viewer = connect("\(folder.path)/device-0.sock")
     defer { close(viewer) }
     let remembered = Array("before\nwhile\n".utf8)
@@ -345,5 +346,54 @@ import Virtqueue
     boot(fixture, Mailbox())
     write(fixture, Array("well\n".utf8))
     #expect(fixture.waitForUsed(1) != nil, "seed \(seed)")
+  }
+
+  /// vxd dies while the guest's driver probes: what was asked is answered by the next one.
+  @Test func answersThatADeadBackendOwedComeFromTheNextOne() throws {
+    let fixture = try fixture([console(), channel()])
+    defer { fixture.stop() }
+    let mailbox = Mailbox()
+    // Nowhere to put the answers yet.
+    say(fixture, port: 0, 0, 1)
+    try fixture.exchange()
+    offerAll(fixture, 2)
+    #expect(message(fixture, mailbox) == [0, 0, 0, 0, 1, 0, 1, 0])
+    #expect(message(fixture, mailbox) == [1, 0, 0, 0, 1, 0, 1, 0])
+    // Asked once more, they are not announced a second time: the next message is another.
+    say(fixture, port: 0, 0, 1)
+    try fixture.exchange()
+    say(fixture, port: 1, 3, 1)
+    #expect(message(fixture, mailbox) == [1, 0, 0, 0, 7, 0, 1, 0] + Array("org.qemu.guest_agent.0".utf8))
+  }
+
+  @Test func portThatWasReadyIsDescribedByTheNextBackend() throws {
+    let fixture = try fixture([console(), channel()])
+    defer { fixture.stop() }
+    let mailbox = Mailbox()
+    offerAll(fixture, 2, count: 2)
+    say(fixture, port: 0, 0, 1)
+    #expect(message(fixture, mailbox) == [0, 0, 0, 0, 1, 0, 1, 0])
+    #expect(message(fixture, mailbox) == [1, 0, 0, 0, 1, 0, 1, 0])
+    say(fixture, port: 1, 3, 1)
+    try fixture.exchange()
+    for index in 2..<8 {
+      _ = fixture.driver.add([.init(place(fixture, 2, index), 4096, writable: true)], queue: 2)
+    }
+    fixture.driver.notify(queue: 2)
+    #expect(message(fixture, mailbox) == [1, 0, 0, 0, 7, 0, 1, 0] + Array("org.qemu.guest_agent.0".utf8))
+  }
+
+  /// The client of a port went while nobody served: the guest is told.
+  @Test func hostEndThatClosedMeanwhileIsSaid() throws {
+    let fixture = try fixture([console(), channel()])
+    defer { fixture.stop() }
+    let mailbox = Mailbox()
+    boot(fixture, mailbox)
+    let client = connect("\(folder.path)/agent.sock")
+    #expect(message(fixture, mailbox) == [1, 0, 0, 0, 6, 0, 1, 0])
+    try fixture.exchange { close(client) }
+    var seen: [[UInt8]] = []
+    for _ in 0..<2 { if let next = message(fixture, mailbox) { seen.append(next) } }
+    #expect(seen.contains([1, 0, 0, 0, 6, 0, 0, 0]))
   }
 }

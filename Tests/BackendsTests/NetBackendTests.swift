@@ -53,7 +53,7 @@ import Virtqueue
     var settings = NetSettings(attachment: .created(bridge: nil), tapName: "none", mac: Self.mac)
     change(&settings)
     let (final, end) = (settings, wire.near)
-    return try DeviceFixture(deviceID: 1, wanted: wanted, queueSize: queueSize, queueCount: 3) {
+    let made = try DeviceFixture(deviceID: 1, wanted: wanted, queueSize: queueSize, queueCount: 3) {
       surroundings, completion in
       // Each backend has a descriptor of its own, as each opens the tap anew.
       NetBackend.start(
@@ -61,6 +61,9 @@ import Virtqueue
         openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [fcntl(end, F_DUPFD_CLOEXEC, 0)]) }
       ) { completion($0.map { $0 }) }
     }
+    // What is in the tap when a driver begins is not for it.
+    made.settle()
+    return made
   }
 
   private func frame(
@@ -129,6 +132,7 @@ import Virtqueue
   @Test func onlyTheGuestsOwnAddressesLeaveIt() throws {
     let wire = Wire()
     let fixture = try fixture(wire) {
+      $0.vlans = [5]
       $0.addresses = [InternetAddress(version4: 0x0a00_0002), InternetAddress(version6: 0xfd00 << 48, 2)]
     }
     defer { fixture.stop() }
@@ -137,7 +141,7 @@ import Virtqueue
       [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 17, 0, 0] + source + target + [0, 68, 0, port] + zeros.prefix(16)
     }
     func six(_ source: [UInt8], next: UInt8 = 17, type: UInt8 = 0, target: [UInt8] = []) -> [UInt8] {
-      [0x60, 0, 0, 0, 0, 32, next, 64] + source + zeros.prefix(16) + [type, 0, 0, 0, 0, 0, 0, 0] + target + zeros
+      [0x60, 0, 0, 0, 0, 24, next, 64] + source + zeros.prefix(16) + [type, 0, 0, 0, 0, 0, 0, 0] + target + zeros
     }
     func arp(_ hardware: [UInt8], _ sender: [UInt8]) -> [UInt8] {
       [0, 1, 8, 0, 6, 4, 0, 1] + hardware + sender + zeros.prefix(6) + [10, 0, 0, 1]
@@ -351,15 +355,11 @@ import Virtqueue
     defer { fixture.stop() }
     let packet = header + frame(from: Self.other, Array(repeating: 3, count: 100))
     #expect(wire.send(packet))
-    offer(fixture, count: 10, bytes: 1536)
     fixture.settle()
     #expect(fixture.driver.takeUsed(queue: 0) == nil)
     // An interrupt is asked for as a driver does that finds nothing.
     #expect(!fixture.driver.armInterrupt(queue: 0))
-    // Enough for the largest packet that may come.
-    for index in 10..<50 {
-      _ = fixture.driver.add([.init(fixture.buffers + UInt64(index * 1536), 1536, writable: true)], queue: 0)
-    }
+    _ = fixture.driver.add([.init(fixture.buffers, 1536, writable: true)], queue: 0)
     fixture.driver.notifyIfWanted(queue: 0)
     #expect(fixture.waitForUsed(0)?.length == UInt32(packet.count))
   }

@@ -23,8 +23,10 @@ enum NetTarget {
     var input = Input(bytes)
     var settings = NetPumpSettings(mac: mac)
     let choice = input.byte()
-    settings.locksMAC = choice & 1 == 0
-    if choice & 2 != 0 { settings.lockedAddresses = [InternetAddress(version4: 0x0a00_0001)] }
+    if choice & 1 != 0 { settings.source.mac = nil }
+    if choice & 2 != 0 { settings.source.addresses = [InternetAddress(version4: 0x0a00_0001)] }
+    if choice & 16 != 0 { settings.source.vlans = [5, 4095] }
+    settings.source.mayServe = choice & 32 != 0
     settings.mtu = choice & 4 != 0 ? 1500 : 9000
     settings.pairs = 4
     let rate = RateNode()
@@ -38,8 +40,8 @@ enum NetTarget {
     let choices = NetChoices(mac: mac, offloads: features.intersection(.netGuestOffloads).rawValue)
     var pump = NetPump(
       tap: sockets.tap, source: fixture.pool, counters: (0..<3).map { _ in QueueCounters() }, settings: settings,
-      rate: rate, choices: choices, isLinkUp: true, onChoices: { _ in }, onAnnounced: {})
-    let session = Session(features: features, locksMAC: settings.locksMAC)
+      rate: rate, choices: choices, isLinkUp: true, onChoices: { _ in true }, onAnnounced: {})
+    let session = Session(features: features, locksMAC: settings.source.mac != nil)
     session.emptySockets()
     do throws(DeviceFault) {
       try session.activate(&pump)

@@ -92,7 +92,7 @@ final class World: @unchecked Sendable {
           }
           let last = Countdown(left: guests.count + data.count + 1) { passed.open() }
           // From this job, so that none of them ends before it has the job in its mailbox.
-          for other in guests + data { other.loop.enqueue { last.step() } }
+          for other in guests + data { whenQuiet(other.loop) { last.step() } }
           last.step()
         }
       }

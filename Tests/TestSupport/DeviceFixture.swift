@@ -18,7 +18,11 @@ package final class DeviceFixture {
   package let pool: ForeignMappingPool
   package let transport: MMIOTransport
   package let driver: SimulatedDriver
-  package private(set) var backend: DeviceBackend
+  private var present: DeviceBackend?
+  package var backend: DeviceBackend {
+    guard let present else { fatalError("no backend is there") }
+    return present
+  }
   package let account = DeviceAccount()
   package let rate = RateNode()
   package let faults = Faults()
@@ -77,7 +81,8 @@ package final class DeviceFixture {
     surroundings.consoleFolder = consoleFolder
     self.surroundings = surroundings
     self.start = start
-    (backend, threads) = try Self.open(start, surroundings)
+    let (backend, threads) = try Self.open(start, surroundings)
+    (present, self.threads) = (backend, threads)
     transport = MMIOTransport(
       device: backend, line: SlotTable.slot(0).line(of: handle), state: backend.state, onStatus: { _ in })
     driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
@@ -105,6 +110,7 @@ package final class DeviceFixture {
   }
 
   private func end() {
+    guard let backend = present else { return }
     let latch = Latch()
     backend.stop { latch.open() }
     latch.wait()
@@ -114,12 +120,22 @@ package final class DeviceFixture {
   /// Returns when the device has dealt with everything that the driver did before, see `settle`.
   package func settle() { TestSupport.settle(threads) }
 
+  /// Runs something on the device's first thread, and waits for it; or does not wait.
+  package func perform(_ body: @escaping @Sendable () -> Void) { threads[0].perform(body) }
+  package func enqueue(_ body: @escaping @Sendable () -> Void) { threads[0].loop.enqueue(body) }
+  /// Jobs that wait for the device's first thread.
+  package var jobsWaiting: Int { threads[0].loop.jobsWaiting }
+
   /// Another backend takes the place of the present one, as after a death of vxd.
   package func exchange(_ between: () -> Void = {}) throws {
     transport.unplug()
     end()
     between()
-    (backend, threads) = try Self.open(start, surroundings)
+    // An image is free when its backend is gone.
+    present = nil
+    threads = []
+    let (backend, threads) = try Self.open(start, surroundings)
+    (present, self.threads) = (backend, threads)
     transport.plug(backend)
   }
 

@@ -49,6 +49,30 @@ import Xen
     #expect(pool.statistics.buckets == 4)
   }
 
+  /// A guest can have its device map pieces of its memory over and over. What one batch does ends with it; what other batches do meanwhile
+  /// must not pile up.
+  @Test func mappingsThatWaitForALongBatchAreBounded() throws {
+    var stuck = GuestMemoryView(source: pool)
+    _ = stuck.enter()
+    _ = try stuck.translate(0, 16)
+    var view = GuestMemoryView(source: pool)
+    for round: UInt64 in 0..<UInt64(3 * ForeignMappingPool.limboLimit) {
+      _ = view.enter()
+      // Eight buckets with room for four: each round evicts.
+      _ = try view.translate((round % 8) << 14, 16)
+      view.leave()
+    }
+    let mapped = pool.statistics.mappedPages / 4
+    #expect(mapped <= ForeignMappingPool.limboLimit + 8, "\(mapped) buckets are mapped")
+    // It is still served, and the budget holds again once the long batch is over.
+    stuck.leave()
+    _ = view.enter()
+    _ = try view.translate(7 << 14, 16)
+    view.leave()
+    pool.invalidate()
+    #expect(pool.statistics.mappedPages == 0)
+  }
+
   @Test func holesAreKnownPageByPage() throws {
     domain.memory.set(pages: 5..<6, present: false)
     var view = GuestMemoryView(source: pool)

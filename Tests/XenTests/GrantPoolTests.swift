@@ -2,6 +2,7 @@ import EventLoop
 import SimulatedXen
 import TestSupport
 import Testing
+import Transport
 import Virtqueue
 import Xen
 
@@ -66,6 +67,71 @@ import Xen
 
     func isDone(within seconds: Int) -> Bool { done.wait(seconds: seconds) }
     func join() { thread.stopAndJoin() }
+  }
+
+  /// One guest takes what it can; another one's driver connects all the same.
+  @Test func noGuestTakesWhatOthersNeed() throws {
+    let budget = GrantBudget(limit: 128, reserve: 16)
+    let (greedy, modest) = (GrantShare(of: budget, limit: 112), GrantShare(of: budget, limit: 112))
+    let first = GrantPool(share: greedy)
+    try first.attach(grants, references, readOnly: 0, rings: [(0, 4096)])
+    #expect(first.mode == .mapped)
+    // Neither the budget nor its share has room for a second arena, and its rings may not take all of the reserve.
+    let second = GrantPool(share: greedy)
+    try second.attach(grants, references, readOnly: 0, rings: [(0, 4096)])
+    #expect(second.mode == .copied)
+    var ranges: [RangeMapping] = []
+    while let range = try? second.mapRange(address: 0, length: 4096) { ranges.append(range) }
+    let other = GrantPool(share: modest)
+    try other.attach(grants, references, readOnly: 0, rings: [(0, 4096), (4096, 4096)])
+    #expect(other.mode == .copied)
+    #expect((try? other.mapRange(address: 0, length: 4096)) != nil)
+    for range in ranges { second.unmapRange(range) }
+    for pool in [first, second, other] { pool.detach() }
+    #expect(domain.grants.mappedPages == 0)
+    // All of it is there again.
+    try other.attach(grants, references, readOnly: 0, rings: [(0, 4096)])
+    #expect(other.mode == .mapped)
+    other.detach()
+  }
+
+  /// Whoever asks what a pool has is answered while the hypervisor is at work for it.
+  @Test func statisticsDoNotWaitForTheHypervisor() throws {
+    let slow = SlowHandle(grants)
+    let attaching = try LoopThread(name: "guest")
+    let (pool, references) = (pool, references)
+    attaching.loop.enqueue { try? pool.attach(slow, references, readOnly: 0, rings: [(0, 4096)]) }
+    slow.isMapping.wait()
+    #expect(pool.mode == .unattached && pool.statistics.mappedPages == 0)
+    slow.goesOn.open()
+    attaching.stopAndJoin()
+    #expect(pool.mode == .mapped)
+    pool.detach()
+  }
+
+  private final class SlowHandle: GrantHandle {
+    let isMapping = Latch()
+    let goesOn = Latch()
+    private let inner: any GrantHandle
+    init(_ inner: any GrantHandle) { self.inner = inner }
+
+    func map(_ references: [UInt32], writable: Bool) throws(XenError) -> UnsafeMutableRawPointer {
+      isMapping.open()
+      goesOn.wait()
+      return try inner.map(references, writable: writable)
+    }
+
+    func unmap(_ start: UnsafeMutableRawPointer, count: Int) { inner.unmap(start, count: count) }
+
+    func copy(
+      _ reference: UInt32, offset: Int, count: Int, local: UnsafeMutableRawPointer, toGuest: Bool
+    ) throws(XenError) -> Bool {
+      try inner.copy(reference, offset: offset, count: count, local: local, toGuest: toGuest)
+    }
+
+    func doorbell(remotePort: UInt32) throws(XenError) -> any QueueDoorbell {
+      try inner.doorbell(remotePort: remotePort)
+    }
   }
 
   @Test func arenaStaysMappedUntilTheLastBatchInItEnds() throws {

@@ -206,6 +206,13 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     storage(queue).journal.end()
   }
 
+  package var savedConfiguration: [UInt8] { saved.configuration }
+
+  package func forgetDriver() {
+    // The last word is the operator's, see `NetBackend.save`.
+    UnsafeMutableRawBufferPointer(rebasing: notes.dropLast(8)).initializeMemory(as: UInt8.self, repeating: 0)
+  }
+
   /// Room for what a device's type must remember of its driver's choices; all zero when the device is new. Written by the device's
   /// first data thread alone.
   package var notes: UnsafeMutableRawBufferPointer {

@@ -152,7 +152,10 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
 
   private func run() {
     do throws(DeviceFault) {
-      if case .more? = try pump?.run(signals) { wake() }
+      var budget = RunBudget(interruption: thread.loop.interruption)
+      let outcome = try pump?.run(signals, &budget)
+      // By the descriptor, which stands in a row with the thread's other ones, and jobs behind them.
+      if budget.isSpent || outcome == .more { wake() }
     } catch {
       fail(error)
     }

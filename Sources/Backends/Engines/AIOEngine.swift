@@ -9,6 +9,9 @@ import Glibc
 /// Confined to the queue's data thread. Each tag has one control block, so that starting an operation allocates nothing.
 package final class AIOEngine: BlockEngine {
   package let image: RawImage
+  /// An open file of its own where the page cache is used: each sees what could not be written. Closed with the engine.
+  private let reopened: Int32?
+  private let descriptor: Int32
   package var readiness: Int32 { ready.raw }
 
   private let ready: EventDescriptor
@@ -40,6 +43,8 @@ package final class AIOEngine: BlockEngine {
   package init(image: RawImage, depth: Int) throws(ImageFault) {
     self.image = image
     self.depth = depth
+    reopened = image.reopened()
+    descriptor = reopened ?? image.descriptor
     do throws(Errno) {
       ready = try EventDescriptor()
     } catch {
@@ -82,6 +87,7 @@ package final class AIOEngine: BlockEngine {
   deinit {
     worker?.stop()
     close()
+    if let reopened { Glibc.close(reopened) }
     blocks.deallocate()
     pointers.deallocate()
     backlog.deallocate()
@@ -95,6 +101,7 @@ package final class AIOEngine: BlockEngine {
   package var geometry: BlockGeometry { image.geometry }
   package var reachesGuestMemory: Bool { true }
   package var movesDataInSubmit: Bool { !image.isDirect }
+  package var canRetryFlush: Bool { image.isDirect }
   package var memoryAlignment: Int { image.memoryAlignment }
   package var now: UInt64 { EventLoop.now() }
 
@@ -133,11 +140,11 @@ package final class AIOEngine: BlockEngine {
     let first = request.pointee.vectors.pointee
     switch request.pointee.operation {
     // The kernel copies a vector of vectors in and checks it: one alone goes without.
-    case .read where count == 1: io_prep_pread(block, image.descriptor, first.start, first.length, offset)
-    case .write where count == 1: io_prep_pwrite(block, image.descriptor, first.start, first.length, offset)
-    case .read: io_prep_preadv(block, image.descriptor, vectors, count, offset)
-    case .write: io_prep_pwritev(block, image.descriptor, vectors, count, offset)
-    case .flush, .discard, .writeZeroes, .secureErase: io_prep_fdsync(block, image.descriptor)
+    case .read where count == 1: io_prep_pread(block, descriptor, first.start, first.length, offset)
+    case .write where count == 1: io_prep_pwrite(block, descriptor, first.start, first.length, offset)
+    case .read: io_prep_preadv(block, descriptor, vectors, count, offset)
+    case .write: io_prep_pwritev(block, descriptor, vectors, count, offset)
+    case .flush, .discard, .writeZeroes, .secureErase: io_prep_fdsync(block, descriptor)
     }
     if request.pointee.isDurable, request.pointee.operation == .write { block.pointee.aio_rw_flags = Self.durable }
     block.pointee.data = UnsafeMutableRawPointer(bitPattern: UInt(request.pointee.tag) &+ 1)
@@ -197,7 +204,7 @@ package final class AIOEngine: BlockEngine {
   }
 
   private func startOnWorker(_ request: EngineRequest) {
-    if worker == nil { worker = try? StoreWorker(image: image, wakeUp: ready.raw) }
+    if worker == nil { worker = try? StoreWorker(image: image, descriptor: descriptor, wakeUp: ready.raw) }
     guard let worker else {
       early[earlyCount] = EngineCompletion(tag: request.tag, result: -Int(EAGAIN))
       earlyCount &+= 1
@@ -251,8 +258,11 @@ package final class AIOEngine: BlockEngine {
     ready.drain()
   }
 
-  /// The kernel answers for its stores by itself.
-  package func abandon() {}
+  /// The kernel answers for its stores by itself; what it has not been given need not be done.
+  package func abandon() {
+    for index in 0..<backlogCount { fail(backlog[index], -Int(ECANCELED)) }
+    backlogCount = 0
+  }
 
   package func close() {
     // The kernel waits for a grace period of its own, tens of milliseconds long.

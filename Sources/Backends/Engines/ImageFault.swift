@@ -6,6 +6,8 @@ package enum ImageFault: Error {
   case notAnImage(path: String)
   case tooSmall(path: String, bytes: UInt64)
   case locked(path: String, holder: String)
+  /// A block device that the host itself uses.
+  case inUse(path: String)
   case cannotResize(path: String, String)
   /// A URI that names no export of an NBD server.
   case badAddress(String, String)
@@ -18,6 +20,8 @@ package enum ImageFault: Error {
     case .notAnImage(let path): "'\(path)' is neither a regular file nor a block device"
     case .tooSmall(let path, let bytes): "'\(path)' has \(bytes) bytes; a disk needs at least 512"
     case .locked(let path, let holder): "'\(path)' is in use by \(holder); two writers would destroy it"
+    case .inUse(let path):
+      "'\(path)' is in use on this host: mounted, part of a volume or an array, or another program's; two writers would destroy it"
     case .cannotResize(let path, let reason): "cannot resize '\(path)': \(reason)"
     case .badAddress(let address, let reason): "'\(address)' is not a valid NBD address: \(reason)"
     case .nbd(let address, let reason): "cannot use '\(address)': \(reason)"

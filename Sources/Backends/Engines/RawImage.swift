@@ -19,6 +19,16 @@ package final class RawImage: @unchecked Sendable {
 
   package var descriptor: Int32 { owned.raw }
 
+  /// Another open file of the same image, for one queue of several: the kernel tells each open file once that something could not be
+  /// written, whoever asks first. The lock stays with the first one.
+  ///
+  /// - Returns: a descriptor, which the caller closes; nil where it needs none or there is none to be had.
+  func reopened() -> Int32? {
+    guard !isDirect else { return nil }
+    let raw = open("/proc/self/fd/\(owned.raw)", (geometry.readOnly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK)
+    return raw >= 0 ? raw : nil
+  }
+
   /// Opens and locks an image.
   ///
   /// - Parameters:
@@ -29,16 +39,20 @@ package final class RawImage: @unchecked Sendable {
   ) throws(ImageFault) {
     self.path = path
     self.holder = holder
-    let access = (readOnly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK
+    var access = (readOnly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK
+    // A block device that this host has mounted, or that is a part of something else (a volume, an array), is not to be written by
+    // another: the kernel keeps that too, under all of its names.
+    if !readOnly, Self.isBlockDevice(path) { access |= O_EXCL }
     var raw = wantsDirect ? open(path, access | clinux_o_direct()) : -1
     var direct = raw >= 0
     if raw < 0 {
       guard !wantsDirect || errno != EISDIR else { throw .notAnImage(path: path) }
+      guard errno != EBUSY else { throw .inUse(path: path) }
       guard !wantsDirect || errno == EINVAL else { throw .cannotOpen(path: path, Errno.last) }
       raw = open(path, access)
       direct = false
     }
-    guard raw >= 0 else { throw .cannotOpen(path: path, Errno.last) }
+    guard raw >= 0 else { throw errno == EBUSY ? .inUse(path: path) : .cannotOpen(path: path, Errno.last) }
     let descriptor = OwnedDescriptor(adopting: raw)
     var status = stat()
     guard fstat(raw, &status) == 0 else { throw .cannotOpen(path: path, Errno.last) }
@@ -47,6 +61,8 @@ package final class RawImage: @unchecked Sendable {
     var physical: UInt32 = 4096
     var discards = discard && !readOnly
     var (secureErase, lifetime): (Bool, BlockLifetime?) = (false, nil)
+    var limits = StoreLimits()
+    var alignment: UInt32?
     isBlockDevice = clinux_is_block_device(status.st_mode) != 0
     if isBlockDevice {
       let size = clinux_block_device_size(raw, &bytes)
@@ -55,13 +71,15 @@ package final class RawImage: @unchecked Sendable {
         !readOnly && clinux_block_device_can_secure_erase(raw) != 0,
         StoreLifetime.read(deviceNumber: UInt64(status.st_rdev))
       )
+      limits = StoreLimits.read(deviceNumber: UInt64(status.st_rdev))
+      discards = discards && limits.discardMaximum > 0
       let blocks = clinux_block_device_blocks(raw, &logical, &physical)
       guard blocks == 0 else { throw .host(what: "cannot read the block size of '\(path)'", Errno(blocks)) }
     } else {
       guard clinux_is_regular(status.st_mode) != 0 else { throw .notAnImage(path: path) }
       if direct {
         switch Self.directAlignment(raw) {
-        case .some(let alignment): logical = alignment
+        case .some(let found): (alignment, logical) = (max(found.memory, found.place), found.place)
         case .none:
           // The file system took O_DIRECT at open but refuses every alignment.
           guard fcntl(raw, F_SETFL, fcntl(raw, F_GETFL) & ~clinux_o_direct()) == 0 else {
@@ -73,15 +91,21 @@ package final class RawImage: @unchecked Sendable {
       // A hole punched behind the end changes nothing and tells whether the file system can do it.
       let mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
       discards = discards && clinux_fallocate(raw, mode, Int64(clamping: bytes), 4096) == 0
+      limits.discardGranularity = UInt64(clamping: status.st_blksize)
     }
     guard bytes >= 512 else { throw .tooSmall(path: path, bytes: bytes) }
     identity = try ImageLock.take(raw, path: path, holder: holder, exclusive: !readOnly)
     owned = descriptor
     isDirect = direct
-    memoryAlignment = direct ? Int(logical) : 1
-    geometry = BlockGeometry(
+    memoryAlignment = direct ? Int(alignment ?? logical) : 1
+    var geometry = BlockGeometry(
       capacity: bytes - bytes % UInt64(logical), logicalBlock: logical, physicalBlock: max(physical, logical),
       canDiscard: discards, readOnly: readOnly, canSecureErase: secureErase, lifetime: lifetime)
+    // Zeroing a block device never gives anything back (BLKZEROOUT).
+    geometry.canUnmapZeroes = discards && !isBlockDevice
+    geometry.discardGranularity = limits.discardGranularity
+    geometry.optimalSize = limits.optimalSize
+    self.geometry = geometry
   }
 
   /// The size as it is now, for a disk that is to follow it.
@@ -114,11 +138,22 @@ package final class RawImage: @unchecked Sendable {
 
   deinit { ImageLock.release(identity, holder: holder) }
 
-  /// The smallest unit that direct reads of this file accept: 512 or 4096; nil when none is.
-  private static func directAlignment(_ descriptor: Int32) -> UInt32? {
+  private static func isBlockDevice(_ path: String) -> Bool {
+    var status = stat()
+    return stat(path, &status) == 0 && clinux_is_block_device(status.st_mode) != 0
+  }
+
+  /// Alignment of memory and of places on the file that direct I/O needs: 512 or 4096 for places; nil when it is not to be had. The kernel
+  /// says so, or it is tried.
+  private static func directAlignment(_ descriptor: Int32) -> (memory: UInt32, place: UInt32)? {
+    var (memory, place): (UInt32, UInt32) = (0, 0)
+    if clinux_direct_alignment(descriptor, &memory, &place) == 0 {
+      guard memory > 0, place > 0, place <= 4096, memory <= 4096 else { return nil }
+      return (memory, max(512, place))
+    }
     let buffer = UnsafeMutableRawPointer.allocate(byteCount: 4096, alignment: 4096)
     defer { buffer.deallocate() }
-    for size in [512, 4096] where pread(descriptor, buffer, size, 0) >= 0 { return UInt32(size) }
+    for size in [512, 4096] where pread(descriptor, buffer, size, 0) >= 0 { return (UInt32(size), UInt32(size)) }
     return nil
   }
 }

@@ -9,13 +9,16 @@ import Synchronization
 /// These are rare. The thread is started by the first of them and ends with the engine.
 final class StoreWorker: Sendable {
   private let image: RawImage
+  /// Of the image; the engine's.
+  private let descriptor: Int32
   private let thread: LoopThread
   private let wakeUp: Int32
   private let finished = Mutex<[EngineCompletion]>([])
 
   /// - Parameter wakeUp: the eventfd to signal when something is finished; it outlives the worker.
-  init(image: RawImage, wakeUp: Int32) throws(Errno) {
+  init(image: RawImage, descriptor: Int32, wakeUp: Int32) throws(Errno) {
     self.image = image
+    self.descriptor = descriptor
     self.wakeUp = wakeUp
     thread = try LoopThread(name: "vxd-store")
   }
@@ -27,8 +30,8 @@ final class StoreWorker: Sendable {
     let (operation, tag, offset, length) = (request.operation, request.tag, request.offset, request.length)
     let (isDurable, mayUnmap) = (request.isDurable, request.mayUnmap)
     thread.loop.enqueue { [self] in
-      var result = Self.perform(operation, image, offset, length, mayUnmap: mayUnmap)
-      if result == 0, isDurable, fdatasync(image.descriptor) != 0 { result = -Int(errno) }
+      var result = Self.perform(operation, image, descriptor, offset, length, mayUnmap: mayUnmap)
+      if result == 0, isDurable, fdatasync(descriptor) != 0 { result = -Int(errno) }
       finished.withLock { $0.append(EngineCompletion(tag: tag, result: result)) }
       EventDescriptor.signal(wakeUp)
     }
@@ -46,9 +49,9 @@ final class StoreWorker: Sendable {
 
   /// - Returns: 0 or a negated errno.
   private static func perform(
-    _ operation: BlockOperation, _ image: RawImage, _ offset: UInt64, _ length: UInt64, mayUnmap: Bool
+    _ operation: BlockOperation, _ image: RawImage, _ descriptor: Int32, _ offset: UInt64, _ length: UInt64,
+    mayUnmap: Bool
   ) -> Int {
-    let descriptor = image.descriptor
     if operation == .flush { return fdatasync(descriptor) == 0 ? 0 : -Int(errno) }
     guard length > 0 else { return 0 }
     if image.isBlockDevice {
@@ -60,13 +63,13 @@ final class StoreWorker: Sendable {
     }
     guard operation != .secureErase else { return -Int(EOPNOTSUPP) }
     guard let start = Int64(exactly: offset), let count = Int64(exactly: length) else { return -Int(EINVAL) }
-    if operation == .writeZeroes, !mayUnmap,
-      clinux_fallocate(descriptor, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, count) == 0
-    {
-      return 0
+    if operation == .discard || mayUnmap {
+      let failure = clinux_fallocate(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
+      guard operation == .writeZeroes, failure == EOPNOTSUPP else { return -Int(failure) }
     }
-    let failure = clinux_fallocate(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, count)
-    guard operation == .writeZeroes, failure == EOPNOTSUPP else { return -Int(failure) }
+    // What is allocated stays so: no hole, unless the driver allows it.
+    let failure = clinux_fallocate(descriptor, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, start, count)
+    guard failure == EOPNOTSUPP else { return -Int(failure) }
     return writeZeroes(descriptor, off_t(start), off_t(count))
   }
 

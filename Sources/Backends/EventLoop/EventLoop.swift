@@ -1,6 +1,6 @@
 import CLinux
 import Glibc
-import Synchronization
+package import Synchronization
 
 /// What a loop calls when a descriptor is ready. Called on the loop's thread.
 package protocol EventSource: AnyObject {
@@ -53,6 +53,14 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
   private let epoll: OwnedDescriptor
   private let wakeUp: EventDescriptor
   private let mailbox = Mutex<[Job]>([])
+  /// Jobs that were taken from the mailbox, and how many of them have run.
+  private var taken: [Job] = []
+  private var done = 0
+  /// Jobs of one turn at most: descriptors and timers have theirs then.
+  private static let jobLimit = 64
+  /// Whether jobs wait: for whoever works on the loop's thread for long, to be looked at as often as he likes. In a place of its own, which
+  /// goes with the loop.
+  package let interruption: UnsafeMutablePointer<Atomic<Bool>>
   private let stopping = Atomic<Bool>(false)
   private let runnerNumber = Atomic<Int32>(0)
   private var runner = pthread_t()
@@ -66,6 +74,8 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     self.name = name
     epoll = OwnedDescriptor(adopting: try retrying { epoll_create1(Int32(EPOLL_CLOEXEC)) })
     wakeUp = try EventDescriptor()
+    interruption = .allocate(capacity: 1)
+    interruption.initialize(to: Atomic(false))
     events = .allocate(capacity: Int(Self.eventCount))
     events.initialize(repeating: epoll_event(), count: Int(Self.eventCount))
     var event = epoll_event()
@@ -74,7 +84,10 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     guard epoll_ctl(epoll.raw, EPOLL_CTL_ADD, wakeUp.raw, &event) == 0 else { throw Errno.last }
   }
 
-  deinit { events.deallocate() }
+  deinit {
+    events.deallocate()
+    interruption.deallocate()
+  }
 
   // MARK: Jobs
 
@@ -93,22 +106,44 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
       $0.append(job)
       return $0.count == 1
     }
+    interruption.pointee.store(true, ordering: .relaxed)
     if first { wakeUp.signal() }
   }
 
-  private func runJobs() {
-    wakeUp.drain()
-    let jobs = mailbox.withLock { jobs in
-      let taken = jobs
-      jobs.removeAll(keepingCapacity: true)
-      return taken
+  /// Jobs that nobody has taken from the mailbox yet.
+  package var jobsWaiting: Int { mailbox.withLock { $0.count } }
+
+  private func runJobs(limit: Int = jobLimit) {
+    if done == taken.count {
+      wakeUp.drain()
+      // Before the mailbox is emptied: what comes behind that sets it again.
+      interruption.pointee.store(false, ordering: .relaxed)
+      taken = mailbox.withLock { jobs in
+        let all = jobs
+        jobs = []
+        return all
+      }
+      done = 0
     }
-    for job in jobs {
+    let end = min(taken.count, limit > taken.count ? taken.count : done + limit)
+    while done < end {
+      let job = taken[done]
+      done += 1
       switch job {
       case .closure(let body): body()
       case .task(let task): task.runSynchronously(on: asUnownedSerialExecutor())
       }
     }
+    if done == taken.count {
+      taken = []
+      done = 0
+    }
+  }
+
+  /// Whether a descriptor is ready that has not been looked at: what jobs of tests ask to know that the thread has nothing left to do.
+  package var hasEvents: Bool {
+    var descriptor = pollfd(fd: epoll.raw, events: Int16(POLLIN), revents: 0)
+    return poll(&descriptor, 1, 0) > 0
   }
 
   // MARK: Descriptors
@@ -197,6 +232,7 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
   }
 
   private var timeout: Int32 {
+    guard taken.isEmpty else { return 0 }
     guard let first = timers.first else { return -1 }
     let now = Self.now()
     guard first.deadline > now else { return 0 }
@@ -230,10 +266,10 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
         guard registration.generation == UInt32(truncatingIfNeeded: data) else { continue }
         registration.source?.ready(events: events[index].events)
       }
-      if jobs { runJobs() }
+      if jobs || !taken.isEmpty { runJobs() }
       runTimers()
     }
-    runJobs()
+    for _ in 0..<2 { runJobs(limit: .max) }
   }
 
   /// Ends `run` after the jobs that are enqueued by now.

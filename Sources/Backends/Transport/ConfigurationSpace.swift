@@ -6,7 +6,8 @@ import Synchronization
 package final class ConfigurationSpace: Sendable {
   private struct Contents {
     var bytes: [UInt8]
-    var generation: UInt32 = 0
+    /// Begins anywhere: a driver that is in the middle of a read when another process takes over must not find the number it knew.
+    var generation = UInt32.random(in: 0...UInt32.max)
   }
 
   private let contents: Mutex<Contents>

@@ -84,7 +84,23 @@ final class DriverSession: Sendable {
 
   /// DRIVER_OK: the queues that are ready are live from now on.
   func activate(_ signals: any TransportSignals, adopts: Bool) {
-    device?.activate(features: driver.negotiated, layouts: driver.layouts, signals: signals, adopts: adopts)
+    guard let device else { return }
+    // It may have come behind FEATURES_OK, in another's place.
+    guard profile.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else {
+      return signals.needReset()
+    }
+    device.activate(features: driver.negotiated, layouts: driver.layouts, signals: signals, adopts: adopts)
+  }
+
+  /// A driver comes with all that it chose at once: a new one, or one that an earlier process served.
+  func begin(adopts: Bool) {
+    if adopts {
+      // As an earlier process left it; the driver does not write it again.
+      if let state { device?.configurationWritten(offset: 0, bytes: state.savedConfiguration) }
+    } else {
+      endJournals()
+      state?.forgetDriver()
+    }
   }
 
   /// The driver writes to the configuration space.
@@ -111,6 +127,7 @@ final class DriverSession: Sendable {
   func reset() -> DeviceStatus {
     device?.reset()
     endJournals()
+    state?.forgetDriver()
     driver = DriverState(queueCount: profile.queueSizes.count)
     let old = status.exchange(0, ordering: .acquiringAndReleasing)
     save()
@@ -134,11 +151,17 @@ final class DriverSession: Sendable {
     if device.configuration !== earlier { device.configuration.follow(earlier) }
     space.withLock { $0 = device.configuration }
     self.device = device
-    guard isServed else { return .idle }
+    guard isServed else {
+      // A driver that has not begun may have made its choice already.
+      if currentStatus.contains(.featuresOK), !currentStatus.contains(.driverOK) {
+        device.configurationWritten(offset: 0, bytes: old)
+      }
+      return .idle
+    }
     guard profile.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else { return .unfit }
-    activate(signals, adopts: true)
-    // What the driver wrote into the space is the driver's choice, which the new backend has to know.
+    // Before it begins: what the driver chose holds from the first request on.
     device.configurationWritten(offset: 0, bytes: old)
+    activate(signals, adopts: true)
     return .resumed
   }
 

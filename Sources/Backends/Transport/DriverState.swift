@@ -31,4 +31,13 @@ package protocol TransportState: AnyObject, Sendable {
   func save(_ driver: DriverState, _ status: DeviceStatus, configuration: [UInt8])
   /// The driver took a queue back while no backend was there to be told.
   func endQueue(_ queue: Int)
+  /// The driver is gone: nothing that it chose is the next one's. Behind the backend's reset, if there is a backend.
+  func forgetDriver()
+  /// The configuration space as it was saved last; empty when it never was.
+  var savedConfiguration: [UInt8] { get }
+}
+
+extension TransportState {
+  package func forgetDriver() {}
+  package var savedConfiguration: [UInt8] { [] }
 }

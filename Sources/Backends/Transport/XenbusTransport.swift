@@ -9,6 +9,8 @@ package final class XenbusTransport: DeviceTransport {
   private let onStatus: @Sendable (DeviceStatus) -> Void
   /// Told that the configuration space or the status is to be published anew, from any thread.
   private let onConfiguration: @Sendable () -> Void
+  /// Told, and not come to read yet: telling it again would only make it read the same twice.
+  private let isTold = Atomic<Bool>(false)
   private let interrupts = Atomic<UInt64>(0)
   private let session: DriverSession
   /// Confined to the guest's thread, see the type's comment.
@@ -37,6 +39,7 @@ package final class XenbusTransport: DeviceTransport {
 
   /// The `vx-config` node: generation, status and configuration space of one moment.
   package var configurationText: String {
+    isTold.store(false, ordering: .sequentiallyConsistent)
     let space = session.configuration
     // The generation first: a change that comes in between makes another text behind this one.
     let generation = space.generation
@@ -67,7 +70,7 @@ package final class XenbusTransport: DeviceTransport {
     session.driver.queues = setup.queues.map { $0?.layout ?? QueueLayout() }
     session.driver.ready = setup.queues.map { $0 != nil }
     channels = doorbells.map { bell in bell.map { QueueSignals($0, self) } }
-    if !adopts { session.endJournals() }
+    session.begin(adopts: adopts)
     let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK]
     session.set(live)
     session.save()
@@ -85,7 +88,7 @@ package final class XenbusTransport: DeviceTransport {
   /// The driver writes to the configuration space.
   package func write(offset: Int, bytes: [UInt8]) {
     session.write(offset: offset, bytes: bytes)
-    onConfiguration()
+    tell()
   }
 
   // MARK: Backends
@@ -94,7 +97,7 @@ package final class XenbusTransport: DeviceTransport {
   package func plug(_ device: any VirtioDevice) -> Bool {
     let plugged = session.plug(device, self)
     if plugged == .unfit { _ = session.needReset() }
-    onConfiguration()
+    tell()
     return plugged != .unfit
   }
 
@@ -113,11 +116,16 @@ package final class XenbusTransport: DeviceTransport {
   /// Queues interrupt by channels of their own.
   package func interruptForUsedBuffers() {}
 
-  package func interruptForConfiguration() { onConfiguration() }
+  package func interruptForConfiguration() { tell() }
+
+  /// A driver can bring changes about faster than they are published.
+  private func tell() {
+    if !isTold.exchange(true, ordering: .sequentiallyConsistent) { onConfiguration() }
+  }
 
   package func needReset() {
     _ = session.needReset()
-    onConfiguration()
+    tell()
   }
 
   /// One queue's signals: a notification of its channel for used buffers, the transport for the rest.

@@ -30,6 +30,7 @@ package struct GuestMemoryView: ~Copyable {
   /// Lookups answered by the cache, and those that went to the pool.
   package private(set) var hits: UInt64 = 0
   package private(set) var misses: UInt64 = 0
+  private var missesBefore: UInt64 = 0
 
   package init(source: any GuestMemorySource) {
     self.source = source
@@ -61,9 +62,14 @@ package struct GuestMemoryView: ~Copyable {
       now = again
     }
     seenGeneration = now
+    missesBefore = misses
     clock = generation.clock.load(ordering: .relaxed)
     return generation.invalidations.load(ordering: .acquiring)
   }
+
+  /// Lookups of this batch that went to the pool. Each may have put a mapping aside that can be withdrawn only behind the batch, so a batch
+  /// with many of them is to be left.
+  package var missesInBatch: UInt64 { misses &- missesBefore }
 
   /// Ends a batch: no pointer obtained in it is used any more.
   package mutating func leave() {

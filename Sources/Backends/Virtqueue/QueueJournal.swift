@@ -34,7 +34,8 @@ package struct QueueJournal {
     var slotCount: UInt32 = 0
     var chainLimit: UInt32 = 0
     var packed: UInt32 = 0
-    /// Answers that are published for certain, and those that were being published last.
+    /// Answers that are published for certain, and those that were being published last. One word, `progress`: position and wrap counter of
+    /// a packed ring make sense together only.
     var settledUsed: UInt16 = 0
     var intendedUsed: UInt16 = 0
     var usedWrap: UInt16 = 0
@@ -64,6 +65,7 @@ package struct QueueJournal {
   private let bufferStorage: UnsafeMutablePointer<GuestBuffer>
 
   static let headerBytes = 64
+  private static let progressOffset = 16
 
   /// Bytes that a journal needs. Pages that are never touched cost nothing in a file system in memory.
   package static func bytes(slotCount: Int, chainLimit: Int) -> Int {
@@ -158,8 +160,9 @@ package struct QueueJournal {
   /// They are, and their records free.
   func settle(_ position: UInt16, wrap: Bool) {
     order()
-    header.pointee.settledUsed = position
-    header.pointee.usedWrap = wrap ? 1 : 0
+    let progress = UInt64(position) | UInt64(header.pointee.intendedUsed) << 16 | (wrap ? 1 << 32 : 0)
+    UnsafeMutableRawPointer(header).storeBytes(
+      of: progress.littleEndian, toByteOffset: Self.progressOffset, as: UInt64.self)
     order()
   }
 

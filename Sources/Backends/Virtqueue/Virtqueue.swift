@@ -25,6 +25,8 @@ package struct Virtqueue: ~Copyable {
   /// Slots of the journal whose chains were used since the last `publish`, in that order.
   private let usedSlots: UnsafeMutablePointer<UInt32>
   private var usedSlotCount = 0
+  /// Slots of a packed ring that were used since the journal was settled last.
+  private var unsettled = 0
   /// Heads of a split ring that were used since the last `publish`: the first `unpublished` of as many as the ring has.
   let usedHeads: UnsafeMutablePointer<UInt16>
   /// The journal's chains must be taken over before anything else.
@@ -171,6 +173,10 @@ package struct Virtqueue: ~Copyable {
 
   private mutating func pushNow(_ ticket: ChainTicket, _ length: UInt32) {
     if let journal {
+      // Answers of a packed ring are the driver's at once. Behind more than a lap of them, whoever adopts the queue could not tell a slot
+      // that is answered from one that was made available again since.
+      if isPacked, unsettled &+ Int(ticket.slots) > Int(layout.size) { settle(journal) }
+      unsettled &+= Int(ticket.slots)
       journal.use(Int(ticket.slot), position: layout.nextUsed, wrap: layout.usedWrapCounter)
       usedSlots[usedSlotCount] = ticket.slot
       usedSlotCount &+= 1
@@ -187,10 +193,15 @@ package struct Virtqueue: ~Copyable {
     journal?.intend(layout.nextUsed)
     let wantsInterrupt = isPacked ? publishPacked() : publishSplit()
     if !isPacked { releasePublished() }
-    guard let journal else { return wantsInterrupt }
+    if let journal { settle(journal) }
+    return wantsInterrupt
+  }
+
+  /// Notes that the driver has all answers so far.
+  private mutating func settle(_ journal: QueueJournal) {
     journal.settle(layout.nextUsed, wrap: layout.usedWrapCounter)
     for index in 0..<usedSlotCount { journal.free(Int(usedSlots[index])) }
-    return wantsInterrupt
+    unsettled = 0
   }
 
   /// Whether chains were used since the last `publish`.

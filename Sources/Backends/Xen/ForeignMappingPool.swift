@@ -22,7 +22,8 @@ package struct PoolStatistics: Equatable, Sendable {
 /// all withdrawn on an invalidation.
 ///
 /// Mappings are withdrawn in two steps (`MappingLimbo`). An invalidation waits for the second, since it may be answered only when the
-/// mappings are gone; an eviction does not.
+/// mappings are gone; an eviction does not. Those between the steps are bounded: batches with many misses end early (`RunBudget`), and
+/// where another thread's batch lasts, buckets are mapped beyond the budget rather than evicted, and in the end not at all.
 package final class ForeignMappingPool: GuestMemorySource {
   /// A mapping and its bookkeeping. Lives until it is unmapped.
   private struct Mapping {
@@ -53,6 +54,10 @@ package final class ForeignMappingPool: GuestMemorySource {
   package let generation = MappingGeneration()
   private let guest: any GuestHandle
   private let budgetBuckets: Int
+  /// Mappings that may wait to be withdrawn. Each is an area of the process's memory map, of which all guests share 65530
+  /// (vm.max_map_count).
+  package static let limboLimit = 2048
+  private let board = Mutex(PoolStatistics())
   private let state: Mutex<State>
 
   /// - Parameters:
@@ -67,18 +72,23 @@ package final class ForeignMappingPool: GuestMemorySource {
     self.isStable = isStable
     budgetBuckets = max(2, Int(clamping: budgetBytes >> UInt64(bucketShift)))
     state = Mutex(State())
+    update { _ in }
   }
 
   deinit { close() }
 
-  package var statistics: PoolStatistics {
+  /// Never waits for a call of the hypervisor, which `state` is locked for.
+  package var statistics: PoolStatistics { board.withLock { $0 } }
+
+  /// Works on the state, and shows what came of it.
+  private func update<Result>(_ body: (inout State) -> Result) -> Result {
     state.withLock { state in
-      var statistics = state.statistics
-      statistics.buckets = state.buckets.count
-      statistics.budgetPages = budgetBuckets << (bucketShift - 12)
-      statistics.holePages = state.buckets.values.reduce(0) { $0 + $1.holes }
-      statistics.rangePages = state.ranges.values.reduce(0) { $0 + $1.pages }
-      return statistics
+      let result = body(&state)
+      state.statistics.buckets = state.buckets.count
+      state.statistics.budgetPages = budgetBuckets << (bucketShift - 12)
+      let statistics = state.statistics
+      board.withLock { $0 = statistics }
+      return result
     }
   }
 
@@ -89,7 +99,7 @@ package final class ForeignMappingPool: GuestMemorySource {
   }
 
   package func remove(viewer: MemoryViewer) {
-    state.withLock { state in
+    update { state in
       state.limbo.remove(viewer)
       reclaim(&state)
     }
@@ -104,17 +114,20 @@ package final class ForeignMappingPool: GuestMemorySource {
   }
 
   private func bucket(_ number: UInt64, afresh: Bool) throws(GuestMemoryFault) -> BucketMapping {
-    let result: Result<BucketMapping, GuestMemoryFault> = state.withLock { state in
+    let result: Result<BucketMapping, GuestMemoryFault> = update { state in
       guard !state.isClosed else { return .failure(.mappingFailed) }
       reclaim(&state)
       state.statistics.misses &+= 1
       generation.clock.wrappingAdd(1, ordering: .relaxed)
       if let known = state.buckets[number] {
-        if !afresh || known.valid == nil { return .success(known.bucket) }
+        // With the limbo full, a hole stays one until a batch elsewhere has ended.
+        if !afresh || known.valid == nil || state.limbo.count >= Self.limboLimit { return .success(known.bucket) }
         withdraw(number, &state)
       }
       if state.buckets.count >= budgetBuckets {
-        if let oldest = state.buckets.min(by: { $0.value.stamp.pointee < $1.value.stamp.pointee }) {
+        if state.limbo.count >= Self.limboLimit {
+          guard state.buckets.count < budgetBuckets + Self.limboLimit else { return .failure(.mappingFailed) }
+        } else if let oldest = state.buckets.min(by: { $0.value.stamp.pointee < $1.value.stamp.pointee }) {
           withdraw(oldest.key, &state)
           state.statistics.evictions &+= 1
         }
@@ -125,6 +138,7 @@ package final class ForeignMappingPool: GuestMemorySource {
       }
       mapping.stamp.pointee = generation.clock.load(ordering: .relaxed)
       state.buckets[number] = mapping
+      state.statistics.holePages += mapping.holes
       return .success(mapping.bucket)
     }
     return try result.get()
@@ -135,7 +149,7 @@ package final class ForeignMappingPool: GuestMemorySource {
     let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1) - 1))
     guard !overflow else { throw .addressOverflow }
     let pages = Int(truncatingIfNeeded: (end >> 12) &- first) &+ 1
-    let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
+    let result: Result<RangeMapping, GuestMemoryFault> = update { state in
       guard !state.isClosed else { return .failure(.mappingFailed) }
       reclaim(&state)
       guard let mapping = map(first: first, pages: pages, &state) else { return .failure(.unmapped(address: address)) }
@@ -146,6 +160,7 @@ package final class ForeignMappingPool: GuestMemorySource {
       let identifier = state.nextRange
       state.nextRange &+= 1
       state.ranges[identifier] = mapping
+      state.statistics.rangePages += mapping.pages
       return .success(
         RangeMapping(start: mapping.base + Int(truncatingIfNeeded: address & 0xfff), identifier: identifier))
     }
@@ -153,9 +168,11 @@ package final class ForeignMappingPool: GuestMemorySource {
   }
 
   package func unmapRange(_ range: RangeMapping) {
-    state.withLock { state in
+    update { state in
       // Gone already after an invalidation: then there is nothing to do.
-      if let mapping = state.ranges.removeValue(forKey: range.identifier) { unmap(mapping, &state) }
+      guard let mapping = state.ranges.removeValue(forKey: range.identifier) else { return }
+      state.statistics.rangePages -= mapping.pages
+      unmap(mapping, &state)
     }
   }
 
@@ -170,7 +187,7 @@ package final class ForeignMappingPool: GuestMemorySource {
   package func close() { withdrawAll(closing: true) }
 
   private func withdrawAll(closing: Bool) {
-    let target: UInt64? = state.withLock { state in
+    let target: UInt64? = update { state in
       if closing { state.isClosed = true }
       if !closing { state.statistics.invalidations &+= 1 }
       // Linux balloons in batches, with one invalidation each: the empty case must be cheap.
@@ -181,12 +198,14 @@ package final class ForeignMappingPool: GuestMemorySource {
       for mapping in state.ranges.values { state.limbo.put(mapping, next) }
       state.buckets.removeAll(keepingCapacity: true)
       state.ranges.removeAll(keepingCapacity: true)
+      state.statistics.holePages = 0
+      state.statistics.rangePages = 0
       return next
     }
     guard target != nil else { return }
     // The vCPU that gave the pages back waits meanwhile.
     waitForBatches {
-      state.withLock { state in
+      update { state in
         reclaim(&state)
         return state.limbo.isEmpty
       }
@@ -195,6 +214,7 @@ package final class ForeignMappingPool: GuestMemorySource {
 
   private func withdraw(_ number: UInt64, _ state: inout State) {
     guard let mapping = state.buckets.removeValue(forKey: number) else { return }
+    state.statistics.holePages -= mapping.holes
     state.limbo.put(mapping, generation.advance())
   }
 

@@ -1,4 +1,3 @@
-import Synchronization
 package import Transport
 
 /// One guest's grants and event channels: all that an unprivileged driver domain has of it. Calls may come from any thread.
@@ -19,28 +18,4 @@ package protocol GrantHandle: AnyObject, Sendable {
   ) throws(XenError) -> Bool
   /// Binds a port that the guest allocated for us, with a handle of its own.
   func doorbell(remotePort: UInt32) throws(XenError) -> any QueueDoorbell
-}
-
-/// Pages that may be mapped by grants, of all guests together: the domain's maptrack table has so many entries (xen:
-/// max_maptrack_frames, 1024 entries of a mapping to a frame).
-package final class GrantBudget: Sendable {
-  package let limit: Int
-  private let used = Atomic<Int>(0)
-
-  /// - Parameter limit: pages; half of Xen's default table, since a PV domain takes two entries for each page.
-  package init(limit: Int = 1 << 17) { self.limit = limit }
-
-  /// - Returns: false, with nothing taken, when there are not so many left.
-  func take(_ pages: Int) -> Bool {
-    var seen = used.load(ordering: .relaxed)
-    while true {
-      let (sum, overflow) = seen.addingReportingOverflow(pages)
-      guard !overflow, sum <= limit else { return false }
-      let (exchanged, now) = used.compareExchange(expected: seen, desired: sum, ordering: .relaxed)
-      if exchanged { return true }
-      seen = now
-    }
-  }
-
-  func give(_ pages: Int) { used.wrappingSubtract(pages, ordering: .relaxed) }
 }

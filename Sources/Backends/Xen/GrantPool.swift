@@ -36,6 +36,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     var handle: any GrantHandle
     var start: UnsafeMutableRawPointer
     var pages: Int
+    var origin: GrantShare.Origin
   }
 
   private struct State: ~Copyable {
@@ -63,8 +64,10 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   /// Bytes of the largest arena: one bucket holds any of them.
   package let bucketShift = 27
   package let generation = MappingGeneration()
-  private let budget: GrantBudget
+  private let share: GrantShare
   private let state = Mutex(State())
+  /// What others see of the state: never locked for a call of the hypervisor.
+  private let board = Mutex((mode: Mode.unattached, statistics: PoolStatistics()))
   private let copiedBytes = Atomic<UInt64>(0)
   /// A bit for each page of the arena; the rest of the bucket is no memory. Belongs to the pool for its whole life, so that a view
   /// that looks at it late reads zeros.
@@ -72,8 +75,11 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   private let stamp: UnsafeMutablePointer<UInt64>
   private static let words = (1 << 15) / 64
 
-  package init(budget: GrantBudget) {
-    self.budget = budget
+  /// With a share of a budget of its own.
+  package convenience init(budget: GrantBudget) { self.init(share: GrantShare(of: budget, limit: budget.limit)) }
+
+  package init(share: GrantShare) {
+    self.share = share
     valid = .allocate(capacity: Self.words)
     valid.initialize(repeating: 0, count: Self.words)
     stamp = .allocate(capacity: 1)
@@ -86,18 +92,22 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     stamp.deallocate()
   }
 
-  package var mode: Mode { state.withLock { $0.mode } }
+  package var mode: Mode { board.withLock { $0.mode } }
   /// Mappings stay until `detach`, which is called when no queue is to be served any more.
   package var isStable: Bool { mode == .mapped }
   /// Bytes that went by grant copy, for want of room.
   package var copied: UInt64 { copiedBytes.load(ordering: .relaxed) }
 
-  package var statistics: PoolStatistics {
+  package var statistics: PoolStatistics { board.withLock { $0.statistics } }
+
+  /// Works on the state, and shows what came of it.
+  private func update<Result>(_ body: (inout State) -> Result) -> Result {
     state.withLock { state in
-      var statistics = state.statistics
-      statistics.budgetPages = budget.limit
-      statistics.rangePages = state.ranges.values.reduce(0) { $0 + $1.pages }
-      return statistics
+      let result = body(&state)
+      state.statistics.budgetPages = share.limit
+      let shown = (state.mode, state.statistics)
+      board.withLock { $0 = shown }
+      return result
     }
   }
 
@@ -113,7 +123,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     _ handle: any GrantHandle, _ references: [UInt32], readOnly: Int, rings: [(address: UInt64, length: Int)]
   ) throws(AttachFault) {
     detach()
-    let result: Result<Void, AttachFault> = state.withLock { state in
+    let result: Result<Void, AttachFault> = update { state in
       state.handle = handle
       state.references = references
       state.readOnlyPages = min(readOnly, references.count - 1)
@@ -137,7 +147,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       defer { for mapping in trial { unmap(mapping, &state) } }
       for (address, length) in rings {
         let pages = Self.pages(address, length)
-        guard let mapping = map(references[pages], writable: !state.isReadOnly(pages), &state) else {
+        guard let mapping = map(references[pages], writable: !state.isReadOnly(pages), forRings: true, &state) else {
           return .failure(.noRoom)
         }
         trial.append(mapping)
@@ -160,13 +170,14 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
 
   /// Gives everything back: the driver disconnects. When this returns, nothing is mapped any more; batches that use it are waited for.
   package func detach() {
-    state.withLock { state in
+    update { state in
       guard state.handle != nil else { return }
       let mappings = [state.arena, state.readOnly].compactMap { $0 } + state.ranges.values
       state.arena = nil
       state.readOnly = nil
       state.readOnlyPages = 0
       state.ranges = [:]
+      state.statistics.rangePages = 0
       state.references = []
       state.handle = nil
       state.mode = .unattached
@@ -175,7 +186,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       for mapping in mappings { state.limbo.put(mapping, next) }
     }
     waitForBatches {
-      state.withLock { state in
+      update { state in
         for mapping in state.limbo.takeUnused() { unmap(mapping, &state) }
         guard state.limbo.isEmpty else { return false }
         if state.handle == nil { for index in 0..<Self.words { valid[index] = 0 } }
@@ -201,22 +212,24 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     return true
   }
 
-  private func map(_ references: ArraySlice<UInt32>, writable: Bool, _ state: inout State) -> Mapping? {
-    guard let handle = state.handle, budget.take(references.count) else { return nil }
+  private func map(
+    _ references: ArraySlice<UInt32>, writable: Bool, forRings: Bool = false, _ state: inout State
+  ) -> Mapping? {
+    guard let handle = state.handle, let origin = share.take(references.count, forRings: forRings) else { return nil }
     state.statistics.mapCalls &+= 1
     guard let start = try? handle.map(Array(references), writable: writable) else {
-      budget.give(references.count)
+      share.give(references.count, to: origin)
       return nil
     }
     state.statistics.mappedPages += references.count
-    return Mapping(handle: handle, start: start, pages: references.count)
+    return Mapping(handle: handle, start: start, pages: references.count, origin: origin)
   }
 
   private func unmap(_ mapping: Mapping, _ state: inout State) {
     state.statistics.unmapCalls &+= 1
     state.statistics.mappedPages -= mapping.pages
     mapping.handle.unmap(mapping.start, count: mapping.pages)
-    budget.give(mapping.pages)
+    share.give(mapping.pages, to: mapping.origin)
   }
 
   // MARK: GuestMemorySource
@@ -226,7 +239,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   package func remove(viewer: MemoryViewer) { state.withLock { $0.limbo.remove(viewer) } }
 
   package func bucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping {
-    let result: Result<BucketMapping, GuestMemoryFault> = state.withLock { state in
+    let result: Result<BucketMapping, GuestMemoryFault> = update { state in
       state.statistics.misses &+= 1
       guard number == 0, state.mode != .unattached else { return .failure(.unmapped(address: number << 27)) }
       guard let base = state.base else { return .failure(.mappingFailed) }
@@ -238,7 +251,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   package func refreshedBucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping { try bucket(number) }
 
   package func mapRange(address: UInt64, length: Int) throws(GuestMemoryFault) -> RangeMapping {
-    let result: Result<RangeMapping, GuestMemoryFault> = state.withLock { state in
+    let result: Result<RangeMapping, GuestMemoryFault> = update { state in
       let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1)))
       guard !overflow, end <= UInt64(state.references.count) << 12 else { return .failure(.unmapped(address: address)) }
       let pages = Self.pages(address, length)
@@ -250,47 +263,49 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
         guard pages.lowerBound >= state.firstWritable else { return .failure(.unmapped(address: address)) }
         return .success(RangeMapping(start: base + Int(address), identifier: 0))
       }
-      guard let mapping = map(state.references[pages], writable: !isReadOnly, &state) else {
+      guard let mapping = map(state.references[pages], writable: !isReadOnly, forRings: true, &state) else {
         return .failure(.mappingFailed)
       }
       let identifier = state.nextRange
       state.nextRange &+= 1
       state.ranges[identifier] = mapping
+      state.statistics.rangePages += mapping.pages
       return .success(RangeMapping(start: mapping.start + Int(address & 4095), identifier: identifier))
     }
     return try result.get()
   }
 
   package func unmapRange(_ range: RangeMapping) {
-    state.withLock { state in
+    update { state in
       // Gone already after `detach`: then there is nothing to do.
-      if let mapping = state.ranges.removeValue(forKey: range.identifier) { unmap(mapping, &state) }
+      guard let mapping = state.ranges.removeValue(forKey: range.identifier) else { return }
+      state.statistics.rangePages -= mapping.pages
+      unmap(mapping, &state)
     }
   }
 
   package func copy(
     _ address: UInt64, _ local: UnsafeMutableRawPointer, count: Int, toGuest: Bool
   ) throws(GuestMemoryFault) {
-    let result: Result<Void, GuestMemoryFault> = state.withLock { state in
-      guard let handle = state.handle else { return .failure(.unmapped(address: address)) }
-      var done = 0
-      while done < count {
-        let at = address &+ UInt64(done)
-        let offset = Int(at & 4095)
-        guard let page = Int(exactly: at >> 12), page < state.references.count else {
-          return .failure(.unmapped(address: at))
+    var done = 0
+    while done < count {
+      let at = address &+ UInt64(done)
+      let offset = Int(at & 4095)
+      // The lock is held for the look-up only: Xen checks the reference whatever has become of it since.
+      let found: ((any GrantHandle), UInt32)? = state.withLock { state in
+        guard let handle = state.handle, let page = Int(exactly: at >> 12), page < state.references.count else {
+          return nil
         }
-        let step = min(count - done, 4096 - offset)
-        guard
-          let isGood = try? handle.copy(
-            state.references[page], offset: offset, count: step, local: local + done, toGuest: toGuest)
-        else { return .failure(.mappingFailed) }
-        guard isGood else { return .failure(.unmapped(address: at)) }
-        done += step
+        return (handle, state.references[page])
       }
-      return .success(())
+      guard let (handle, reference) = found else { throw .unmapped(address: at) }
+      let step = min(count - done, 4096 - offset)
+      guard
+        let isGood = try? handle.copy(reference, offset: offset, count: step, local: local + done, toGuest: toGuest)
+      else { throw .mappingFailed }
+      guard isGood else { throw .unmapped(address: at) }
+      done += step
     }
-    try result.get()
     copiedBytes.wrappingAdd(UInt64(truncatingIfNeeded: count), ordering: .relaxed)
   }
 }

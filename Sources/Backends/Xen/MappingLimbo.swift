@@ -16,6 +16,7 @@ struct MappingLimbo<Mapping>: ~Copyable {
   init() {}
 
   var isEmpty: Bool { entries.isEmpty }
+  var count: Int { entries.count }
 
   mutating func add(_ viewer: MemoryViewer) { viewers.append(viewer) }
 
@@ -34,12 +35,11 @@ struct MappingLimbo<Mapping>: ~Copyable {
       let epoch = viewer.epoch.load(ordering: .sequentiallyConsistent)
       if epoch != 0 { oldest = min(oldest, epoch) }
     }
-    var unused: [Mapping] = []
-    var kept: [(mapping: Mapping, generation: UInt64)] = []
-    for entry in entries {
-      if entry.generation <= oldest { unused.append(entry.mapping) } else { kept.append(entry) }
-    }
-    entries = kept
+    // Generations grow, so what may go stands before what must stay.
+    let count = entries.firstIndex { $0.generation > oldest } ?? entries.count
+    guard count > 0 else { return [] }
+    let unused = entries[..<count].map(\.mapping)
+    entries.removeFirst(count)
     return unused
   }
 }

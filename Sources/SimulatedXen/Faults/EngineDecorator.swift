@@ -10,6 +10,7 @@ extension EngineDecorator {
   package var reachesGuestMemory: Bool { engine.reachesGuestMemory }
   // A completion that is held back must not refer to guest memory.
   package var movesDataInSubmit: Bool { false }
+  package var canRetryFlush: Bool { engine.canRetryFlush }
   package var memoryAlignment: Int { engine.memoryAlignment }
   package var now: UInt64 { engine.now }
   package var readiness: Int32 { engine.readiness }

@@ -42,9 +42,12 @@ package final class SimulatedDriver {
 
   /// Finds the device, negotiates the wanted features (as far as offered), sets queues up, and starts.
   ///
-  /// - Parameter queueCount: queues that are used; the others are left alone.
+  /// - Parameters:
+  ///   - queueCount: queues that are used; the others are left alone.
+  ///   - setUp: what the driver does to its device before it sets DRIVER_OK.
   package func start(
-    deviceID: UInt32 = 2, wanted: FeatureBits, queueSize: UInt16 = 256, queueCount: Int = 1
+    deviceID: UInt32 = 2, wanted: FeatureBits, queueSize: UInt16 = 256, queueCount: Int = 1,
+    setUp: (SimulatedDriver) -> Void = { _ in }
   ) throws(Failure) {
     let id = registers.read(0x008)
     guard registers.read(0x000) == 0x7472_6976, registers.read(0x004) == 2, id == deviceID else {
@@ -65,11 +68,12 @@ package final class SimulatedDriver {
     registers.write(0x070, 11)
     guard registers.read(0x070) & 8 != 0 else { throw .featuresRefused }
     rings = []
-    for index in 0..<queueCount { rings.append(try setUp(index, queueSize, at: rings.last?.end ?? area)) }
+    for index in 0..<queueCount { rings.append(try makeRing(index, queueSize, at: rings.last?.end ?? area)) }
+    setUp(self)
     registers.write(0x070, 15)
   }
 
-  private func setUp(_ index: Int, _ wantedSize: UInt16, at place: UInt64) throws(Failure) -> any SimulatedRing {
+  private func makeRing(_ index: Int, _ wantedSize: UInt16, at place: UInt64) throws(Failure) -> any SimulatedRing {
     registers.write(0x030, UInt32(index))
     guard registers.read(0x044) == 0 else { throw .queueRefused }
     let size = min(wantedSize, UInt16(truncatingIfNeeded: registers.read(0x034)))
@@ -97,7 +101,7 @@ package final class SimulatedDriver {
     registers.write(0x030, UInt32(index))
     registers.write(0x0c0, 1)
     guard registers.read(0x0c0) == 0 else { throw .queueRefused }
-    rings[index] = try setUp(index, old.size, at: old.descriptorArea)
+    rings[index] = try makeRing(index, old.size, at: old.descriptorArea)
   }
 
   /// The end of what `start` uses of the guest's memory, for buffers behind it.

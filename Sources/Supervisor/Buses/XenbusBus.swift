@@ -44,6 +44,7 @@ final class XenbusBus: GuestBus {
   let thread: LoopThread
   private let domain: DomainID
   private let host: BusHost
+  private let share: GrantShare
   /// Opened with the first device.
   private var grants: (any GrantHandle)?
   private var seats: [DeviceKey: Seat] = [:]
@@ -51,6 +52,7 @@ final class XenbusBus: GuestBus {
   init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
     domain = facts.domain
     self.host = host
+    share = GrantShare(of: host.grantBudget, limit: host.settings.grantShare)
     do throws(Errno) {
       thread = try LoopThread(name: "vxd-xenbus-\(facts.domain)")
       thread.label("\(facts.domain)")
@@ -99,7 +101,7 @@ final class XenbusBus: GuestBus {
   }
 
   private func makeSeat(_ key: DeviceKey, _ frontend: String) -> Seat {
-    Seat(pool: GrantPool(budget: host.grantBudget), frontend: frontend)
+    Seat(pool: GrantPool(share: share), frontend: frontend)
   }
 
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {

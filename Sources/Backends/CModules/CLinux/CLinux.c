@@ -122,6 +122,19 @@ int clinux_open_pty(char *name, uint32_t capacity) {
   return -failure;
 }
 
+int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
+  // struct statx (linux/stat.h) by offsets: headers of glibc and of older kernels lack the fields.
+  unsigned char status[256] = {0};
+  const uint32_t dioalign = 0x2000;
+  uint32_t mask;
+  if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, dioalign, status) != 0) return errno;
+  memcpy(&mask, status, sizeof mask);
+  if ((mask & dioalign) == 0) return ENOTSUP;
+  memcpy(memory, status + 0x98, sizeof *memory);
+  memcpy(offset, status + 0x9c, sizeof *offset);
+  return 0;
+}
+
 int clinux_o_direct(void) { return O_DIRECT; }
 
 int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); }

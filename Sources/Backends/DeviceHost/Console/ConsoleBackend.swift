@@ -3,6 +3,7 @@ import Engines
 package import EventLoop
 package import JSON
 import Lifecycle
+import Synchronization
 import Transport
 import Virtqueue
 
@@ -16,6 +17,9 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
   package let board: ConsolePortBoard
   private let consoleFolder: String?
   private let worker: DeviceWorker<ConsolePump>
+  /// Characters on their way to the data thread. A driver writes them one by one, and as fast as it likes.
+  private let emergency = Mutex<[UInt8]>([])
+  private static let emergencyLimit = 256
   private static let queueSize: UInt16 = 64
 
   /// Paths below `consoleFolder` where `vxctl console` finds the ports.
@@ -130,6 +134,26 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     guard offeredFeatures.contains(.consoleEmergencyWrite), offset == ConsoleConfiguration.emergencyOffset,
       let byte = bytes.first
     else { return }
-    worker.change { $0.writeEmergency(byte) }
+    let isFirst = emergency.withLock { waiting in
+      // What comes faster than it can be taken is lost, as on a serial line.
+      if waiting.count < Self.emergencyLimit { waiting.append(byte) }
+      return waiting.count == 1
+    }
+    guard isFirst else { return }
+    worker.change { [emergency = Weakly(self)] pump in
+      for byte in emergency.backend?.takeEmergency() ?? [] { pump.writeEmergency(byte) }
+    }
+  }
+
+  private func takeEmergency() -> [UInt8] {
+    emergency.withLock { waiting in
+      defer { waiting = [] }
+      return waiting
+    }
+  }
+
+  private struct Weakly: Sendable {
+    weak let backend: ConsoleBackend?
+    init(_ backend: ConsoleBackend) { self.backend = backend }
   }
 }

@@ -4,7 +4,7 @@ package import EventLoop
 package import JSON
 package import Lifecycle
 import Synchronization
-import Transport
+package import Transport
 package import Virtqueue
 
 /// A running block device: its store, and for each queue an engine and a pump.
@@ -22,6 +22,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   private let store: BlockStore
   private let bytes: Atomic<UInt64>
   private let writeback: WritebackSwitch
+  private let flushFault: FlushFault
 
   /// Opens the store and builds the device on threads of its own, see `DeviceBackend.start`.
   ///
@@ -64,19 +65,24 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
       profile: profile, slotCount: settings.slots, chainLimit: BlockPump.chainLimit(queueSize: settings.queueSize))
     let state = try surroundings.makeState?(shape)
     let writeback = WritebackSwitch()
+    let flushFault = FlushFault(
+      earlier: state.map { Int($0.notes.load(as: Int64.self)) } ?? 0,
+      keep: { result in state?.notes.storeBytes(of: Int64(result), as: Int64.self) })
     let accounts = engines.indices.map { surroundings.account.queue($0) }
     var queues: [DeviceWorker<BlockPump>] = []
     for (index, engine) in engines.enumerated() {
       let storage = state?.storage(index) ?? JournalStorage(slotCount: shape.slotCount, chainLimit: shape.chainLimit)
       queues.append(
         try Self.makeQueue(
-          index, engine, settings, surroundings, threads[index % threads.count], writeback, storage, accounts[index]))
+          index, engine, settings, surroundings, threads[index % threads.count], writeback, flushFault, storage,
+          accounts[index]))
     }
     store = opened
     isDirect = opened.isDirect
     self.geometry = geometry
     self.settings = settings
     self.writeback = writeback
+    self.flushFault = flushFault
     self.queues = queues
     bytes = Atomic(geometry.capacity)
     latencies = accounts.map(\.latencies)
@@ -84,7 +90,8 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
       Parts(
         profile: profile,
         configuration: ConfigurationSpace(
-          BlockConfiguration.bytes(geometry, queues: engines.count, cache: settings.cache)),
+          BlockConfiguration.bytes(
+            geometry, queues: engines.count, cache: settings.cache, queueSize: settings.queueSize)),
         mode: opened.mode, threads: threads, workers: queues,
         routes: engines.indices.map { Route(worker: $0, queue: 0) }, rate: surroundings.rate, state: state,
         counters: accounts.map(\.counters)))
@@ -92,12 +99,14 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
 
   private static func makeQueue(
     _ index: Int, _ engine: any BlockEngine, _ settings: BlockSettings, _ surroundings: Surroundings,
-    _ thread: LoopThread, _ writeback: WritebackSwitch, _ storage: JournalStorage, _ account: QueueAccount
+    _ thread: LoopThread, _ writeback: WritebackSwitch, _ flushFault: FlushFault, _ storage: JournalStorage,
+    _ account: QueueAccount
   ) throws(StartFault) -> DeviceWorker<BlockPump> {
     try make {
       let pump = try BlockPump(
         engine: engine, source: surroundings.source, counters: account.counters, settings: settings.pump,
-        writeback: writeback, storage: storage, rate: surroundings.rate, latencies: account.latencies)
+        writeback: writeback, flushFault: flushFault, storage: storage, rate: surroundings.rate,
+        latencies: account.latencies)
       return try DeviceWorker(
         pump, index: index,
         queues: [.init(maximumSize: settings.queueSize, counters: account.counters)],
@@ -126,19 +135,39 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
 
   // MARK: VirtioDevice, on the guest's thread
 
-  package override func accepts(_ features: FeatureBits) -> Bool { BlockConfiguration.accepts(features) }
+  /// The driver sets FEATURES_OK: what the space says from then on is for those.
+  package override func accepts(_ features: FeatureBits) -> Bool {
+    if BlockConfiguration.isHeldToWriteThrough(features) { setWriteback(false) }
+    return true
+  }
 
-  package override func forgetDriver() { setWriteback(true) }
+  package override func forgetDriver() {
+    setWriteback(true)
+    flushFault.forget()
+  }
+
+  package override func activate(
+    features: FeatureBits, layouts: [QueueLayout?], signals: any TransportSignals, adopts: Bool
+  ) {
+    // What was written by a driver that has no say in it is void.
+    if !features.contains(.blockConfigureWriteback) { setWriteback(true) }
+    super.activate(features: features, layouts: layouts, signals: signals, adopts: adopts)
+  }
 
   package override func configurationWritten(offset: Int, bytes: [UInt8]) {
     let index = BlockConfiguration.writebackOffset - offset
     // Nothing else in the space is the driver's to write (virtio 1.2, 5.2.5).
-    guard negotiated.contains(.blockConfigureWriteback), bytes.indices.contains(index) else { return }
+    // A driver may choose before it sets DRIVER_OK (3.1.1, step 7), when nothing is negotiated yet here.
+    guard negotiated.isEmpty || negotiated.contains(.blockConfigureWriteback), bytes.indices.contains(index) else {
+      return
+    }
     setWriteback(bytes[index] != 0)
   }
 
   private func setWriteback(_ value: Bool) {
     guard offeredFeatures.contains(.blockConfigureWriteback), value != writeback.isOn else { return }
+    // Write-through for good where the driver cannot flush.
+    if value, BlockConfiguration.isHeldToWriteThrough(negotiated) { return }
     writeback.isOn = value
     configuration.update { $0[BlockConfiguration.writebackOffset] = value ? 1 : 0 }
   }

@@ -55,13 +55,23 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
         mac: settings.mac, status: isLinkUp ? NetConfiguration.statusLinkUp : 0, pairs: settings.pairs,
         mtu: UInt16(clamping: mtu)))
     let crew = Crew()
+    let onChoices: @Sendable (NetChoices) -> Bool = { choices in
+      guard tap.setOffloads(FeatureBits(rawValue: choices.offloads)) else { return false }
+      tap.use(pairs: choices.pairs)
+      if let state { choices.save(to: state.notes) }
+      Self.set(mac: choices.mac, in: configuration)
+      crew.tell(choices)
+      return true
+    }
     var pairs: [DeviceWorker<NetPump>] = []
     for index in 0..<settings.pairs {
       var own = [counters[2 * index], counters[2 * index + 1]]
       if index == 0 { own.append(counters[2 * settings.pairs]) }
       var options = NetPumpSettings(mac: settings.mac)
-      options.locksMAC = settings.locksMAC
-      options.lockedAddresses = settings.addresses
+      options.source.mac = settings.locksMAC ? settings.mac : nil
+      options.source.addresses = settings.addresses
+      options.source.vlans = settings.vlans
+      options.source.mayServe = settings.mayServe
       options.mtu = mtu
       options.pairs = settings.pairs
       let (sizes, final) = (profile.queueSizes, options)
@@ -72,20 +82,17 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
               tap: tap.queues[index], source: surroundings.source, counters: own, settings: final,
               rate: surroundings.rate, choices: NetChoices(mac: settings.mac, offloads: 0),
               isLinkUp: isLinkUp,
-              onChoices: { choices in
-                if let state { choices.save(to: state.notes) }
-                tap.setOffloads(FeatureBits(rawValue: choices.offloads))
-                tap.use(pairs: choices.pairs)
-                for other in crew.others { other.change { $0.set(choices) } }
-              },
+              onChoices: onChoices,
               onAnnounced: {
-                Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce }
                 // Where the driver reads a copy of the space, that is to follow.
-                crew.backend?.announceConfiguration()
+                if Self.setStatus(configuration, { $0 & ~NetConfiguration.statusAnnounce }) {
+                  crew.backend?.announceConfiguration()
+                }
               }),
             index: index,
             queues: own.enumerated().map {
-              .init(maximumSize: $0.offset == 2 ? sizes.last ?? 64 : sizes[0], counters: $0.element)
+              // Without several pairs the driver has the control queue where it saw the size of a pair's.
+              .init(maximumSize: max(sizes[0], sizes.last ?? 64), counters: $0.element)
             },
             thread: threads[index], source: surroundings.source, report: surroundings.report)
         })
@@ -107,7 +114,12 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
 
   /// The workers that the first one passes the driver's choices to, and the backend; they do not keep each other.
   private final class Crew: Sendable {
-    private struct Member: Sendable { weak let worker: DeviceWorker<NetPump>? }
+    private struct Member: Sendable {
+      weak let worker: DeviceWorker<NetPump>?
+      let latest = Latest<NetChoices>()
+
+      init(worker: DeviceWorker<NetPump>) { self.worker = worker }
+    }
     private struct Whole: Sendable { weak let backend: NetBackend? }
     private let members = Mutex<[Member]>([])
     private let whole = Mutex(Whole(backend: nil))
@@ -116,7 +128,13 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     var backend: NetBackend? { whole.withLock { $0.backend } }
 
     func set(others: [DeviceWorker<NetPump>]) { members.withLock { $0 = others.map { Member(worker: $0) } } }
-    var others: [DeviceWorker<NetPump>] { members.withLock { $0.compactMap(\.worker) } }
+
+    /// Passes the driver's choices on. A driver may change them faster than the others look: they get the last ones.
+    func tell(_ choices: NetChoices) {
+      for member in members.withLock({ $0 }) where member.latest.put(choices) {
+        member.worker?.change { pump in if let choices = member.latest.take() { pump.set(choices) } }
+      }
+    }
   }
 
   // MARK: VirtioDevice, on the guest's thread
@@ -134,9 +152,12 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
   ) {
     let offloads = features.intersection(.netGuestOffloads)
     let saved = adopts ? state.flatMap { NetChoices(from: $0.notes, maximumPairs: settings.pairs) } : nil
-    let choices = saved ?? NetChoices(mac: settings.mac, offloads: offloads.rawValue)
-    tap.setOffloads(FeatureBits(rawValue: choices.offloads))
+    var allowed = saved ?? NetChoices(mac: settings.mac, offloads: offloads.rawValue)
+    allowed.limit(to: features)
+    let choices = allowed
+    _ = tap.setOffloads(FeatureBits(rawValue: choices.offloads))
     tap.use(pairs: choices.pairs)
+    Self.set(mac: choices.mac, in: configuration)
     for pair in pairs { pair.change { $0.set(choices) } }
     super.activate(features: features, layouts: layouts, signals: signals, adopts: adopts)
     // Switches may have forgotten the guest while nobody was there.
@@ -144,10 +165,9 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
   }
 
   package override func forgetDriver() {
-    let notes = state
-    pairs[0].change { _ in notes?.notes.storeBytes(of: 0, as: UInt64.self) }
-    tap.setOffloads([])
+    _ = tap.setOffloads([])
     tap.use(pairs: 1)
+    Self.set(mac: settings.mac, in: configuration)
     let plain = NetChoices(mac: settings.mac, offloads: 0)
     for pair in pairs { pair.change { $0.set(plain) } }
     Self.setStatus(configuration) { $0 & ~NetConfiguration.statusAnnounce }
@@ -214,9 +234,19 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
 
   private func announce() { Self.setStatus(configuration) { $0 | NetConfiguration.statusAnnounce } }
 
-  private static func setStatus(_ configuration: ConfigurationSpace, _ change: (UInt16) -> UInt16) {
+  /// - Returns: whether it was another before.
+  @discardableResult
+  private static func setStatus(_ configuration: ConfigurationSpace, _ change: (UInt16) -> UInt16) -> Bool {
     let old = NetConfiguration.status(configuration.bytes)
     let new = change(old)
     if new != old { configuration.update { NetConfiguration.set(status: new, in: &$0) } }
+    return new != old
+  }
+
+  /// What the driver made its address is what it reads (virtio 1.2, 5.1.6.5.2).
+  private static func set(mac: MACAddress, in configuration: ConfigurationSpace) {
+    let bytes = mac.bytes
+    guard Array(configuration.bytes.prefix(bytes.count)) != bytes else { return }
+    configuration.update { $0.replaceSubrange(0..<bytes.count, with: bytes) }
   }
 }

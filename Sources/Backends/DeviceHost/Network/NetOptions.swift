@@ -46,6 +46,14 @@ extension NetSettings {
       ) { (settings: inout NetSettings, given) throws(SettingFault) in
         settings.addresses = try readAddresses(given)
       },
+      OptionRow(
+        "vlans", .array, "VLANs whose tags the guest may send, 1 to 4094; packets with other tags are dropped",
+        default: "none", read: { $0.vlans.isEmpty ? "none" : "\($0.vlans.count) VLANs" }
+      ) { (settings: inout NetSettings, given) throws(SettingFault) in
+        settings.vlans = try readVLANs(given)
+      },
+      .flag(
+        "router", \.mayServe, "the guest may send router advertisements, redirects, and answers of a DHCP server"),
       offload("checksum", .checksum, "offer checksum offload, in both directions; the other offloads need it"),
       offload("tso", .tso, "offer TCP segmentation offload"),
       offload("ufo", .ufo, "offer UDP fragmentation offload"),
@@ -83,6 +91,17 @@ extension NetSettings {
     OptionRow(name, .flag, help, read: { "\($0.offloads.contains(offload))" }) { settings, given in
       if given.flag { settings.offloads.insert(offload) } else { settings.offloads.remove(offload) }
     }
+  }
+
+  private static func readVLANs(_ given: GivenOption) throws(SettingFault) -> Set<UInt16> {
+    var vlans: Set<UInt16> = []
+    for (index, value) in (given.value.arrayValue ?? []).enumerated() {
+      guard let number = value.integerValue, (1...4094).contains(number) else {
+        throw SettingFault("\(given.field)[\(index)]", expected: "a VLAN from 1 to 4094", not: value)
+      }
+      vlans.insert(UInt16(number))
+    }
+    return vlans
   }
 
   private static func readAddresses(_ given: GivenOption) throws(SettingFault) -> [InternetAddress] {

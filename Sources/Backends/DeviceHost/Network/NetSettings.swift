@@ -25,6 +25,10 @@ package struct NetSettings: DeviceSettings {
   package var locksMAC = true
   /// Drop what has another source than these; nil for no such lock.
   package var addresses: [InternetAddress]?
+  /// VLANs whose tags the guest may send.
+  package var vlans: Set<UInt16> = []
+  /// The guest may be a router or a DHCP server.
+  package var mayServe = false
   /// Groups of offloads, each on both sides.
   package var offloads = Offloads.all
 

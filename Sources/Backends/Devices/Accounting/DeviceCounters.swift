@@ -28,6 +28,8 @@ package enum DropReason: Int, CaseIterable, Sendable {
   /// A source that is not the guest's to use: hardware address, then IP address.
   case foreignMAC
   case foreignIP
+  /// What a guest is not to speak: a VLAN that is not its own, the link's own protocols, answers of routers and DHCP servers.
+  case foreignProtocol
   /// Not for this guest, as its receive filter says.
   case filtered
   /// The link is down, or nobody listens.

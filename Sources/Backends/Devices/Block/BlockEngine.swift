@@ -74,6 +74,12 @@ package struct BlockGeometry: Equatable, Sendable {
   package var readOnly: Bool
   package var canWriteZeroes: Bool
   package var canSecureErase: Bool
+  /// Whether zeroing may give space back.
+  package var canUnmapZeroes = false
+  /// The unit that the store discards, in bytes; 0 when it does not say.
+  package var discardGranularity: UInt64 = 0
+  /// The size of transfers that the store likes best, in bytes; 0 when it does not say.
+  package var optimalSize: UInt64 = 0
   /// What the store tells of its wear, where it does.
   package var lifetime: BlockLifetime?
 
@@ -116,6 +122,9 @@ package protocol BlockEngine: AnyObject {
   /// Whether data has moved by the time `submit` returns: buffered I/O copies at once. Then even mappings that may be withdrawn
   /// after the batch can be used.
   var movesDataInSubmit: Bool { get }
+  /// Whether a flush that failed may be tried again. A page cache forgets what it could not write once it has said so: there only the
+  /// first flush behind it tells the truth.
+  var canRetryFlush: Bool { get }
   /// Memory alignment that the engine needs of vectors, in bytes.
   var memoryAlignment: Int { get }
   /// Monotonic time in nanoseconds, for the bound on polling.
@@ -136,4 +145,8 @@ package protocol BlockEngine: AnyObject {
   /// Gives the kernel back what it has for the engine, which works on nothing any more: called on the device's thread, since that can
   /// take long.
   func close()
+}
+
+extension BlockEngine {
+  package var canRetryFlush: Bool { false }
 }

@@ -26,8 +26,6 @@ package enum BlockConfiguration {
   /// Sectors in one such range at most: 1 GiB, so that one request does not hold the engine's worker for long.
   package static let rangeSectorsMaximum: UInt32 = 1 << 21
 
-  /// Bytes of one data segment at most: what a step through the bounce buffers takes.
-  package static let segmentBytesMaximum: UInt32 = 1 << 20
   /// Where the field `writeback` is, which a driver with CONFIG_WCE may write.
   package static let writebackOffset = 32
 
@@ -36,8 +34,8 @@ package enum BlockConfiguration {
     _ geometry: BlockGeometry, queues: Int = 1, cache: BlockCacheMode = .writeback
   ) -> FeatureBits {
     var features: FeatureBits = [
-      .version1, .indirectDescriptors, .eventIndex, .ringReset, .blockSizeMaximum, .blockSegmentsMaximum, .blockSize,
-      .blockFlush, .blockTopology,
+      .version1, .indirectDescriptors, .eventIndex, .ringReset, .blockSegmentsMaximum, .blockSize, .blockFlush,
+      .blockTopology,
     ]
     if queues > 1 { features.insert(.blockQueues) }
     if cache == .writeback { features.insert(.blockConfigureWriteback) }
@@ -52,9 +50,9 @@ package enum BlockConfiguration {
     return features
   }
 
-  /// Whether a driver's choice can be served: CONFIG_WCE is a promise about what FLUSH makes durable.
-  package static func accepts(_ features: FeatureBits) -> Bool {
-    !features.contains(.blockConfigureWriteback) || features.contains(.blockFlush)
+  /// Whether a driver chose to switch the cache without being able to flush it: it gets write-through (virtio 1.2, 5.2.5.2).
+  package static func isHeldToWriteThrough(_ features: FeatureBits) -> Bool {
+    features.contains(.blockConfigureWriteback) && !features.contains(.blockFlush)
   }
 
   /// The field `capacity` of a configuration space, in bytes.
@@ -69,21 +67,23 @@ package enum BlockConfiguration {
 
   /// The 72 bytes up to the end of the secure-erase fields.
   package static func bytes(
-    _ geometry: BlockGeometry, queues: Int = 1, cache: BlockCacheMode = .writeback
+    _ geometry: BlockGeometry, queues: Int = 1, cache: BlockCacheMode = .writeback, queueSize: UInt16 = 256
   ) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: 72)
     func put(_ value: UInt64, at offset: Int, width: Int) {
       for index in 0..<width { bytes[offset + index] = UInt8(truncatingIfNeeded: value >> UInt64(8 * index)) }
     }
     let blocks = max(1, geometry.physicalBlock / geometry.logicalBlock)
-    let alignment = UInt64(max(geometry.physicalBlock, 4096)) / sectorSize
+    let granularity = geometry.discardGranularity > 0 ? geometry.discardGranularity : 4096
+    let alignment = min(max(UInt64(geometry.physicalBlock), granularity) / sectorSize, UInt64(rangeSectorsMaximum))
+    // With header and status the chain has to fit the queue, also as an indirect one (virtio 1.2, 2.7.5.3.1).
+    let segments = max(1, min(segmentsMaximum, Int(queueSize) - 2))
     set(capacity: geometry.capacity, in: &bytes)
-    put(UInt64(segmentBytesMaximum), at: 8, width: 4)
-    put(UInt64(segmentsMaximum), at: 12, width: 4)
+    put(UInt64(segments), at: 12, width: 4)
     put(UInt64(geometry.logicalBlock), at: 20, width: 4)
     put(UInt64(blocks.trailingZeroBitCount), at: 24, width: 1)
     put(UInt64(blocks), at: 26, width: 2)  // min_io_size
-    put(0, at: 28, width: 4)  // opt_io_size: none to prefer
+    put(min(geometry.optimalSize / UInt64(geometry.logicalBlock), 0xffff_ffff), at: 28, width: 4)  // opt_io_size
     put(cache == .writethrough ? 0 : 1, at: writebackOffset, width: 1)
     put(UInt64(queues), at: 34, width: 2)
     put(UInt64(rangeSectorsMaximum), at: 36, width: 4)
@@ -91,7 +91,7 @@ package enum BlockConfiguration {
     put(alignment, at: 44, width: 4)
     put(UInt64(rangeSectorsMaximum), at: 48, width: 4)
     put(UInt64(rangesMaximum), at: 52, width: 4)
-    put(1, at: 56, width: 1)  // write_zeroes_may_unmap
+    put(geometry.canUnmapZeroes ? 1 : 0, at: 56, width: 1)  // write_zeroes_may_unmap
     put(UInt64(rangeSectorsMaximum), at: 60, width: 4)
     put(UInt64(rangesMaximum), at: 64, width: 4)
     put(alignment, at: 68, width: 4)

@@ -23,6 +23,32 @@ package final class WritebackSwitch: Sendable {
   }
 }
 
+/// A flush that failed where it cannot be tried again: what it should have made durable may be lost, and no later flush of any queue can
+/// say otherwise.
+package final class FlushFault: Sendable {
+  private let word = Atomic<Int>(0)
+  private let keep: @Sendable (Int) -> Void
+
+  /// - Parameters:
+  ///   - earlier: what an earlier backend of the same driver had.
+  ///   - keep: called with what a later one has to know.
+  package init(earlier: Int = 0, keep: @escaping @Sendable (Int) -> Void = { _ in }) {
+    self.keep = keep
+    word.store(earlier, ordering: .relaxed)
+  }
+
+  /// A negated errno; 0 when all is well.
+  package var result: Int { word.load(ordering: .acquiring) }
+
+  package func note(_ result: Int) {
+    // Kept before the driver hears of it.
+    if word.compareExchange(expected: 0, desired: result, ordering: .acquiringAndReleasing).exchanged { keep(result) }
+  }
+
+  /// Another driver begins: it has written nothing yet.
+  package func forget() { word.store(0, ordering: .releasing) }
+}
+
 /// What happens to a request that the store failed.
 package struct BlockErrorPolicy: Equatable, Sendable {
   package enum Action: Equatable, Sendable {

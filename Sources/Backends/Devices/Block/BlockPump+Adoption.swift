@@ -27,7 +27,9 @@ extension BlockPump {
       for index in 0..<record.writableCount { chain.writableBytes &+= UInt64(chain.writable[index].length) }
       // The request was checked when it was taken first.
       guard let hasRoom = try? begin(slot, chain) else {
-        complete(slot, .ioError)
+        // It has no place for a status: its owner died on the way to saying so.
+        queue.pushUsed(record.ticket, length: 0)
+        releaseMeans(slot)
         adopted.removeFirst()
         continue
       }

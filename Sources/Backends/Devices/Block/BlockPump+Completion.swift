@@ -6,6 +6,7 @@ extension BlockPump {
   private static var shortTransfer: Int { -5 }  // EIO
   private static var noSpace: Int { -28 }  // ENOSPC
   private static var notSupported: Int { -95 }  // EOPNOTSUPP
+  private static var again: Int { -11 }  // EAGAIN
   /// A page of zeros. Unsafe: never written after this, never freed.
   nonisolated(unsafe) private static let zeros: UnsafeRawPointer = {
     let page = UnsafeMutableRawPointer.allocate(byteCount: 4096, alignment: 4096)
@@ -19,12 +20,14 @@ extension BlockPump {
     switch record.pointee.kind {
     case .flush:
       guard result >= 0 else { return failStep(slot, result) }
-      complete(slot, .ok)
+      // It was another queue, or an earlier flush, that was told of the loss.
+      complete(slot, flushFault.result == 0 ? .ok : .ioError)
     case .discard, .writeZeroes, .secureErase:
       if result == Self.notSupported { return complete(slot, .unsupported) }
       guard result >= 0 else { return failStep(slot, result) }
       record.pointee.failedSince = 0
-      if record.pointee.nextRange < record.pointee.rangeCount { stageRange(slot) } else { complete(slot, .ok) }
+      advanceRange(slot)
+      if record.pointee.nextRange < record.pointee.rangeCount { unfinished.append(slot) } else { complete(slot, .ok) }
     case .read, .write:
       guard result >= 0, UInt64(result) == record.pointee.stepBytes else {
         // A store that takes a part of a write is full; one that gives a part of a read has shrunk.
@@ -39,7 +42,13 @@ extension BlockPump {
       }
       record.pointee.failedSince = 0
       record.pointee.doneBytes &+= record.pointee.stepBytes
-      if record.pointee.doneBytes == record.pointee.dataBytes { complete(slot, .ok) } else { stageTransfer(slot) }
+      if record.pointee.doneBytes == record.pointee.dataBytes {
+        complete(slot, .ok)
+      } else if budget.allowsStep() {
+        stageStep(slot)
+      } else {
+        unfinished.append(slot)
+      }
     }
   }
 
@@ -145,6 +154,10 @@ extension BlockPump {
       goneResult = result
       return
     }
+    // EAGAIN is the engine's own: nothing was flushed.
+    let isLost = slab.records[slot].flushes && !engine.canRetryFlush && result != Self.again
+    if isLost { flushFault.note(result) }
+    if isLost, slab.records[slot].kind == .flush { return complete(slot, .ioError) }
     switch settings.errors.action(for: result) {
     case .report: return complete(slot, .ioError)
     case .retry(let milliseconds):
@@ -171,6 +184,7 @@ extension BlockPump {
     waitingCount = 0
     tally.retries &+= UInt64(count)
     for index in 0..<count { stageAgain(Int(waiting[index])) }
+    goOn()
     submit()
   }
 
@@ -178,9 +192,7 @@ extension BlockPump {
     let record = slab.records + slot
     switch record.pointee.kind {
     case .flush: stage(slot, offset: 0, length: 0, vectorCount: 0)
-    case .discard, .writeZeroes, .secureErase:
-      record.pointee.nextRange &-= 1
-      stageRange(slot)
+    case .discard, .writeZeroes, .secureErase: unfinished.append(slot)
     case .read, .write:
       if record.pointee.bufferCount > 0 {
         // The data of a write is still in its bounce buffers.
@@ -189,8 +201,7 @@ extension BlockPump {
           vectorCount: record.pointee.vectorCount)
       }
       // The guest's memory may be mapped elsewhere by now.
-      guard let vectors = directVectors(slot) else { return complete(slot, .ioError) }
-      stage(slot, offset: record.pointee.offset, length: record.pointee.dataBytes, vectorCount: vectors)
+      stageStep(slot)
     }
   }
 }

@@ -3,15 +3,35 @@ extension BlockPump {
   mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
     slab.records[slot].vectorCount = vectorCount
     slab.records[slot].isWithEngine = true
+    switch slab.records[slot].kind {
+    case .read, .write:
+      bytesInFlight &+= length
+      stagedBytes &+= length
+      budget.pay(bytes: length)
+    case .discard, .writeZeroes, .secureErase: rangesInFlight &+= 1
+    case .flush: break
+    }
     if slab.records[slot].submittedAt == 0 { slab.records[slot].submittedAt = now }
     staged[stagedCount] = EngineRequest(
       operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
       vectors: slab.vectors(slot), vectorCount: vectorCount)
     // Read behind the chain's arrival: what the driver wrote before it made the chain available counts.
-    staged[stagedCount].isDurable = isWriteThrough || followsDriver && !writeback.isOn
+    let isDurable = isWriteThrough || followsDriver && !writeback.isOn
+    staged[stagedCount].isDurable = isDurable
+    slab.records[slot].flushes = isDurable || slab.records[slot].kind == .flush
     staged[stagedCount].mayUnmap = mayUnmap
     stagedCount &+= 1
     inFlight &+= 1
+  }
+
+  /// The engine has a slot's step behind it.
+  mutating func noteReturn(_ slot: Int) {
+    slab.records[slot].isWithEngine = false
+    switch slab.records[slot].kind {
+    case .read, .write: bytesInFlight &-= slab.records[slot].stepBytes
+    case .discard, .writeZeroes, .secureErase: rangesInFlight &-= 1
+    case .flush: break
+    }
   }
 
   mutating func submit() {
@@ -28,12 +48,17 @@ extension BlockPump {
       for index in 0..<count {
         let slot = Int(completions[index].tag)
         guard slot < slab.count else { continue }
-        slab.records[slot].isWithEngine = false
-        if slab.records[slot].life == life { finishStep(slot, completions[index].result) } else { dropOrphan(slot) }
+        if slab.records[slot].life == life {
+          noteReturn(slot)
+          finishStep(slot, completions[index].result)
+        } else {
+          dropOrphan(slot)
+        }
       }
-      // A full harvest may not be all; a step that goes on must be submitted.
+      // A full harvest may not be all; a step that goes on must be submitted, and where that moves its data nobody tells of its end.
+      let mayBeDone = stagedCount > 0 && engineMovesData
       submit()
-      if count < Self.completionCapacity { return }
+      if count < Self.completionCapacity && !mayBeDone { return }
     }
   }
 }

@@ -23,16 +23,14 @@ extension BlockPump {
     case .write: return transfer(slot, .write, request)
     case .flush:
       tally.flushes &+= 1
-      if settings.cache == .unsafe {
-        complete(slot, .ok)
-      } else {
-        slab.records[slot].kind = .flush
-        stage(slot, offset: 0, length: 0, vectorCount: 0)
-      }
+      slab.records[slot].kind = .flush
+      slab.records[slot].dataBytes = 0
+      if settings.cache == .unsafe { complete(slot, .ok) } else { start(slot) }
     case .discard: beginRanges(slot, .discard, isOffered: geometry.canDiscard)
     case .writeZeroes: beginRanges(slot, .writeZeroes, isOffered: geometry.canWriteZeroes)
     case .secureErase: beginRanges(slot, .secureErase, isOffered: geometry.canSecureErase)
     case .getID:
+      guard admitSmall() else { return false }
       var identifier: (UInt64, UInt64, UInt32) = (0, 0, 0)
       withUnsafeMutableBytes(of: &identifier) { bytes in
         for index in 0..<serial.count { bytes[index] = serial[index] }
@@ -44,6 +42,7 @@ extension BlockPump {
         complete(slot, .unsupported)
         return true
       }
+      guard admitSmall() else { return false }
       // struct virtio_blk_lifetime: pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b
       var words = (
         lifetime.preEndOfLife.littleEndian, lifetime.typicalA.littleEndian, lifetime.typicalB.littleEndian
@@ -78,35 +77,93 @@ extension BlockPump {
     let block = UInt64(geometry.logicalBlock)
     guard BlockRequest.isOnDisk(sector: request.sector, bytes: request.dataBytes, capacity: geometry.capacity),
       request.dataBytes % block == 0,
-      (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes > 0,
-      request.dataBytes < 1 << 31, operation == .read || !geometry.readOnly
+      (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes < 1 << 31,
+      operation == .read || !geometry.readOnly
     else {
       complete(slot, .ioError)
       return true
     }
     slab.records[slot].kind = operation
     slab.records[slot].offset = request.sector &* BlockConfiguration.sectorSize
+    guard request.dataBytes > 0 else {
+      // A multiple of 512 too (virtio 1.2, 5.2.6).
+      complete(slot, .ok)
+      return true
+    }
     guard isLimited else { return startTransfer(slot) }
     if admit(slot), !startTransfer(slot) { throttle(slot) }
     return true
   }
 
-  /// The first step of a request that its rate let through.
+  /// Starts a request without data of the guest's, or lets it wait for its rate.
+  private mutating func start(_ slot: Int) { if !isLimited || admit(slot) { _ = startAdmitted(slot) } }
+
+  /// Starts a request that its rate let through.
+  ///
+  /// - Returns: false when no bounce buffer is left.
+  mutating func startAdmitted(_ slot: Int) -> Bool {
+    switch slab.records[slot].kind {
+    case .read, .write: return startTransfer(slot)
+    case .flush: stage(slot, offset: 0, length: 0, vectorCount: 0)
+    case .discard, .writeZeroes, .secureErase:
+      unfinished.append(slot)
+      goOn()
+    }
+    return true
+  }
+
+  /// The first step of a transfer that its rate let through.
   ///
   /// - Returns: false when no bounce buffer is left.
   mutating func startTransfer(_ slot: Int) -> Bool {
     let operation = slab.records[slot].kind
     let dataBytes = slab.records[slot].dataBytes
-    if direct, let vectors = directVectors(slot) {
-      slab.records[slot].stepBytes = dataBytes
-      count(operation, dataBytes)
-      stage(slot, offset: slab.records[slot].offset, length: dataBytes, vectorCount: vectors)
-      return true
+    if direct {
+      // As if there were no memory for its data: what is under way makes room.
+      guard bytesInFlight < Self.bytesInFlightLimit || engineMovesData else { return false }
+      if stageDirect(slot) {
+        count(operation, dataBytes)
+        return true
+      }
     }
     guard takeBuffers(slot, dataBytes) else { return false }
     count(operation, dataBytes)
     stageTransfer(slot)
     return true
+  }
+
+  /// The next step of a request that has no bounce buffers yet: straight, or by some of those.
+  mutating func stageStep(_ slot: Int) {
+    if slab.records[slot].bufferCount == 0, !(direct && stageDirect(slot)) {
+      guard takeBuffers(slot, slab.records[slot].dataBytes &- slab.records[slot].doneBytes) else {
+        return unfinished.append(slot)
+      }
+    }
+    if slab.records[slot].bufferCount > 0 { stageTransfer(slot) }
+  }
+
+  private mutating func stageDirect(_ slot: Int) -> Bool {
+    guard let vectors = directVectors(slot) else { return false }
+    let record = slab.records + slot
+    stage(
+      slot, offset: record.pointee.offset &+ record.pointee.doneBytes, length: record.pointee.stepBytes,
+      vectorCount: vectors)
+    return true
+  }
+
+  /// Stages what is left of requests that are worked on in steps, as far as the budget and what the engine may have at a time allow it.
+  mutating func goOn() {
+    guard heldResult == 0, orphans == 0 else { return }
+    var left = unfinished.length
+    while left > 0, let slot = unfinished.first, budget.allowsStep() {
+      left &-= 1
+      unfinished.removeFirst()
+      switch slab.records[slot].kind {
+      case .read, .write: stageStep(slot)
+      default: if rangesInFlight < Self.rangesInFlightLimit { stageRange(slot) } else { unfinished.append(slot) }
+      }
+    }
+    submit()
   }
 
   private mutating func count(_ operation: BlockOperation, _ bytes: UInt64) {
@@ -133,12 +190,15 @@ extension BlockPump {
     return taken > 0
   }
 
-  /// The guest's data buffers as vectors, when the engine can use all of them.
-  mutating func directVectors(_ slot: Int) -> Int? {
+  /// The guest's data buffers of the next step as vectors, when the engine can use all of them; the step's bytes are noted.
+  private mutating func directVectors(_ slot: Int) -> Int? {
     var cursor = dataCursor(slot)
     let vectors = slab.vectors(slot)
     var count = 0
-    var rest = slab.records[slot].dataBytes
+    let record = slab.records + slot
+    if record.pointee.doneBytes > 0 { cursor.skip(record.pointee.doneBytes) }
+    var rest = min(record.pointee.dataBytes &- record.pointee.doneBytes, Self.stepBytes)
+    record.pointee.stepBytes = rest
     while rest > 0, let run = cursor.take(Int(truncatingIfNeeded: rest)) {
       var done: UInt32 = 0
       while done < run.length {
@@ -217,6 +277,7 @@ extension BlockPump {
     guard isOffered else { return complete(slot, .unsupported) }
     slab.records[slot].kind = operation
     var cursor = dataCursor(slot)
+    var written: UInt64 = 0
     for index in 0..<count {
       // struct virtio_blk_discard_write_zeroes: sector u64, num_sectors u32, flags u32
       var words: (UInt64, UInt64) = (0, 0)
@@ -239,19 +300,37 @@ extension BlockPump {
       guard !fault, sectors <= BlockConfiguration.rangeSectorsMaximum,
         BlockRequest.isOnDisk(sector: sector, bytes: bytes, capacity: geometry.capacity)
       else { return complete(slot, .ioError) }
+      let mayUnmap = flags & 1 == 1 && geometry.canUnmapZeroes
+      if operation == .writeZeroes, !mayUnmap { written &+= bytes }
       slab.ranges(slot)[index] = OperationSlab.Range(
-        offset: sector &* BlockConfiguration.sectorSize, length: bytes, mayUnmap: flags & 1 == 1)
+        offset: sector &* BlockConfiguration.sectorSize, length: bytes, mayUnmap: mayUnmap)
     }
     slab.records[slot].rangeCount = count
-    stageRange(slot)
+    // What a limit sees of it: bytes where the store has to write them.
+    slab.records[slot].dataBytes = written
+    start(slot)
   }
 
-  /// Stages the next range of a request that names several.
-  mutating func stageRange(_ slot: Int) {
-    // By a pointer of its own, see `Virtqueue.claim`.
-    let record = slab.records + slot
-    let range = slab.ranges(slot)[record.pointee.nextRange]
-    record.pointee.nextRange &+= 1
-    stage(slot, offset: range.offset, length: range.length, vectorCount: 0, mayUnmap: range.mayUnmap)
+  /// Stages the next piece of a request that names ranges. Pieces end where multiples of their size lie on the disk, so that a store that
+  /// discards in large units loses none of them.
+  private mutating func stageRange(_ slot: Int) {
+    // By pointers of their own, see `Virtqueue.claim`.
+    let (record, ranges) = (slab.records + slot, slab.ranges(slot))
+    let range = ranges[record.pointee.nextRange]
+    let unit = record.pointee.kind == .writeZeroes ? Self.zeroBytes : Self.discardBytes
+    record.pointee.stepBytes = min(range.length, unit &- range.offset % unit)
+    stage(slot, offset: range.offset, length: record.pointee.stepBytes, vectorCount: 0, mayUnmap: range.mayUnmap)
+    // Durable when the last piece is: that covers those before it.
+    let isLast = range.length == record.pointee.stepBytes && record.pointee.nextRange &+ 1 == record.pointee.rangeCount
+    if !isLast { staged[stagedCount &- 1].isDurable = false }
+  }
+
+  /// The piece that was staged last is done.
+  mutating func advanceRange(_ slot: Int) {
+    let (record, ranges) = (slab.records + slot, slab.ranges(slot))
+    let index = record.pointee.nextRange
+    ranges[index].offset &+= record.pointee.stepBytes
+    ranges[index].length &-= record.pointee.stepBytes
+    if ranges[index].length == 0 { record.pointee.nextRange &+= 1 }
   }
 }

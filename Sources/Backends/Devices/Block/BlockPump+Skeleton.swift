@@ -18,8 +18,16 @@ extension BlockPump: DevicePump {
 
   package mutating func markBroken(_ queue: Int) { storage.journal.markBroken() }
 
-  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
-    try run(signals: signals[0])
+  package mutating func run(
+    _ signals: borrowing [any TransportSignals], _ budget: inout RunBudget
+  ) throws(DeviceFault) -> PumpOutcome {
+    try run(signals: signals[0], budget: &budget)
+  }
+
+  /// A run without a loop around it.
+  package mutating func run(signals: any TransportSignals) throws(DeviceFault) -> PumpOutcome {
+    var budget = RunBudget()
+    return try run(signals: signals, budget: &budget)
   }
 
   package mutating func takeReport() -> PumpReport? {

@@ -7,7 +7,7 @@ extension BlockPump {
   ///
   /// - Returns: false when it waits for its rate now.
   mutating func admit(_ slot: Int) -> Bool {
-    let isWrite = slab.records[slot].kind == .write
+    let isWrite = slab.records[slot].kind != .read
     // Behind those that wait already.
     let isFirst = isWrite ? throttledWrites.isEmpty : throttledReads.isEmpty
     let time =
@@ -23,14 +23,31 @@ extension BlockPump {
     return false
   }
 
+  /// Asks for a request that is answered at once, as a read of a few bytes.
+  ///
+  /// - Returns: false when its chain has to wait.
+  mutating func admitSmall() -> Bool {
+    guard isLimited else { return true }
+    let time = rate.admit(isWrite: false, bytes: 20, at: now)
+    guard time == 0 else {
+      throttledUntil = throttledUntil == 0 ? time : min(throttledUntil, time)
+      return false
+    }
+    rate.release()
+    return true
+  }
+
   /// Puts a request behind the others of its kind.
   mutating func throttle(_ slot: Int) {
-    if slab.records[slot].kind == .write { throttledWrites.append(slot) } else { throttledReads.append(slot) }
+    if slab.records[slot].kind != .read { throttledWrites.append(slot) } else { throttledReads.append(slot) }
   }
 
   /// Starts what waits as far as the rates allow by now.
   mutating func serveThrottled() {
-    guard !(throttledReads.isEmpty && throttledWrites.isEmpty), heldResult == 0 else { return }
+    guard !(throttledReads.isEmpty && throttledWrites.isEmpty), heldResult == 0 else {
+      if throttledUntil <= now { throttledUntil = 0 }
+      return
+    }
     throttledUntil = 0
     let reads = serveThrottled(isWrite: false)
     let writes = serveThrottled(isWrite: true)
@@ -49,7 +66,7 @@ extension BlockPump {
         slab.records[slot].admittedAt = now
       }
       // Memory comes back with completions only.
-      guard startTransfer(slot) else { return 0 }
+      guard startAdmitted(slot) else { return 0 }
       if isWrite { throttledWrites.removeFirst() } else { throttledReads.removeFirst() }
     }
     return 0
@@ -71,6 +88,7 @@ package struct SlotList: ~Copyable {
   deinit { slots.deallocate() }
 
   var isEmpty: Bool { count == 0 }
+  var length: Int { count }
   var first: Int? { count == 0 ? nil : Int(slots[start]) }
 
   mutating func append(_ slot: Int) {

@@ -8,8 +8,15 @@ package import Virtqueue
 /// it becomes an engine request) in `BlockPump+Requests.swift`, `finishStep` (the engine's answer) and `complete` (status byte and
 /// used element) in `BlockPump+Completion.swift`.
 package struct BlockPump: ~Copyable {
-  /// Requests taken in one batch at most; then the loop sees to its other sources.
-  private static var batchLimit: Int { 256 }
+  /// Bytes of one step that goes straight between the guest's memory and the store. A request is worked on in such steps, and between
+  /// them the pump can be stopped.
+  static var stepBytes: UInt64 { 4 << 20 }
+  /// Bytes that the engine works on at a time at most, where they go straight: what a reset has to wait for.
+  static var bytesInFlightLimit: UInt64 { 32 << 20 }
+  /// Ranges to discard or to zero that the engine has at a time, and bytes of a piece of one: the store may take long for each.
+  static var rangesInFlightLimit: Int { 4 }
+  static var discardBytes: UInt64 { 64 << 20 }
+  static var zeroBytes: UInt64 { 8 << 20 }
   /// Requests handed to the engine at a time. Where data moves within `submit`, small groups let the driver work on the first
   /// answers while the next ones are made; else one call for all is cheaper.
   private let groupLimit: Int
@@ -34,6 +41,9 @@ package struct BlockPump: ~Copyable {
   var bounce: BouncePool
   let staged: UnsafeMutablePointer<EngineRequest>
   var stagedCount = 0
+  /// Bytes of transfers that were staged for the present group.
+  var stagedBytes: UInt64 = 0
+  let engineMovesData: Bool
   let completions: UnsafeMutablePointer<EngineCompletion>
   static var completionCapacity: Int { 64 }
 
@@ -43,6 +53,10 @@ package struct BlockPump: ~Copyable {
   /// Operations of the present life, and those that an earlier one left behind.
   var inFlight = 0
   var orphans = 0
+  /// Bytes and ranges of either that the engine has.
+  var bytesInFlight: UInt64 = 0
+  var rangesInFlight = 0
+  var budget = RunBudget()
   var tally = Tally()
   private var idle = IdlePoll()
   /// Time of the batch, in nanoseconds.
@@ -51,6 +65,8 @@ package struct BlockPump: ~Copyable {
   var isWriteThrough = false
   var followsDriver = false
   let writeback: WritebackSwitch
+  /// Of all queues of the device.
+  let flushFault: FlushFault
 
   /// Slots whose step failed and is to be tried again: after a while, or at an operator's word.
   let waiting: UnsafeMutablePointer<UInt32>
@@ -64,6 +80,8 @@ package struct BlockPump: ~Copyable {
   var throttledUntil: UInt64 = 0
   /// Slots of an earlier owner's chains that are still to be started.
   var adopted: SlotList
+  /// Slots of requests that have a step behind them and wait for the next.
+  var unfinished: SlotList
   /// Why the queue is held (a negated errno); 0 when it is not.
   package var heldResult = 0
   /// The store is gone for good (a negated errno), and only a new engine helps; 0 while it is there.
@@ -75,7 +93,8 @@ package struct BlockPump: ~Copyable {
   ///   comes from `chainLimit(queueSize:)`.
   package init(
     engine: any BlockEngine, source: any GuestMemorySource, counters: QueueCounters, settings: BlockPumpSettings,
-    writeback: WritebackSwitch = WritebackSwitch(), storage: JournalStorage, rate: RateNode = RateNode(),
+    writeback: WritebackSwitch = WritebackSwitch(), flushFault: FlushFault = FlushFault(), storage: JournalStorage,
+    rate: RateNode = RateNode(),
     latencies: QueueLatencies = QueueLatencies()
   ) throws(VirtqueueFault) {
     self.engine = engine
@@ -86,12 +105,15 @@ package struct BlockPump: ~Copyable {
     throttledReads = SlotList(capacity: slots)
     throttledWrites = SlotList(capacity: slots)
     adopted = SlotList(capacity: slots)
+    unfinished = SlotList(capacity: slots)
     self.counters = counters
     self.writeback = writeback
+    self.flushFault = flushFault
     self.settings = settings
     geometry = engine.geometry
     serial = Array(settings.serial.prefix(20))
-    groupLimit = engine.movesDataInSubmit ? 16 : Self.batchLimit
+    groupLimit = engine.movesDataInSubmit ? 16 : RunBudget.chains
+    engineMovesData = engine.movesDataInSubmit
     alignmentMask = UInt64(max(1, engine.memoryAlignment) - 1)
     memory = GuestMemoryView(source: source)
     var unused = QueueLayout()
@@ -166,6 +188,7 @@ package struct BlockPump: ~Copyable {
     throttledWrites.clear()
     throttledUntil = 0
     adopted.clear()
+    unfinished.clear()
     if direct && !engine.movesDataInSubmit { drain() }
     queue.forgetRings()
     publishLoad()
@@ -199,6 +222,7 @@ package struct BlockPump: ~Copyable {
 
   mutating func dropOrphan(_ slot: Int) {
     guard slot < slab.count else { return }
+    noteReturn(slot)
     release(slot)
     orphans &-= 1
   }
@@ -224,7 +248,11 @@ package struct BlockPump: ~Copyable {
   // MARK: A batch
 
   /// Serves the queue: after a notification, a completion, an outcome of `more`, or when `retryAt` has come.
-  package mutating func run(signals: any TransportSignals) throws(DeviceFault) -> PumpOutcome {
+  package mutating func run(
+    signals: any TransportSignals, budget: inout RunBudget
+  ) throws(DeviceFault) -> PumpOutcome {
+    self.budget = budget
+    defer { budget = self.budget }
     now = engine.now
     // For the watchdog: a thread that does not come back from here is stuck in the store's or the hypervisor's hands.
     counters.batchSince.store(now, ordering: .relaxed)
@@ -244,12 +272,12 @@ package struct BlockPump: ~Copyable {
       try queue.prepare(invalidations: invalidations)
       try adopt()
       if waitingCount > 0, heldResult == 0, now >= retryAt { tryAgain() }
-      var budget = Self.batchLimit
       while true {
         queue.disableNotifications()
+        let hasRoom = try serve(signals)
+        if self.budget.isSpent || isStalled { return .more }
         // Without room the queue waits for completions, and notifications stay off.
-        guard try serve(&budget, signals) else { return .idle }
-        guard budget > 0 else { return .more }
+        guard hasRoom else { return .idle }
         if pollForMore() { continue }
         guard queue.enableNotifications() else {
           idle.sleeps(at: engine.now)
@@ -264,25 +292,30 @@ package struct BlockPump: ~Copyable {
     }
   }
 
+  /// Requests wait for their next step, and nothing is under way that would bring the pump back to them.
+  private var isStalled: Bool {
+    !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
+  }
+
   /// Takes what is there, group by group, and publishes what is done.
   ///
   /// - Returns: false when a chain had to stay because a slot or a buffer is missing, or the queue is held.
-  private mutating func serve(_ budget: inout Int, _ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
+  private mutating func serve(_ signals: any TransportSignals) throws(VirtqueueFault) -> Bool {
     reap()
+    goOn()
     startAdopted()
     serveThrottled()
     // Before chains are taken: slots are free only behind their published answers.
     publish(signals)
     while true {
-      let limit = min(budget, groupLimit)
-      var left = limit
+      var left = groupLimit
       let hasRoom = try take(&left)
-      budget &-= limit &- left
       submit()
       reap()
       let hasFreed = publish(signals)
-      if !hasRoom && hasFreed && budget > 0 { continue }
-      if !hasRoom || left > 0 || budget == 0 { return hasRoom }
+      if budget.isSpent { return hasRoom }
+      if !hasRoom && hasFreed { continue }
+      if !hasRoom || left > 0 { return hasRoom }
     }
   }
 
@@ -319,14 +352,19 @@ package struct BlockPump: ~Copyable {
     return false
   }
 
-  /// Takes chains until the queue is empty or the budget is used up.
+  /// Takes chains until the queue is empty, the group full, or the budget spent.
   ///
   /// - Returns: false when a chain had to stay because a slot or a buffer is missing, or the queue is held.
-  private mutating func take(_ budget: inout Int) throws(VirtqueueFault) -> Bool {
+  private mutating func take(_ left: inout Int) throws(VirtqueueFault) -> Bool {
     // What an earlier life left on its way to the disk must land before anything new is started on the same sectors.
     guard orphans == 0, heldResult == 0, adopted.isEmpty else { return false }
-    while budget > 0 {
-      guard let slot = slab.take(at: now) else { return !queue.hasPending() }
+    // What moves its data within `submit` is submitted in pieces, for the same reason.
+    stagedBytes = 0
+    while left > 0, !engineMovesData || stagedBytes < Self.stepBytes {
+      guard queue.hasPending() else { return true }
+      if memory.missesInBatch >= RunBudget.misses { budget.spend() }
+      guard budget.takeChain() else { return true }
+      guard let slot = slab.take(at: now) else { return false }
       do throws(VirtqueueFault) {
         var chain = DescriptorChain(buffers: slab.buffers(slot))
         guard try queue.next(memory: &memory, into: &chain) else {
@@ -344,8 +382,10 @@ package struct BlockPump: ~Copyable {
         slab.give(slot)
         throw error
       }
-      budget &-= 1
+      left &-= 1
     }
+    // The group ends by its bytes: there may be more.
+    left = 0
     return true
   }
 }

@@ -25,6 +25,8 @@ struct BlockOperationRecord {
   var written: UInt32 = 0
   /// Time of the first failure of the step, in nanoseconds; 0 when it has not failed.
   var failedSince: UInt64 = 0
+  /// The step makes something durable.
+  var flushes = false
   /// The engine works on a step of it.
   var isWithEngine = false
   /// It has a place in the budget tree, to be given back.

@@ -9,6 +9,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
   static var batchLimit: Int { 64 }
   private static var chainLimit: Int { 64 }
   private static var pieceBytes: Int { 4096 }
+  /// Bytes of one port's output before others have their turn: chains may be far longer.
+  private static var outputBytes: Int { 65536 }
 
   /// One port.
   struct Port: ~Copyable {
@@ -21,7 +23,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
     var outputDone = 0
     /// What the driver has said, and what it has been told.
     var isReady = false
-    var toldOpen = false
+    var toldOpen: Bool? = false
     var toldSize: TerminalSize?
   }
 
@@ -51,7 +53,10 @@ package struct ConsolePump: DevicePump, ~Copyable {
   var toDriver: OrderedQueue
   var fromDriver: OrderedQueue
   /// Messages that wait for a buffer of the driver, oldest first.
-  var messages: [[UInt8]] = []
+  var messages: [Message] = []
+  /// Ports that the driver was told of, or is about to be.
+  var announced: UInt64 = 0
+  var hasRemembered = false
   var features: FeatureBits = []
   private let rate: RateNode
   private let piece: UnsafeMutableRawPointer
@@ -63,6 +68,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
   let board: ConsolePortBoard
   /// What the guest has open: bit n is port n.
   var guestOpen: UInt64 = 0
+  private var firstPort = 0
   private var toldGuestOpen: UInt64 = 0
   private var toldTime: UInt64 = 0
   /// The guest has opened or closed ports: all that it has open now, as a mask. Not more often than each `tellPause`.
@@ -70,6 +76,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
   private static var tellPause: UInt64 { 100_000_000 }
   package private(set) var nextTime: UInt64 = 0
   private var now: UInt64 = 0
+  var budget = RunBudget()
 
   package init(
     ports parts: [PortParts], controlCounters: (QueueCounters, QueueCounters), source: any GuestMemorySource,
@@ -142,6 +149,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
 
   /// The driver is gone: whatever it had open is closed.
   package mutating func end(_ queue: Int) {
+    if queue == 3 { announced = 0 }
     let index = queue < 2 ? 0 : queue < 4 ? nil : Self.port(of: queue)
     guard let index, index < portCount else { return }
     ports[index].isReady = false
@@ -156,7 +164,11 @@ package struct ConsolePump: DevicePump, ~Copyable {
 
   // MARK: A batch
 
-  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
+  package mutating func run(
+    _ signals: borrowing [any TransportSignals], _ budget: inout RunBudget
+  ) throws(DeviceFault) -> PumpOutcome {
+    self.budget = budget
+    defer { budget = self.budget }
     now = MonotonicClock.now
     ports[0].output.counters.batchSince.store(now, ordering: .relaxed)
     nextTime = 0
@@ -172,13 +184,16 @@ package struct ConsolePump: DevicePump, ~Copyable {
       try serveControl(signals[3])
       var hasMore = false
       var hostOpen: UInt64 = 0
-      for index in 0..<portCount {
+      for step in 0..<portCount {
+        // Another port is first each time: a budget that is spent early does not always leave out the same ones.
+        let index = (firstPort &+ step) % portCount
         try ports[index].input.prepare(invalidations)
         try ports[index].output.prepare(invalidations)
         hasMore = try output(index, signals[Self.queue(index) + 1]) || hasMore
         hasMore = try input(index, signals[Self.queue(index)]) || hasMore
         if tell(index) { hostOpen |= 1 << UInt64(index) }
       }
+      firstPort = (firstPort &+ 1) % portCount
       board.set(host: hostOpen)
       reportOpen()
       let isBlocked = try sendMessages(signals[2])
@@ -212,15 +227,16 @@ package struct ConsolePump: DevicePump, ~Copyable {
     // By a pointer of its own: under ThreadSanitizer Swift 6.3 takes an access by `ports` for one to all of `self`.
     let port = ports + index
     guard port.pointee.output.isActive else { return false }
+    var left = Self.outputBytes
     for _ in 0..<Self.batchLimit {
-      guard let chain = try port.pointee.output.next(&memory) else {
+      guard let chain = try port.pointee.output.next(&memory, &budget) else {
         port.pointee.output.publish(signals)
-        return port.pointee.output.enableNotifications()
+        return budget.isSpent || port.pointee.output.enableNotifications()
       }
-      guard write(chain, index) else {
+      guard write(chain, index, &left) else {
         port.pointee.output.putBack(chain.ticket)
         port.pointee.output.publish(signals)
-        return false
+        return left <= 0
       }
       port.pointee.output.use(chain.ticket, length: 0)
     }
@@ -229,24 +245,29 @@ package struct ConsolePump: DevicePump, ~Copyable {
   }
 
   /// - Returns: false when part of the chain has to wait.
-  private mutating func write(_ chain: DescriptorChain, _ index: Int) -> Bool {
+  private mutating func write(_ chain: DescriptorChain, _ index: Int, _ left: inout Int) -> Bool {
     let port = ports + index
     let counters = port.pointee.output.counters
     var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
     cursor.skip(UInt64(port.pointee.outputDone))
     while true {
+      // What is done of the chain is remembered; the next run goes on behind it.
+      guard left > 0 else { return false }
       let time = rate.delay(isWrite: true, at: now)
       guard let count = try? cursor.read(&memory, to: piece, count: Self.pieceBytes) else {
         counters.drops(.badBuffer).add(1)
         break
       }
       guard count > 0 else { break }
+      left &-= count
+      budget.pay(bytes: UInt64(count))
       if time != 0 {
         guard port.pointee.channel.dropsOutput else {
           nextTime = nextTime == 0 ? time : min(nextTime, time)
           return false
         }
         counters.drops(.rate).add(UInt64(count))
+        port.pointee.outputDone &+= count
         continue
       }
       let taken = port.pointee.channel.take(UnsafeRawBufferPointer(start: piece, count: count))
@@ -276,9 +297,9 @@ package struct ConsolePump: DevicePump, ~Copyable {
         port.pointee.input.publish(signals)
         return false
       }
-      guard let chain = try port.pointee.input.next(&memory) else {
+      guard let chain = try port.pointee.input.next(&memory, &budget) else {
         port.pointee.input.publish(signals)
-        return port.pointee.input.enableNotifications()
+        return budget.isSpent || port.pointee.input.enableNotifications()
       }
       let room = min(Int(clamping: chain.writableBytes), Self.pieceBytes)
       let count = port.pointee.channel.give(UnsafeMutableRawBufferPointer(start: piece, count: room))

@@ -9,20 +9,26 @@ package struct EntropyPump: DevicePump, ~Copyable {
   /// Buffers of a chain at most.
   private static var chainLimit: Int { 64 }
   /// Chains that are filled before other sources of the thread have their turn.
-  private static var batchLimit: Int { 32 }
+  private static var batchLimit: Int { 16 }
   /// Bytes of a chain that are filled at most: a driver that offers more gets less, as the length in the used ring says.
   private static var bytesLimit: Int { 65536 }
+  /// Bytes of one call of the kernel (getentropy(3)).
+  private static var pieceBytes: Int { 256 }
 
   private var memory: GuestMemoryView
   private var queue: OrderedQueue
   private let rate: RateNode
   package private(set) var nextTime: UInt64 = 0
+  private let piece: UnsafeMutableRawPointer
 
   package init(source: any GuestMemorySource, counters: QueueCounters, rate: RateNode) {
     memory = GuestMemoryView(source: source)
     queue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters)
     self.rate = rate
+    piece = .allocate(byteCount: Self.pieceBytes, alignment: 16)
   }
+
+  deinit { piece.deallocate() }
 
   package mutating func activate(_ queue: Int, _ activation: QueueActivation) throws(DeviceFault) {
     try self.queue.activate(activation)
@@ -33,7 +39,9 @@ package struct EntropyPump: DevicePump, ~Copyable {
     nextTime = 0
   }
 
-  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
+  package mutating func run(
+    _ signals: borrowing [any TransportSignals], _ budget: inout RunBudget
+  ) throws(DeviceFault) -> PumpOutcome {
     guard queue.isActive else { return .idle }
     nextTime = 0
     queue.counters.batchSince.store(MonotonicClock.now, ordering: .relaxed)
@@ -47,7 +55,7 @@ package struct EntropyPump: DevicePump, ~Copyable {
       try queue.prepare(invalidations)
       repeat {
         for _ in 0..<Self.batchLimit {
-          guard let chain = try queue.next(&memory) else { break }
+          guard let chain = try queue.next(&memory, &budget) else { break }
           let wanted = min(Int(clamping: chain.writableBytes), Self.bytesLimit)
           nextTime = rate.admit(isWrite: false, bytes: UInt64(wanted), at: MonotonicClock.now)
           guard nextTime == 0 else {
@@ -56,13 +64,14 @@ package struct EntropyPump: DevicePump, ~Copyable {
             return .idle
           }
           rate.release()
+          budget.pay(bytes: UInt64(wanted))
           let done = fill(chain, wanted)
           queue.counters.reads.add(1)
           queue.counters.readBytes.add(UInt64(done))
           queue.use(chain.ticket, length: UInt32(done))
         }
         queue.publish(signals[0])
-        if queue.hasPending { return .more }
+        if budget.isSpent || queue.hasPending { return .more }
       } while queue.enableNotifications()
     } catch {
       throw .virtqueue(error)
@@ -74,18 +83,12 @@ package struct EntropyPump: DevicePump, ~Copyable {
   private mutating func fill(_ chain: DescriptorChain, _ wanted: Int) -> Int {
     var cursor = ChainCursor(chain.writable, count: chain.writableCount)
     var done = 0
-    while done < wanted, let run = cursor.take(wanted &- done) {
-      var filled = 0
-      while filled < Int(run.length) {
-        let address = run.address &+ UInt64(filled)
-        // A page that is not there ends the answer: the driver is told how far it is good.
-        guard let piece = try? memory.translate(address, Int(run.length) &- filled) else { return done }
-        // The call's own limit (getentropy(3)).
-        let count = min(piece.length, 256)
-        guard getentropy(piece.pointer, count) == 0 else { return done }
-        filled &+= count
-        done &+= count
-      }
+    while done < wanted, let run = cursor.take(min(wanted &- done, Self.pieceBytes)) {
+      let count = Int(run.length)
+      // A page that is not there ends the answer: the driver is told how far it is good.
+      guard getentropy(piece, count) == 0, (try? memory.copyOut(from: piece, to: run.address, count: count)) != nil
+      else { return done }
+      done &+= count
     }
     return done
   }

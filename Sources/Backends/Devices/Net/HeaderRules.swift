@@ -38,3 +38,39 @@ struct HeaderRules {
     return segment > 0 && flags & 1 != 0
   }
 }
+
+/// What the headers of packets to the guest may say, by the offloads that its driver has on (virtio 1.2, 5.1.6.4.1).
+struct GuestHeaderRules {
+  private let allowsChecksum: Bool
+  private let allowsECN: Bool
+  private let types: UInt8
+
+  init(_ offloads: FeatureBits) {
+    allowsChecksum = offloads.contains(.netGuestChecksum)
+    allowsECN = offloads.contains(.netGuestECN)
+    var types: UInt8 = 1
+    for (type, feature): (UInt8, FeatureBits) in [
+      (1, .netGuestTSO4), (3, .netGuestUFO), (4, .netGuestTSO6), (5, .netGuestUSO4), (5, .netGuestUSO6),
+    ] where offloads.contains(feature) { types |= 1 << type }
+    self.types = types
+  }
+
+  /// Leaves out of a header what is only a hint and was not negotiated. Such headers come from the host's kernel, which may say that a
+  /// checksum is good whatever it was told, and from the time before the driver chose.
+  ///
+  /// - Returns: false when the packet cannot be the driver's without what was not negotiated.
+  func adapt(_ header: UnsafeMutableRawPointer) -> Bool {
+    let flags = header.load(as: UInt8.self)
+    let typeAndECN = header.load(fromByteOffset: 1, as: UInt8.self)
+    let type = typeAndECN & 0x7f
+    guard type < 8, types >> type & 1 == 1, typeAndECN & 0x80 == 0 || allowsECN else { return false }
+    if allowsChecksum {
+      // VIRTIO_NET_HDR_F_NEEDS_CSUM and VIRTIO_NET_HDR_F_DATA_VALID; others come with features that are not offered.
+      header.storeBytes(of: flags & 3, as: UInt8.self)
+    } else {
+      guard flags & 1 == 0 else { return false }
+      header.storeBytes(of: 0, as: UInt8.self)
+    }
+    return true
+  }
+}

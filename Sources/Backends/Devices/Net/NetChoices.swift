@@ -1,3 +1,6 @@
+import Synchronization
+package import Virtqueue
+
 /// What the driver asked for by the control queue (virtio 1.2, 5.1.6.5); survives the backend and the daemon.
 package struct NetChoices: Equatable, Sendable {
   /// Addresses of each of the two tables at most: one more, and all of that sort are taken.
@@ -27,6 +30,12 @@ package struct NetChoices: Equatable, Sendable {
     self.offloads = offloads
   }
 
+  /// Choices that an earlier backend saved, as far as what is negotiated allows them.
+  package mutating func limit(to features: FeatureBits) {
+    offloads &= features.intersection(.netGuestOffloads).rawValue
+    if !features.contains(.netQueues) { pairs = 1 }
+  }
+
   // MARK: Saved
 
   /// Words of the saved form.
@@ -46,11 +55,13 @@ package struct NetChoices: Equatable, Sendable {
     }
     // Without its first word nothing is there: a death in between loses choices, and the driver's filter opens.
     memory.storeBytes(of: 0, as: UInt64.self)
+    atomicMemoryFence(ordering: .releasing)
     for value in head { put(value) }
     for table in [unicast, multicast] {
       for place in 0..<Self.tableLimit { put(place < table.count ? table[place].value : 0) }
     }
     for word in vlans { put(word) }
+    atomicMemoryFence(ordering: .releasing)
     memory.storeBytes(of: flags, as: UInt64.self)
   }
 
@@ -121,11 +132,12 @@ struct ReceiveFilter: ~Copyable {
   ///   - destination: the packet's, as `MACAddress.value`.
   ///   - vlan: 0 to 4095; -1 for an untagged packet.
   func passes(_ destination: UInt64, vlan: Int) -> Bool {
+    // Everything, VLANs included (virtio 1.2, 5.1.6.5.1).
+    if flags.promiscuous { return true }
     if filtersVLANs, vlan >= 0 {
       let word = tables[2 &* NetChoices.tableLimit &+ (vlan & 4095) >> 6]
       guard word & 1 << UInt64(vlan & 63) != 0 else { return false }
     }
-    if flags.promiscuous { return true }
     if destination == 0xffff_ffff_ffff { return !flags.noBroadcast }
     if destination >> 40 & 1 == 1 {
       guard !flags.noMulticast else { return false }

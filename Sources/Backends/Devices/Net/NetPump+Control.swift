@@ -14,12 +14,22 @@ extension NetPump {
 
   /// Commands before other sources of the thread have their turn.
   private static var commandLimit: Int { 16 }
+  /// Nanoseconds for each command, and how much of that may be caught up on: many of them are work for the whole host (RTNL).
+  private static var commandTime: UInt64 { 2_000_000 }
+  private static var commandCredit: UInt64 { 256 * commandTime }
   /// Bytes of a command: two full tables, and an overlong one is refused.
   private static var commandBytes: Int { 2 + 2 * (4 + 6 * 4096) }
 
-  mutating func serveControl(_ signals: any TransportSignals) throws(VirtqueueFault) {
+  mutating func serveControl(_ signals: any TransportSignals) throws(VirtqueueFault) -> Turn {
+    var turn = Turn.empty
     for _ in 0..<Self.commandLimit {
-      guard let chain = try controlQueue.next(&memory) else { break }
+      guard commandsPaid <= now else {
+        if controlQueue.hasPending { wait(until: commandsPaid) }
+        turn = .limited
+        break
+      }
+      guard let chain = try controlQueue.next(&memory, &budget) else { break }
+      commandsPaid = max(commandsPaid, now &- min(now, Self.commandCredit)) &+ Self.commandTime
       var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
       let count = Int(clamping: min(chain.readableBytes, UInt64(Self.commandBytes)))
       // Rare enough for memory of its own.
@@ -29,19 +39,22 @@ extension NetPump {
         return (try? cursor.read(&memory, to: start, count: count)) ?? 0
       }
       var new = choices
-      let isDone = read == count && chain.readableBytes == UInt64(count) && perform(command, &new)
+      budget.pay(bytes: UInt64(count))
+      var isDone = read == count && chain.readableBytes == UInt64(count) && perform(command, &new)
+      // Before the driver is told: what it reads afterwards is as it wanted it.
+      if isDone, new != choices {
+        isDone = onChoices(new)
+        if isDone { set(new) }
+      }
       var answer: UInt8 = isDone ? 0 : 1
       var status = ChainCursor(chain.writable, count: chain.writableCount)
       let written = (try? status.write(&memory, from: &answer, count: 1)) ?? 0
       controlQueue.counters.others.add(1)
       if !isDone { controlQueue.counters.unsupported.add(1) }
-      if isDone, new != choices {
-        set(new)
-        onChoices(new)
-      }
       controlQueue.use(chain.ticket, length: UInt32(written))
     }
     controlQueue.publish(signals)
+    return turn
   }
 
   /// - Returns: whether the command makes sense and is done.

@@ -3,6 +3,10 @@ import Transport
 import Virtqueue
 
 /// From the tap to the guest.
+///
+/// A packet may be as large as 64 KiB, and most are much smaller. Buffers are taken for what is expected, and memory of our own lies behind
+/// them, so a packet is never cut and no count of buffers is too small to begin with. What does not fit the driver's buffers is copied into
+/// more of them, or waits for those (`NetPump+Parking.swift`).
 extension NetPump {
   /// Receives what the tap has, into as many buffers as a packet needs where the driver merges them.
   mutating func receive(_ signals: any TransportSignals) throws(VirtqueueFault) -> Turn {
@@ -18,39 +22,42 @@ extension NetPump {
         turn = .limited
         break
       }
-      switch try gatherRoom(&held, &left) {
-      case .ready: break
-      case .badBuffers: break receiving
-      case .short:
-        turn = .noRoom
-        insufficient = held.count
-        break receiving
-      }
-      let result = readPacket(held)
-      guard result > 0 else {
-        turn = .empty
-        break
-      }
-      left &-= 1
-      expectedBytes = max(result, expectedBytes &- expectedBytes >> 3)
-      if result > held.bytes {
-        guard try unspill(result &- held.bytes, &held) else {
-          receiveQueue.counters.drops(.badBuffer).add(1)
-          continue
+      var result = 0
+      if parkedBytes > 0 || copies {
+        guard let delivered = try receiveByCopy(&left, &turn) else { break }
+        result = delivered
+        if result == 0 { continue }
+      } else {
+        switch try gatherRoom(&held, &left) {
+        case .ready: break
+        case .copies: continue receiving
+        case .spent: break receiving
+        case .short:
+          turn = .noRoom
+          insufficient = 0
+          break receiving
         }
+        result = readPacket(held)
+        guard result != 0 else {
+          turn = .empty
+          break
+        }
+        left &-= 1
+        guard result > 0, isWanted(result, held) else { continue }
+        expectedBytes = max(result, expectedBytes &- expectedBytes >> 3)
+        if result > held.bytes {
+          guard try fit(result, &held) else { continue }
+        }
+        deliver(result, &held)
       }
-      guard isWanted(result, held) else { continue }
-      deliver(result, &held)
       let frame = UInt64(result &- NetConfiguration.headerBytes)
       packets &+= 1
       bytes &+= frame
+      budget.pay(bytes: frame)
       if isLimited { rate.pay(isWrite: false, bytes: frame, at: now) }
       if left % Self.groupLimit == 0 { receiveQueue.publish(signals) }
     }
-    while held.count > 0 {
-      held.count &-= 1
-      receiveQueue.putBack(window[held.first &+ held.count].ticket)
-    }
+    putBack(&held)
     // Once for the batch: counters are objects.
     if packets > 0 {
       receiveQueue.counters.reads.add(packets)
@@ -63,93 +70,59 @@ extension NetPump {
   // MARK: Room
 
   /// Where in the window and in the vectors the chains are that were taken and not given back.
-  private struct HeldChains {
+  struct HeldChains {
     var first = 0
     var count = 0
     var bytes = 0
     var firstVector = 0
     var vectorCount = 0
-    /// Bytes that the next packet may have beyond them.
-    var spill = 0
   }
 
   private enum Room {
     case ready
-    /// The driver has to offer more first.
+    /// The driver has to offer something first.
     case short
-    /// The batch went by with buffers that were none.
-    case badBuffers
+    /// The run is over.
+    case spent
+    /// The driver's memory cannot be mapped now.
+    case copies
   }
 
-  /// Takes chains until there is room for the next packet.
-  ///
-  /// A packet may be as large as 64 KiB, and most are much smaller. Where the driver merges buffers, those are taken that the expected
-  /// packet fits into; what is larger goes to memory of our own behind them and is copied, if the driver has offered enough for it.
-  private mutating func gatherRoom(_ held: inout HeldChains, _ left: inout Int) throws(VirtqueueFault) -> Room {
-    held.spill = 0
-    guard merges else { return try hold(largestPacket, &held, &left) }
-    let expected = min(largestPacket, expectedBytes)
-    let room = try hold(expected, &held, &left)
-    guard case .ready = room, held.bytes < largestPacket else { return room }
-    if held.bytes >= expected, held.vectorCount < Self.vectorLimit {
-      // How large the others are is guessed by the last one: drivers offer buffers of one size at a time.
-      let size = window[held.first &+ held.count &- 1].bytes
-      if receiveQueue.pendingCount &* size >= largestPacket &- held.bytes {
-        held.spill = largestPacket &- held.bytes
-        return .ready
-      }
+  mutating func putBack(_ held: inout HeldChains) {
+    while held.count > 0 {
+      held.count &-= 1
+      receiveQueue.putBack(window[held.first &+ held.count].ticket)
     }
-    return try hold(largestPacket, &held, &left)
+    held = HeldChains()
   }
 
-  /// Takes chains until those that are held have so many bytes.
-  private mutating func hold(
-    _ target: Int, _ held: inout HeldChains, _ left: inout Int
-  ) throws(VirtqueueFault) -> Room {
-    // A ring that is smaller than the largest packet serves those that fit.
+  /// Takes chains for the packet that is expected: one at least.
+  private mutating func gatherRoom(_ held: inout HeldChains, _ left: inout Int) throws(VirtqueueFault) -> Room {
     let most = merges ? min(receiveQueue.size, Self.chainLimit) : 1
-    while held.bytes < target, held.count < most {
-      guard let chain = try receiveQueue.next(&memory) else { return .short }
-      if take(chain, &held, merges ? NetConfiguration.headerBytes : largestPacket) { continue }
+    while held.bytes < expectedBytes, held.count < most {
+      guard let chain = try receiveQueue.next(&memory, &budget) else {
+        if held.count > 0 { break }
+        return budget.isSpent ? .spent : .short
+      }
+      if take(chain, &held, least: held.count == 0 ? Self.leastBytes : 1) { continue }
       // A buffer that nothing fits into, or that is not there, or in more pieces than there are vectors left: what is held before it has
       // to do. Alone it goes back to the driver.
-      guard held.count == 0 else {
+      guard held.count == 0, !copies else {
         receiveQueue.putBack(chain.ticket)
-        return .ready
+        return held.count > 0 ? .ready : .copies
       }
       receiveQueue.counters.drops(.badBuffer).add(1)
       receiveQueue.use(chain.ticket, length: 0)
       left &-= 1
-      guard left > 0 else { return .badBuffers }
+      guard left > 0 else { return .spent }
     }
     return .ready
-  }
-
-  /// Copies what of a packet lies in the spill into further chains.
-  ///
-  /// - Returns: false when the driver's buffers turn out not to suffice.
-  private mutating func unspill(_ bytes: Int, _ held: inout HeldChains) throws(VirtqueueFault) -> Bool {
-    var done = 0
-    while done < bytes {
-      guard let chain = try receiveQueue.next(&memory) else { return false }
-      let known = held.vectorCount
-      guard take(chain, &held, NetConfiguration.headerBytes) else {
-        receiveQueue.putBack(chain.ticket)
-        return false
-      }
-      for index in held.firstVector &+ known..<held.firstVector &+ held.vectorCount where done < bytes {
-        let count = min(vectors[index].iov_len, bytes &- done)
-        vectors[index].iov_base?.copyMemory(from: spill + done, byteCount: count)
-        done &+= count
-      }
-    }
-    return true
   }
 
   /// Makes a chain the last of those that are held.
   ///
   /// - Returns: whether there is room for it, and it can take at least `least` bytes.
-  private mutating func take(_ chain: DescriptorChain, _ held: inout HeldChains, _ least: Int) -> Bool {
+  private mutating func take(_ chain: DescriptorChain, _ held: inout HeldChains, least: Int) -> Bool {
     let bytes = Int(clamping: min(chain.writableBytes, 1 << 20))
     guard held.count < Self.chainLimit, chain.readableCount == 0, bytes >= least else { return false }
     // Now and then, rather than for each packet. A driver whose chains are in very many pieces has them moved more often.
@@ -180,18 +153,53 @@ extension NetPump {
     held.firstVector = 0
   }
 
-  /// - Returns: bytes of the next packet with its header; 0 when there is none.
-  private mutating func readPacket(_ held: HeldChains) -> Int {
-    var count = held.vectorCount
-    if held.spill > 0 {
-      vectors[held.firstVector &+ count] = iovec(iov_base: spill, iov_len: held.spill)
-      count &+= 1
+  /// Makes a packet fit that is larger than what is held: what lies in the spill is copied into further chains. Where there are none,
+  /// the packet waits for them or is dropped.
+  private mutating func fit(_ bytes: Int, _ held: inout HeldChains) throws(VirtqueueFault) -> Bool {
+    let (known, inPlace) = (held.vectorCount, held.bytes)
+    var done = inPlace
+    var isSame = merges
+    while isSame, done < bytes {
+      guard let chain = try receiveQueue.next(&memory, &budget) else { break }
+      let from = held.vectorCount
+      isSame = take(chain, &held, least: 1)
+      guard isSame else {
+        receiveQueue.putBack(chain.ticket)
+        break
+      }
+      for index in held.firstVector &+ from..<held.firstVector &+ held.vectorCount where done < bytes {
+        let count = min(vectors[index].iov_len, bytes &- done)
+        vectors[index].iov_base?.copyMemory(from: spill + (done &- inPlace), byteCount: count)
+        done &+= count
+      }
     }
+    if done == bytes { return true }
+    guard merges else {
+      // The chain is good for another packet.
+      receiveQueue.counters.drops(.badBuffer).add(1)
+      return false
+    }
+    park(bytes, held, vectorCount: known, inPlace: inPlace)
+    putBack(&held)
+    return false
+  }
+
+  /// - Returns: bytes of the next packet with its header; 0 when there is none, -1 when it is lost.
+  private mutating func readPacket(_ held: HeldChains) -> Int {
+    vectors[held.firstVector &+ held.vectorCount] = iovec(iov_base: spill, iov_len: spillBytes)
+    return readTap(vectors + held.firstVector, held.vectorCount &+ 1)
+  }
+
+  mutating func readTap(_ first: UnsafeMutablePointer<iovec>, _ count: Int) -> Int {
     while true {
-      let result = readv(tap, vectors + held.firstVector, Int32(truncatingIfNeeded: count))
+      let result = readv(tap, first, Int32(truncatingIfNeeded: count))
       if result >= 0 { return result }
       switch errno {
       case EINTR: continue
+      case EFAULT:
+        // The kernel has taken the packet from its queue, and others may be behind it.
+        receiveQueue.counters.drops(.badBuffer).add(1)
+        return -1
       case EBADFD, ENODEV, ENXIO, EIO:
         // A tap whose interface was deleted says so for ever.
         if errno != EIO { goneResult = -Int(ENODEV) }
@@ -201,9 +209,25 @@ extension NetPump {
     }
   }
 
-  /// Whether a packet that has been read is for the guest.
-  private func isWanted(_ bytes: Int, _ held: HeldChains) -> Bool {
-    guard bytes >= NetConfiguration.headerBytes + 14 else {
+  // MARK: The packet
+
+  /// Whether a packet that has been read is for the guest; its header is made what the guest has agreed to.
+  private mutating func isWanted(_ bytes: Int, _ held: HeldChains) -> Bool {
+    // What is looked at lies in one piece as a rule.
+    let first = vectors[held.firstVector]
+    if first.iov_len >= Self.lookedAtBytes, let base = first.iov_base { return isWanted(bytes, base) }
+    let count = min(bytes, Self.lookedAtBytes)
+    for index in 0..<count { head.storeBytes(of: byte(index, held)?.pointee ?? 0, toByteOffset: index, as: UInt8.self) }
+    guard isWanted(bytes, head) else { return false }
+    for index in 0..<min(count, NetConfiguration.bufferCountOffset) {
+      byte(index, held)?.pointee = head.load(fromByteOffset: index, as: UInt8.self)
+    }
+    return true
+  }
+
+  /// - Parameter start: the packet's first bytes, `lookedAtBytes` of them as far as it is that long.
+  mutating func isWanted(_ bytes: Int, _ start: UnsafeMutableRawPointer) -> Bool {
+    guard bytes >= Self.leastBytes else {
       receiveQueue.counters.drops(.malformed).add(1)
       return false
     }
@@ -211,25 +235,18 @@ extension NetPump {
       receiveQueue.counters.drops(.linkDown).add(1)
       return false
     }
-    let start = NetConfiguration.headerBytes
-    let type = number(start + 12, 2, held)
-    let vlan = type == 0x8100 && bytes >= start + 18 ? Int(number(start + 14, 2, held) & 4095) : -1
-    guard filter.passes(number(start, 6, held), vlan: vlan) else {
+    let link = NetConfiguration.headerBytes
+    let type = SourceLock.number(start, link + 12, 2)
+    let vlan = type == 0x8100 && bytes >= link + 18 ? Int(SourceLock.number(start, link + 14, 2) & 4095) : -1
+    guard filter.passes(SourceLock.number(start, link, 6), vlan: vlan) else {
       receiveQueue.counters.drops(.filtered).add(1)
       return false
     }
-    return true
-  }
-
-  /// A number in network order at a place of the packet, wherever its buffers begin and end.
-  private func number(_ offset: Int, _ bytes: Int, _ held: HeldChains) -> UInt64 {
-    let first = vectors[held.firstVector]
-    if first.iov_len >= offset &+ bytes, let base = first.iov_base {
-      return SourceLock.number(UnsafeRawPointer(base), offset, bytes)
+    guard guestRules.adapt(start) else {
+      receiveQueue.counters.drops(.malformed).add(1)
+      return false
     }
-    var value: UInt64 = 0
-    for index in 0..<bytes { value = value << 8 | UInt64(byte(offset &+ index, held)?.pointee ?? 0) }
-    return value
+    return true
   }
 
   private func byte(_ offset: Int, _ held: HeldChains) -> UnsafeMutablePointer<UInt8>? {
@@ -240,7 +257,7 @@ extension NetPump {
       }
       rest &-= vectors[index].iov_len
     }
-    return nil
+    return rest < spillBytes ? (spill + rest).assumingMemoryBound(to: UInt8.self) : nil
   }
 
   /// Gives a packet's chains to the driver: as many of those that are held as it needs.

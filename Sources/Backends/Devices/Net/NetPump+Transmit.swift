@@ -18,7 +18,7 @@ extension NetPump {
     }
     while left > 0 {
       for _ in 0..<min(left, Self.groupLimit) {
-        guard let chain = try transmitQueue.next(&memory) else {
+        guard let chain = try transmitQueue.next(&memory, &budget) else {
           transmitQueue.publish(signals)
           return .empty
         }
@@ -40,6 +40,7 @@ extension NetPump {
           let frame = chain.readableBytes &- UInt64(NetConfiguration.headerBytes)
           packets &+= 1
           bytes &+= frame
+          budget.pay(bytes: frame)
           if isLimited { rate.pay(isWrite: true, bytes: frame, at: now) }
         }
         transmitQueue.use(chain.ticket, length: 0)
@@ -65,7 +66,16 @@ extension NetPump {
     guard rules.allows(head, frameBytes: total &- header) else { return .malformed }
     if let reason = lock.refuses(head + header, copied &- header) { return reason }
     vectors[0] = iovec(iov_base: head, iov_len: copied)
-    guard let count = gather(&cursor, total &- copied, from: 1) else { return .badBuffer }
+    var count = gather(&cursor, total &- copied, from: 1) ?? 0
+    if count == 0 {
+      // Where the guest's memory cannot be mapped, and only there, by way of ours.
+      guard copies, total &- copied <= spillBytes else { return .badBuffer }
+      cursor = ChainCursor(chain.buffers, count: chain.readableCount)
+      cursor.skip(UInt64(copied))
+      guard (try? cursor.read(&memory, to: spill, count: total &- copied)) == total &- copied else { return .badBuffer }
+      vectors[1] = iovec(iov_base: spill, iov_len: total &- copied)
+      count = 2
+    }
     while true {
       if writev(tap, vectors, Int32(truncatingIfNeeded: count)) >= 0 { break }
       switch errno {
@@ -90,9 +100,14 @@ extension NetPump {
     while done < bytes, let run = cursor.take(bytes &- done) {
       var offset = 0
       while offset < Int(run.length) {
-        guard count < Self.vectorLimit,
-          let piece = try? memory.translate(run.address &+ UInt64(offset), Int(run.length) &- offset)
-        else { return nil }
+        guard count < Self.vectorLimit else { return nil }
+        let piece: (pointer: UnsafeMutableRawPointer, length: Int)
+        do throws(GuestMemoryFault) {
+          piece = try memory.translate(run.address &+ UInt64(offset), Int(run.length) &- offset)
+        } catch {
+          if error == .mappingFailed { copies = true }
+          return nil
+        }
         vectors[count] = iovec(iov_base: piece.pointer, iov_len: piece.length)
         count &+= 1
         offset &+= piece.length

@@ -3,7 +3,7 @@ package import Transport
 package import Virtqueue
 
 /// The data path of one queue pair of a network device, with a queue of a tap of its own: packets move by one system call each, straight
-/// between the guest's memory and the kernel; nothing is kept between batches, so there is no memory for packets to be bounded.
+/// between the guest's memory and the kernel; nothing is kept between batches but one packet that waits for buffers.
 ///
 /// Queue 0 of the pump is the pair's receive queue, 1 its transmit queue; the first pair's pump has the control queue as 2. What the
 /// driver chooses there comes to all pumps by `set`. Sending is in `NetPump+Transmit.swift`, receiving in `NetPump+Receive.swift`,
@@ -14,7 +14,11 @@ package struct NetPump: DevicePump, ~Copyable {
   /// Packets between two looks at whether the driver wants an interrupt.
   static var groupLimit: Int { 16 }
   static var chainLimit: Int { 256 }
-  static var vectorLimit: Int { 1024 }
+  static var vectorLimit: Int { 1022 }
+  /// Bytes of the smallest packet and buffer: the two headers.
+  static var leastBytes: Int { NetConfiguration.headerBytes + 14 }
+  /// Bytes of a received packet that are looked at: headers with a VLAN's tag.
+  static var lookedAtBytes: Int { NetConfiguration.headerBytes + 18 }
 
   enum Place {
     static let receive = 0
@@ -38,17 +42,19 @@ package struct NetPump: DevicePump, ~Copyable {
   var choices: NetChoices
   var features: FeatureBits = []
   var rules = HeaderRules([])
+  var guestRules = GuestHeaderRules([])
   /// Whether packets are spread over several of the driver's buffers.
   var merges = false
-  /// Bytes of the largest packet that may come, with its header.
-  var largestPacket = 0
   /// What a packet is expected to have: as much as a large one at once, and with small ones less and less.
   var expectedBytes = 0
   /// Whether anything limits the device at present.
   var isLimited = false
   var isLinkUp: Bool
-  /// A driver's choice for every pump of the device, and for the tap.
-  let onChoices: @Sendable (NetChoices) -> Void
+  /// The driver's memory cannot be mapped now: it is copied.
+  var copies = false
+  var budget = RunBudget()
+  /// A driver's choice for every pump of the device, and for the tap; false when the host cannot do that.
+  let onChoices: @Sendable (NetChoices) -> Bool
   /// The driver has announced itself after an interruption.
   let onAnnounced: @Sendable () -> Void
 
@@ -59,6 +65,12 @@ package struct NetPump: DevicePump, ~Copyable {
   /// Takes what of a packet is larger than expected.
   let spill: UnsafeMutableRawPointer
   let spillBytes: Int
+  /// A packet that waits for buffers, of as many bytes at most.
+  let parking: UnsafeMutableRawPointer
+  var parkedBytes = 0
+  var parkedUntil: UInt64 = 0
+  /// When the control queue's commands of before are paid for.
+  var commandsPaid: UInt64 = 0
   /// Chains that were there when the driver's buffers did not suffice.
   var insufficient = 0
   package internal(set) var nextTime: UInt64 = 0
@@ -78,7 +90,7 @@ package struct NetPump: DevicePump, ~Copyable {
   ///   - counters: of the queues, in their order.
   package init(
     tap: Int32, source: any GuestMemorySource, counters: [QueueCounters], settings: NetPumpSettings, rate: RateNode,
-    choices: NetChoices, isLinkUp: Bool, onChoices: @escaping @Sendable (NetChoices) -> Void,
+    choices: NetChoices, isLinkUp: Bool, onChoices: @escaping @Sendable (NetChoices) -> Bool,
     onAnnounced: @escaping @Sendable () -> Void
   ) {
     self.tap = tap
@@ -93,15 +105,17 @@ package struct NetPump: DevicePump, ~Copyable {
     receiveQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[0])
     transmitQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[1])
     controlQueue = OrderedQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
-    lock = SourceLock(mac: settings.locksMAC ? settings.mac : nil, addresses: settings.lockedAddresses)
+    lock = SourceLock(settings.source)
     filter = ReceiveFilter(choices)
-    // One more for the spill.
+    // One more for the spill: IOV_MAX is 1024.
     vectors = .allocate(capacity: Self.vectorLimit + 1)
     head = .allocate(byteCount: NetConfiguration.headerBytes + SourceLock.headBytes, alignment: 16)
+    head.initializeMemory(as: UInt8.self, repeating: 0, count: NetConfiguration.headerBytes + SourceLock.headBytes)
     window = .allocate(capacity: Self.chainLimit)
     window.initialize(repeating: ReceiveChain(), count: Self.chainLimit)
     spillBytes = NetConfiguration.receiveBytes(mtu: settings.mtu, isLarge: true)
     spill = .allocate(byteCount: spillBytes, alignment: 16)
+    parking = .allocate(byteCount: spillBytes, alignment: 16)
   }
 
   deinit {
@@ -109,6 +123,7 @@ package struct NetPump: DevicePump, ~Copyable {
     head.deallocate()
     window.deallocate()
     spill.deallocate()
+    parking.deallocate()
   }
 
   // MARK: Life
@@ -117,10 +132,12 @@ package struct NetPump: DevicePump, ~Copyable {
     features = activation.features
     rules = HeaderRules(features)
     merges = features.contains(.netMergeable)
-    setLargestPacket()
-    filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
+    copies = false
+    set(choices)
     switch queue {
-    case Place.receive: try receiveQueue.activate(activation)
+    case Place.receive:
+      if !activation.adopts { emptyTap() }
+      try receiveQueue.activate(activation)
     case Place.transmit: try transmitQueue.activate(activation)
     default: try controlQueue.activate(activation)
     }
@@ -133,19 +150,17 @@ package struct NetPump: DevicePump, ~Copyable {
     default: controlQueue.deactivate()
     }
     nextTime = 0
+    parkedBytes = 0
   }
 
   /// Takes the driver's choices, its own or those that another pump's control queue brought.
   package mutating func set(_ choices: NetChoices) {
     self.choices = choices
-    setLargestPacket()
+    let offloads = FeatureBits(rawValue: choices.offloads)
+    guestRules = GuestHeaderRules(offloads)
+    expectedBytes = NetConfiguration.receiveBytes(
+      mtu: settings.mtu, isLarge: !offloads.isDisjoint(with: .netGuestLarge))
     filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
-  }
-
-  private mutating func setLargestPacket() {
-    let isLarge = !FeatureBits(rawValue: choices.offloads).isDisjoint(with: .netGuestLarge)
-    largestPacket = NetConfiguration.receiveBytes(mtu: settings.mtu, isLarge: isLarge)
-    expectedBytes = largestPacket
   }
 
   package mutating func set(isLinkUp: Bool) { self.isLinkUp = isLinkUp }
@@ -158,7 +173,11 @@ package struct NetPump: DevicePump, ~Copyable {
 
   // MARK: A batch
 
-  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
+  package mutating func run(
+    _ signals: borrowing [any TransportSignals], _ budget: inout RunBudget
+  ) throws(DeviceFault) -> PumpOutcome {
+    self.budget = budget
+    defer { budget = self.budget }
     guard receiveQueue.isActive || transmitQueue.isActive || controlQueue.isActive else { return .idle }
     now = MonotonicClock.now
     receiveQueue.counters.batchSince.store(now, ordering: .relaxed)
@@ -176,16 +195,17 @@ package struct NetPump: DevicePump, ~Copyable {
       try transmitQueue.prepare(invalidations)
       try controlQueue.prepare(invalidations)
       while true {
-        if controlQueue.isActive { try serveControl(signals[Place.control]) }
+        let commanded = controlQueue.isActive ? try serveControl(signals[Place.control]) : .empty
         let sent = try transmit(signals[Place.transmit])
         let received = try receive(signals[Place.receive])
         guard goneResult == 0 else { return .idle }
-        if sent == .more || received == .more { return .more }
+        // The next round is another run: jobs and other descriptors of the thread come in between.
+        if sent == .more || received == .more || self.budget.isSpent { return .more }
         if pollForMore() { continue }
         // A notification for the receive queue is wanted only by who waits for its buffers.
         var hasMore = sent == .empty && transmitQueue.enableNotifications()
         if received == .noRoom { hasMore = receiveQueue.enableNotifications(behind: insufficient) || hasMore }
-        hasMore = controlQueue.enableNotifications() || hasMore
+        if commanded != .limited { hasMore = controlQueue.enableNotifications() || hasMore }
         guard hasMore else { break }
       }
       idle.sleeps(at: MonotonicClock.now)
@@ -225,12 +245,14 @@ package struct NetPump: DevicePump, ~Copyable {
 /// What a pump needs to know of its device.
 package struct NetPumpSettings: Sendable {
   package var mac: MACAddress
-  package var locksMAC = true
-  /// The only IP addresses that the guest may use; nil for any.
-  package var lockedAddresses: [InternetAddress]?
+  /// What the guest may send; by default, from its hardware address only.
+  package var source = SourceRules()
   package var mtu = 1500
   /// Queue pairs that the device has.
   package var pairs = 1
 
-  package init(mac: MACAddress) { self.mac = mac }
+  package init(mac: MACAddress) {
+    self.mac = mac
+    source.mac = mac
+  }
 }

@@ -18,50 +18,74 @@ package struct InternetAddress: Equatable, Hashable, Sendable {
   }
 }
 
-/// Which sources a guest may use (MAC lock, and optionally an IP, ARP and neighbour-discovery lock). Looks at a copy of a packet's first
-/// bytes, which the guest cannot change any more.
-package struct SourceLock: ~Copyable {
-  /// Bytes of a packet that are looked at, its link header included: all that the checks below read.
-  package static let headBytes = 128
+/// What a guest may send.
+package struct SourceRules: Equatable, Sendable {
+  /// The only hardware address; nil for any.
+  package var mac: MACAddress?
+  /// The only Internet addresses; nil for any.
+  package var addresses: [InternetAddress]?
+  /// VLANs whose tags it may use.
+  package var vlans: Set<UInt16> = []
+  /// It may answer others' questions for addresses and routes: router advertisements, redirects, DHCP.
+  package var mayServe = false
 
-  private let mac: UInt64?
+  package init() {}
+}
+
+/// Which sources a guest may use, and what it may pretend to be. Looks at a copy of a packet's first bytes, which the guest cannot change any
+/// more.
+///
+/// In every case: the hardware address; no VLAN but those that are allowed; nothing to the link's own protocols (spanning tree, LLDP, LACP,
+/// flow control: 01:80:c2:00:00:00 to 0f), which no host's business is, let alone a guest's; no router advertisements, redirects and answers of
+/// DHCP servers. With addresses also those of IP, ARP and neighbour discovery (`SourceLock+IP.swift`).
+package struct SourceLock: ~Copyable {
+  /// Bytes of a packet that are looked at, its link header included. What a check needs and cannot find in them is refused.
+  package static let headBytes = 256
+
+  let mac: UInt64?
   private let addresses: UnsafeMutablePointer<InternetAddress>
   private let addressCount: Int
-  private let locksAddresses: Bool
+  let locksAddresses: Bool
+  let mayServe: Bool
+  /// A bit for each VLAN.
+  private let vlans: UnsafeMutablePointer<UInt64>
+  private let vlanBytes = 64
 
-  /// - Parameters:
-  ///   - mac: the only hardware address; nil for any.
-  ///   - addresses: the only IP addresses; nil for any.
-  package init(mac: MACAddress?, addresses: [InternetAddress]?) {
-    self.mac = mac?.value
-    locksAddresses = addresses != nil
-    var all = addresses ?? []
-    if let mac, locksAddresses {
-      // What the guest makes of its hardware address (RFC 4291, appendix A), without which IPv6 does not begin.
-      let (upper, lower) = (mac.value >> 24 ^ 0x02_0000, mac.value & 0xff_ffff)
-      all.append(InternetAddress(version6: 0xfe80 << 48, upper << 40 | 0xff_fe00_0000 | lower))
-    }
+  package init(_ rules: SourceRules) {
+    mac = rules.mac?.value
+    mayServe = rules.mayServe
+    locksAddresses = rules.addresses != nil
+    let all = rules.addresses ?? []
     addressCount = all.count
-    self.addresses = .allocate(capacity: max(1, all.count))
-    self.addresses.initialize(from: all, count: all.count)
+    addresses = .allocate(capacity: max(1, all.count))
+    addresses.initialize(from: all, count: all.count)
+    vlans = .allocate(capacity: vlanBytes)
+    vlans.initialize(repeating: 0, count: vlanBytes)
+    for vlan in rules.vlans where vlan < 4096 { vlans[Int(vlan >> 6)] |= 1 << UInt64(vlan & 63) }
   }
 
-  deinit { addresses.deallocate() }
+  deinit {
+    addresses.deallocate()
+    vlans.deallocate()
+  }
 
   /// - Parameter count: bytes at `frame`, of which there may be fewer than `headBytes` when the packet is short.
   /// - Returns: why the packet may not go; nil when it may.
   package func refuses(_ frame: UnsafeRawPointer, _ count: Int) -> DropReason? {
     guard count >= 14 else { return .malformed }
     if let mac, Self.number(frame, 6, 6) != mac { return .foreignMAC }
-    guard locksAddresses else { return nil }
+    guard Self.number(frame, 0, 6) & 0xffff_ffff_fff0 != 0x0180_c200_0000 else { return .foreignProtocol }
     var offset = 12
     var type = Self.number(frame, offset, 2)
     // At most two tags.
     var tags = 0
-    while type == 0x8100 || type == 0x88a8 {
-      offset &+= 4
+    while type == 0x8100 || type == 0x88a8 || type == 0x9100 {
       tags &+= 1
-      guard tags <= 2, count >= offset &+ 2 else { return .malformed }
+      guard tags <= 2, count >= offset &+ 6 else { return .malformed }
+      let vlan = Int(Self.number(frame, offset &+ 2, 2) & 4095)
+      // VLAN 0 has a priority and nothing else.
+      guard vlan == 0 || vlans[vlan >> 6] & 1 << UInt64(vlan & 63) != 0 else { return .foreignProtocol }
+      offset &+= 4
       type = Self.number(frame, offset, 2)
     }
     offset &+= 2
@@ -69,47 +93,12 @@ package struct SourceLock: ~Copyable {
     case 0x0800: return refusesVersion4(frame + offset, count &- offset)
     case 0x0806: return refusesARP(frame + offset, count &- offset)
     case 0x86dd: return refusesVersion6(frame + offset, count &- offset)
-    default: return .foreignIP
+    // Encapsulations that a router on the way unwraps (PPPoE, MPLS), and what nobody knows: allowed where addresses are not locked.
+    default: return locksAddresses ? .foreignIP : nil
     }
   }
 
-  private func refusesVersion4(_ packet: UnsafeRawPointer, _ count: Int) -> DropReason? {
-    guard count >= 20 else { return .malformed }
-    let source = UInt32(truncatingIfNeeded: Self.number(packet, 12, 4))
-    if contains(InternetAddress(version4: source)) { return nil }
-    // A guest that asks for an address by DHCP has none yet: UDP to everybody's port 67.
-    let header = Int(packet.load(as: UInt8.self) & 15) &* 4
-    let isDHCP =
-      source == 0 && Self.number(packet, 16, 4) == 0xffff_ffff && packet.load(fromByteOffset: 9, as: UInt8.self) == 17
-      && header >= 20 && count >= header &+ 4 && Self.number(packet, header &+ 2, 2) == 67
-    return isDHCP ? nil : .foreignIP
-  }
-
-  private func refusesARP(_ packet: UnsafeRawPointer, _ count: Int) -> DropReason? {
-    guard count >= 28 else { return .malformed }
-    // Ethernet and IPv4 (RFC 826).
-    guard Self.number(packet, 0, 6) == 0x0001_0800_0604 else { return .foreignIP }
-    if let mac, Self.number(packet, 8, 6) != mac { return .foreignMAC }
-    let sender = UInt32(truncatingIfNeeded: Self.number(packet, 14, 4))
-    // 0 is a probe for a conflict (RFC 5227).
-    return sender == 0 || contains(InternetAddress(version4: sender)) ? nil : .foreignIP
-  }
-
-  private func refusesVersion6(_ packet: UnsafeRawPointer, _ count: Int) -> DropReason? {
-    guard count >= 40 else { return .malformed }
-    let source = InternetAddress(version6: Self.number(packet, 8, 8), Self.number(packet, 16, 8))
-    // The unspecified address is for the detection of duplicates (RFC 4862).
-    guard source.high == 0 && source.low == 0 || contains(source) else { return .foreignIP }
-    // A neighbour advertisement speaks of its target (RFC 4861, 4.4).
-    guard packet.load(fromByteOffset: 6, as: UInt8.self) == 58, count >= 41,
-      packet.load(fromByteOffset: 40, as: UInt8.self) == 136
-    else { return nil }
-    guard count >= 64 else { return .malformed }
-    let target = InternetAddress(version6: Self.number(packet, 48, 8), Self.number(packet, 56, 8))
-    return contains(target) ? nil : .foreignIP
-  }
-
-  private func contains(_ address: InternetAddress) -> Bool {
+  func contains(_ address: InternetAddress) -> Bool {
     for index in 0..<addressCount where addresses[index] == address { return true }
     return false
   }

@@ -23,8 +23,12 @@ package protocol DevicePump: ~Copyable, SendableMetatype {
   mutating func markBroken(_ queue: Int)
   /// Serves the queues: after a notification, a readable descriptor, an outcome of `more`, or when `nextTime` has come.
   ///
-  /// - Parameter signals: of each queue.
-  mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome
+  /// - Parameters:
+  ///   - signals: of each queue.
+  ///   - budget: what it may do; it is run again when that is spent.
+  mutating func run(
+    _ signals: borrowing [any TransportSignals], _ budget: inout RunBudget
+  ) throws(DeviceFault) -> PumpOutcome
   /// When `run` has something to do without being woken, in monotonic nanoseconds; 0 for never.
   var nextTime: UInt64 { get }
   /// What there is to say besides faults; asked after each `run` until it is nil.
@@ -37,7 +41,7 @@ package protocol DevicePump: ~Copyable, SendableMetatype {
 package enum PumpOutcome {
   /// Nothing to do until the next notification or readable descriptor.
   case idle
-  /// The batch's budget is used up: run again soon.
+  /// There is more to do than one run does: run again soon.
   case more
 }
 
@@ -77,6 +81,13 @@ extension DevicePump where Self: ~Copyable {
   package mutating func markBroken(_ queue: Int) {}
   package mutating func takeReport() -> PumpReport? { nil }
   package mutating func close() {}
+
+  /// A run without a loop around it.
+  package mutating func run(_ signals: borrowing [any TransportSignals]) throws(DeviceFault) -> PumpOutcome {
+    var budget = RunBudget()
+    let outcome = try run(signals, &budget)
+    return budget.isSpent ? .more : outcome
+  }
 
   /// For a pump in an optional.
   package mutating func perform(_ body: (inout Self) -> Void) { body(&self) }

@@ -62,8 +62,16 @@ package struct OrderedQueue: ~Copyable {
   }
 
   /// Takes the next chain; its buffers are good until the next call.
-  package mutating func next(_ memory: inout GuestMemoryView) throws(VirtqueueFault) -> DescriptorChain? {
-    guard size > 0 else { return nil }
+  ///
+  /// - Returns: nil when none waits, or the budget is spent, which it then says.
+  package mutating func next(
+    _ memory: inout GuestMemoryView, _ budget: inout RunBudget
+  ) throws(VirtqueueFault) -> DescriptorChain? {
+    guard size > 0, queue.pointee.hasPending(), memory.missesInBatch < RunBudget.misses else {
+      if size > 0, memory.missesInBatch >= RunBudget.misses { budget.spend() }
+      return nil
+    }
+    guard budget.takeChain() else { return nil }
     var chain = DescriptorChain(buffers: buffers)
     return try queue.pointee.next(memory: &memory, into: &chain) ? chain : nil
   }

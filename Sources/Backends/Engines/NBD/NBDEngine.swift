@@ -28,6 +28,8 @@ package final class NBDEngine: BlockEngine {
     var covered: UInt64 = 0
   }
 
+  /// Bytes of one step of a transfer through the pump's own buffers.
+  private static let stepBytes: UInt32 = 1 << 20
   package let geometry: BlockGeometry
   /// Whether several connections see each other's writes and flushes (NBD_FLAG_CAN_MULTI_CONN).
   package let allowsSeveralQueues: Bool
@@ -91,15 +93,17 @@ package final class NBDEngine: BlockEngine {
         address.text,
         "the export's smallest block has \(connection.minimumBlock) bytes; expected a power of two up to 4096")
     }
-    guard connection.maximumBytes >= BlockConfiguration.segmentBytesMaximum else {
+    guard connection.maximumBytes >= Self.stepBytes else {
       throw .nbd(address.text, "the server takes \(connection.maximumBytes) bytes at a time; 1 MiB is needed")
     }
     let block = max(512, connection.minimumBlock)
     guard connection.capacity >= UInt64(block) else { throw .tooSmall(path: address.text, bytes: connection.capacity) }
-    geometry = BlockGeometry(
+    var geometry = BlockGeometry(
       capacity: connection.capacity - connection.capacity % UInt64(block), logicalBlock: block,
       physicalBlock: max(4096, block), canDiscard: discard && !readOnly && flags.contains(.canTrim),
       readOnly: readOnly, canWriteZeroes: flags.contains(.canWriteZeroes))
+    geometry.canUnmapZeroes = geometry.canDiscard
+    self.geometry = geometry
     allowsSeveralQueues = flags.contains(.canMultipleConnections) || flags.contains(.readOnly)
     self.depth = depth
     self.onNotice = onNotice

@@ -2,6 +2,7 @@ import CLinux
 import Devices
 import EventLoop
 import Glibc
+import Synchronization
 package import Virtqueue
 
 /// Why a network device cannot have its tap.
@@ -28,6 +29,8 @@ package final class TapDevice: Sendable {
   package let segmentsUDP: Bool
   /// Whether it can be told to use fewer of its queues.
   private let canDetachQueues: Bool
+  /// What the kernel was told last: each telling takes a lock of the whole host's network (RTNL). nil before.
+  private let told = Mutex<(offloads: UInt32?, pairs: Int?)>((nil, nil))
 
   /// TUN_F_* (linux/if_tun.h).
   private enum Offload {
@@ -129,8 +132,10 @@ package final class TapDevice: Sendable {
 
   package static func mtu(of name: String) -> Int { NetworkInterface.number("mtu", of: name) ?? 1500 }
 
-  /// Tells the kernel what the guest can take.
-  package func setOffloads(_ features: FeatureBits) {
+  /// Tells the kernel what the guest can take, unless it knows.
+  ///
+  /// - Returns: false when it cannot do that; what it was told before stays.
+  package func setOffloads(_ features: FeatureBits) -> Bool {
     var flags: UInt32 = 0
     if features.contains(.netGuestChecksum) {
       flags |= Offload.checksum
@@ -140,13 +145,24 @@ package final class TapDevice: Sendable {
       ] where features.contains(bit) { flags |= flag }
       if features.contains([.netGuestUSO4, .netGuestUSO6]) { flags |= Offload.uso }
     }
-    _ = clinux_tap_offloads(queues[0], flags)
+    return told.withLock { told in
+      guard told.offloads != flags else { return true }
+      let result = clinux_tap_offloads(queues[0], flags)
+      // A pair of sockets in a tap's place has no such call.
+      guard result == 0 || result == ENOTTY || result == EOPNOTSUPP else { return false }
+      told.offloads = flags
+      return true
+    }
   }
 
   /// Uses the first `pairs` queues for what comes from the network.
   package func use(pairs: Int) {
     guard canDetachQueues else { return }
-    for (index, queue) in queues.enumerated() { _ = clinux_tap_enable(queue, index < pairs ? 1 : 0) }
+    told.withLock { told in
+      guard told.pairs != pairs else { return }
+      told.pairs = pairs
+      for (index, queue) in queues.enumerated() { _ = clinux_tap_enable(queue, index < pairs ? 1 : 0) }
+    }
   }
 
   /// The interface ends with its last descriptor.

@@ -19,6 +19,9 @@ int clinux_block_device_zero(int fd, uint64_t offset, uint64_t length);
 int clinux_block_device_secure_erase(int fd, uint64_t offset, uint64_t length);
 /// Whether the device can; asks without erasing anything.
 int clinux_block_device_can_secure_erase(int fd);
+/// Alignment that direct I/O on a file needs, of memory and of places on the file, in bytes, as statx says it (Linux 6.1); 0 or an errno.
+/// Both are 0 where the file cannot be used so, and ENOTSUP is for a kernel or file system that does not say.
+int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
 /// The two halves of a device number.
 unsigned int clinux_device_major(dev_t device);
 unsigned int clinux_device_minor(dev_t device);
