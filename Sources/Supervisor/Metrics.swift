@@ -181,7 +181,7 @@ package enum Metrics {
       "vxd_device_errors", "Requests that failed, by kind.", "kind",
       [("io", { $0.failed.value }), ("unsupported", { $0.unsupported.value })])
     split(
-      "vxd_device_retries", "Steps tried again after the store had failed them.", "layer",
+      "vxd_device_retries", "Steps tried again after the storage had failed them.", "layer",
       [("engine", { $0.retries.value })])
     split("vxd_device_throttled", "Requests that waited for their rate.", "layer", [("budget", { $0.throttled.value })])
     split(

@@ -18,7 +18,7 @@ package struct SupervisorSettings: Sendable {
   /// What one guest may have of them; nil for a quarter.
   package var grantShare: Int?
   /// Milliseconds between two checks that xenstored is there.
-  package var storeCheckMilliseconds: UInt64 = 5000
+  package var xenstoreCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
   package var stateFolder: StateFolder?
   /// Who is behind deaths of the daemon; nil where nothing is kept of them.
