@@ -26,6 +26,8 @@ import Virtqueue
   private final class Stage {
     private static let area: UInt64 = 0x10000
     private static let chainLimit = 4
+    /// More than the ring has: answers of several laps may wait to be published.
+    private static let slots = 24
     private let form: Form
     private let words: String
     private let domain: SimulatedDomain
@@ -62,7 +64,7 @@ import Virtqueue
       layout.driverArea = ring.driverArea
       layout.deviceArea = ring.deviceArea
       ringBytes = Int((ring.deviceArea + 256 - Self.area + 4095) & ~4095)
-      let bytes = QueueJournal.bytes(slotCount: Int(form.size), chainLimit: Self.chainLimit)
+      let bytes = QueueJournal.bytes(slotCount: Self.slots, chainLimit: Self.chainLimit)
       journalBytes = (bytes + 4095) & ~4095
       journalMemory = .allocate(byteCount: journalBytes, alignment: 4096)
       journalMemory.initializeMemory(as: UInt8.self, repeating: 0, count: journalBytes)
@@ -78,23 +80,29 @@ import Virtqueue
 
     // MARK: The device
 
-    private struct Owner: ~Copyable {
+    private final class Owner {
       var queue: Virtqueue
       var view: GuestMemoryView
       let journal: QueueJournal
       var mine: [ChainTicket] = []
-      var free: Set<UInt32>
+      var free = Set(0..<UInt32(Stage.slots))
+
+      init(_ queue: consuming Virtqueue, _ view: consuming GuestMemoryView, _ journal: QueueJournal) {
+        self.queue = queue
+        self.view = view
+        self.journal = journal
+      }
     }
 
     private func begin() throws {
-      let journal = QueueJournal(memory: journalMemory, slotCount: Int(form.size), chainLimit: Self.chainLimit)
+      let journal = QueueJournal(memory: journalMemory, slotCount: Self.slots, chainLimit: Self.chainLimit)
       var view = GuestMemoryView(source: source)
       var queue = try Virtqueue(
         layout: layout, maximumSize: form.size, chainLimit: Self.chainLimit, features: form.features, source: source,
         journal: journal, adopts: lives > 0)
       lives += 1
       try queue.prepare(invalidations: view.enter())
-      owner = Owner(queue: queue, view: view, journal: journal, free: Set(0..<UInt32(form.size)))
+      owner = Owner(queue, view, journal)
       try trace { owner in
         for chain in try owner.queue.adopt() {
           owner.mine.append(chain.ticket)
@@ -109,7 +117,7 @@ import Virtqueue
       takeUsed()
       guard owner != nil else { return }
       let mine = owner?.mine ?? []
-      let journal = QueueJournal(memory: journalMemory, slotCount: Int(form.size), chainLimit: Self.chainLimit)
+      let journal = QueueJournal(memory: journalMemory, slotCount: Self.slots, chainLimit: Self.chainLimit)
       for ticket in mine {
         let place = journal.buffers(Int(ticket.slot))[0].address
         #expect(outstanding[ticket.head] == place, "\(words): chain \(ticket.head) is adopted and was answered")
@@ -120,12 +128,13 @@ import Virtqueue
     private var isNewlyKilled = false
 
     /// Runs a piece of the device's work, store by store.
-    private func trace(_ body: (inout Owner) throws -> Void) throws {
+    private func trace(_ body: (Owner) throws -> Void) throws {
+      guard let owner else { return }
       isNewlyKilled = false
       let stop = !isKilled && end > stores ? end - stores : 0
       cstoretrace_begin(journalMemory, journalBytes, rings, ringBytes, stop, copy)
       var failure: (any Error)?
-      do { try body(&owner!) } catch { failure = error }
+      do { try body(owner) } catch { failure = error }
       let count = cstoretrace_end()
       stores += count
       if let failure { throw failure }
@@ -135,7 +144,7 @@ import Virtqueue
       isNewlyKilled = true
       journalMemory.copyMemory(from: copy, byteCount: journalBytes)
       rings.copyMemory(from: copy + journalBytes, byteCount: ringBytes)
-      owner = nil
+      self.owner = nil
     }
 
     private func take() throws {
@@ -188,14 +197,15 @@ import Virtqueue
 
     /// Plays all of it; the owner is replaced once in good order, and once where it is killed.
     func play() throws {
-      for turn in 0..<28 {
-        if turn == 14 { owner = nil }
+      for turn in 0..<40 {
+        if turn == 20 { owner = nil }
         while owner == nil { try begin() }
-        switch random.next() % 8 {
-        case 0, 1: add()
-        case 2: takeUsed()
-        case 3, 4: try take()
-        case 5, 6: try use()
+        // Published is now and then: the driver of a packed ring sees answers before.
+        switch random.next() % 16 {
+        case 0...3: add()
+        case 4...6: takeUsed()
+        case 7...10: try take()
+        case 11...14: try use()
         default: try publish()
         }
       }
@@ -215,7 +225,7 @@ import Virtqueue
 
   @Test(.enabled(if: cstoretrace_works() == 1 && getenv("VXD_TESTS_ARE_SLOW") == nil), arguments: forms)
   func noStoreIsOneToDieBehind(form: Form) throws {
-    for seed: UInt64 in 1...4 {
+    for seed: UInt64 in 1...1 {
       let whole = try Stage(form, seed: seed, end: 0)
       try whole.play()
       #expect(whole.stores > 20, "\(form): \(whole.stores)")
