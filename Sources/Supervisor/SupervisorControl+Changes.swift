@@ -75,7 +75,8 @@ extension SupervisorControl {
       },
       ControlMethod(
         change: "device.resize",
-        "Makes a disk follow its image's size, or grows a regular file first; event device.resized or device.notResized tells the outcome.",
+        "Makes a disk follow its image's size, or grows a regular file first, which requires role admin unless 'spareImages' lists it; "
+          + "event device.resized or device.notResized tells the outcome.",
         parameters: one + [
           ControlParameter("bytes", "integer", required: false, "Size that a regular file is to grow to.")
         ]
@@ -93,7 +94,13 @@ extension SupervisorControl {
           bytes = UInt64(wanted)
         }
         let size = bytes
-        return ControlChange("\(device.name) follows its image\(size.map { ", grown to \($0) bytes" } ?? "")") {
+        // To follow an image changes no file.
+        let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
+        let reason = size == nil ? nil : actions.adminReason(image: device.path ?? "", of: guest)
+        return ControlChange(
+          "\(device.guestName)/\(device.name) takes the size of its image\(size.map { ", grown to \($0) bytes" } ?? "")",
+          adminReason: reason
+        ) {
           actions.resize(device.key, backend, to: size)
           return ["accepted": true]
         }
@@ -130,8 +137,8 @@ extension SupervisorControl {
   private static func attach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.attach",
-      "Gives a guest a disk while it runs: fills a spare disk of its profile ('spareDisks'), whose size the guest's driver sees change. "
-        + "Event device.attached or device.notAttached tells the outcome.",
+      "Gives a running guest a disk: fills a spare disk of its profile ('spareDisks'), whose size the guest's driver sees change. "
+        + "Images that 'spareImages' of the profile does not list require role admin. Event device.attached or device.notAttached tells the outcome.",
       parameters: [
         guestParameter,
         ControlParameter(
@@ -167,7 +174,10 @@ extension SupervisorControl {
       var limits: RateLimits?
       if parameters["limits"] != nil { limits = try Self.limits(RateLimits(), parameters) }
       let chosen = limits
-      return ControlChange("\(guest.name)/\(spare.name) becomes \(image), by a change of its size") {
+      return ControlChange(
+        "\(guest.name)/\(spare.name) becomes \(image), by a change of its size",
+        adminReason: actions.adminReason(image: image, of: guest)
+      ) {
         actions.fill(spare.key, image: image, limits: chosen)
         return ["accepted": true, "device": .string(spare.name), "way": "spare slot, config-change"]
       }

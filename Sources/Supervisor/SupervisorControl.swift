@@ -15,14 +15,15 @@ package enum SupervisorControl {
     "device", "string", required: true, "Name (xvde) or number of the device.")
 
   package static func methods(
-    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions(), consoleFolder: String? = nil
+    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions(), consoleFolder: String? = nil,
+    audit: AuditLog? = nil
   )
     -> ControlMethods
   {
     ControlMethods(
       readings(board, isSimulated, actions) + [consoleMethod(board, consoleFolder)] + deviceChanges(board, actions)
         + networkChanges(board, actions) + daemonChanges(board, actions),
-      version: version)
+      version: version, audit: { audit?.write($0) })
   }
 
   private static func readings(_ board: StatusBoard, _ isSimulated: Bool, _ actions: Actions) -> [ControlMethod] {

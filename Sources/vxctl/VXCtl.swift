@@ -16,7 +16,7 @@ struct VXCtl: ParsableCommand {
     version: "0.2.0",
     subcommands: [
       Status.self, List.self, Show.self, Top.self, Events.self, Explain.self, Doctor.self, Attach.self, Detach.self,
-      Reattach.self,
+      Reattach.self, Identify.self,
       Console.self, Link.self, Resize.self, Limit.self, Pause.self, Resume.self, Restart.self, Device.self, Config.self,
       Reload.self,
       MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self,

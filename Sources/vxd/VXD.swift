@@ -42,7 +42,8 @@ enum VXD {
     let board = StatusBoard()
     let actions = SupervisorControl.Actions(profilePath: options.profiles, profiles: options.settings.profiles)
     let methods = SupervisorControl.methods(
-      board: board, isSimulated: options.simulate, actions: actions, consoleFolder: options.consoleFolder)
+      board: board, isSimulated: options.simulate, actions: actions, consoleFolder: options.consoleFolder,
+      audit: AuditLog(log, board))
     let control: ControlServer
     do throws(Errno) {
       try makeFolder(of: options.socket)
@@ -68,7 +69,7 @@ enum VXD {
         guard mkdir(options.consoleFolder, 0o750) == 0 || errno == EEXIST else { throw Errno.last }
         settings.consoleFolder = options.consoleFolder
         let access = options.access
-        settings.mayAttachConsoles = { access.role(of: $0) >= .operate }
+        settings.mayAttachConsoles = { access.caller(of: $0).role >= .operate }
       } catch {
         throw OptionFault("--state \(options.state): \(error)")
       }

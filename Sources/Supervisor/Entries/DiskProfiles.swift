@@ -39,12 +39,18 @@ package struct DiskProfiles: Equatable, Sendable {
     var limits = RateLimits()
     /// Disks of no size that `vxctl attach` fills.
     var spareDisks = 0
+    /// What role operate may attach there.
+    var spareImages = SpareImages()
     /// Network, console and entropy devices.
     var devices: [DeclaredDevice] = []
   }
 
+  /// Devices of a guest at most.
+  private static let deviceLimit = 64
   private var entries: [Entry] = []
   private var guestEntries: [GuestEntry] = []
+  /// How much there is to look at for each device.
+  var count: Int { entries.count + guestEntries.count }
   /// Limits of all guests together.
   private(set) var daemonLimits = RateLimits()
 
@@ -136,14 +142,18 @@ package struct DiskProfiles: Equatable, Sendable {
         case "guest": entry.pattern = try Self.pattern(member.value, field)
         case "limits": try entry.options.limits.change(member.value, field)
         case "spareDisks": entry.options.spareDisks = Int(try OptionReader.number(member.value, field, 0...16))
+        case "spareImages": entry.options.spareImages = try SpareImages(member.value, field)
         case "devices":
           for (index, value) in try OptionReader.array(member.value, field).enumerated() {
+            guard index < Self.deviceLimit else {
+              throw ProfileFault(field: field, reason: "expected at most \(Self.deviceLimit) devices")
+            }
             let device = try DeclaredDevice(value, "\(field)[\(index)]", after: entry.options.devices)
             entry.options.devices.append(device)
           }
         default:
           throw ProfileFault(
-            field: field, reason: "there is no such option; guest, limits, spareDisks and devices are")
+            field: field, reason: "there is no such option; guest, limits, spareDisks, spareImages and devices are")
         }
       }
       guestEntries.append(entry)
@@ -156,6 +166,9 @@ package struct DiskProfiles: Equatable, Sendable {
       Self.matches(entry.pattern, guest) || uuid.map { Self.matches(entry.pattern, $0) } == true
     }?.options ?? GuestOptions()
   }
+
+  /// Whether a guest is called by its number, as in a driver domain, where that matches nothing.
+  var namesNumbers: Bool { (entries.map(\.guest) + guestEntries.map(\.pattern)).contains { $0.hasPrefix("domain-") } }
 
   /// Whether any guest has devices that vxd is to make.
   var declaresDevices: Bool { guestEntries.contains { $0.options.devices.contains(where: \.isCreated) } }

@@ -122,6 +122,7 @@ int clinux_open_pty(char *name, uint32_t capacity) {
   return -failure;
 }
 
+int clinux_o_path(void) { return O_PATH; }
 int clinux_o_direct(void) { return O_DIRECT; }
 
 int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); }
