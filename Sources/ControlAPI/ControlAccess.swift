@@ -16,7 +16,7 @@ package enum ControlRole: Int, Comparable, Sendable, CaseIterable {
   package static func < (left: ControlRole, right: ControlRole) -> Bool { left.rawValue < right.rawValue }
 }
 
-/// Who gets which role. Root and the daemon's own user are admin; others have the best role of their groups; anyone who can connect
+/// Which role a user has. Root and the daemon's own user are admin; others have the best role of their groups; anyone who can connect
 /// has role view.
 package struct ControlAccess: Equatable, Sendable {
   package var operators: Set<UInt32> = []
@@ -50,7 +50,7 @@ package struct ControlAccess: Equatable, Sendable {
   }
 }
 
-/// Who calls: what the kernel says of the process that connected, and the role that follows from it.
+/// The caller: the credentials of the process that connected, as the kernel reports them, and the resulting role.
 package struct ControlCaller: Equatable, Sendable {
   package var role: ControlRole
   package var user: UInt32

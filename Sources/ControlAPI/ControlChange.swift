@@ -18,7 +18,7 @@ package struct ControlChange: Sendable {
   }
 }
 
-/// A change that somebody asked for, for the log.
+/// A requested change, for the audit log.
 package struct ControlAudit: Sendable {
   package enum Outcome: Sendable {
     /// Accepted, and about to be carried out; with its summary.

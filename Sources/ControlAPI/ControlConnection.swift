@@ -32,7 +32,7 @@ package final class ControlConnection {
   private var unread = 0
   /// When the client last took something of what waits for it, or nothing waited: monotonic nanoseconds.
   private(set) var lastProgress = EventLoop.now()
-  /// Messages answered at a time, so that a client with many holds up nobody else's; fewer when they take long.
+  /// Messages answered at a time, so that one client with many does not delay others; fewer when they take long.
   private static let turn = 16
   private static let turnNanoseconds: UInt64 = 2_000_000
   /// Bytes that may wait for a client; one that lets more pile up is dropped.
@@ -84,7 +84,7 @@ package final class ControlConnection {
     for case .message(let message) in pending { unread += message.count }
   }
 
-  /// Nobody reads any more.
+  /// The client no longer reads.
   func hungUp() {
     isGone = true
     (outgoing, sent) = ([], 0)

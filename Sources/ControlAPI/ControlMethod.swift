@@ -25,7 +25,7 @@ package struct ControlMethod: Sendable {
   package var role: ControlRole
   /// Whether it changes anything, and so takes `dryRun` and `idempotencyKey`.
   package var isChange: Bool
-  /// Never waits: it reads what is published. Tells of a change before it is carried out.
+  /// Never waits: it reads published values. Reports a change before it is carried out.
   var body:
     @Sendable (
       _ parameters: JSONValue, _ caller: ControlCaller, _ accepted: (_ summary: String) -> Void

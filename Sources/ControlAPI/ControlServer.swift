@@ -38,7 +38,7 @@ package final class ControlServer: @unchecked Sendable {
     package init() {}
   }
 
-  /// Listens on a Unix socket, replacing one that nobody listens on any more.
+  /// Listens on a Unix socket, replacing a stale one that has no listener.
   ///
   /// - Parameters:
   ///   - inherited: a socket that listens already, of the service manager; nil to make one.
@@ -97,7 +97,7 @@ package final class ControlServer: @unchecked Sendable {
     settle(connection)
   }
 
-  /// Why somebody is turned away; nil when there is room.
+  /// Why a connection is refused; nil if there is room.
   private func refusal(of caller: ControlCaller) -> String? {
     guard caller.role < .admin else {
       return clients.count < bounds.clients ? nil : "vxd has \(bounds.clients) connections, which is the limit"

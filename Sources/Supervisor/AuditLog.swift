@@ -22,26 +22,47 @@ package final class AuditLog: Sendable {
   }
 
   package func write(_ entry: ControlAudit) {
-    let caller = entry.caller
-    var metadata: Logger.Metadata = [
-      "VXD_METHOD": "\(entry.method)", "CALLER_UID": "\(caller.user)", "CALLER_GID": "\(caller.group)",
-      "CALLER_PID": "\(caller.process)", "CALLER_ROLE": "\(caller.role.name)",
-    ]
+    let who = Self.who(entry.caller)
+    let result: String
+    let text: String
+    switch entry.outcome {
+    case .accepted(let summary):
+      result = "accepted"
+      text = "control: \(who): \(entry.method) accepted: \(Self.cut(summary))"
+    case .refused(let fault):
+      guard let note = mayRefuse(entry.caller.user) else { return }
+      result = "refused"
+      text = "control: \(who): \(entry.method) refused: \(Self.cut(fault.message))\(note)"
+    }
+    var metadata = Self.fields(entry.caller, method: entry.method, result: result)
+    if case .refused(let fault) = entry.outcome { metadata["VXD_ERROR"] = "\(fault.code)" }
     let subject = Self.subject(entry.parameters, board.current)
     if let guest = subject.guest { metadata["GUEST"] = "\(guest)" }
     if let device = subject.device { metadata["DEVICE"] = "\(device)" }
-    let who = "uid \(caller.user) (pid \(caller.process), gid \(caller.group), role \(caller.role.name))"
-    switch entry.outcome {
-    case .accepted(let summary):
-      metadata["VXD_RESULT"] = "accepted"
-      log.notice("control: \(who): \(entry.method) accepted: \(Self.cut(summary))", metadata: metadata)
-    case .refused(let fault):
-      guard let note = mayRefuse(caller.user) else { return }
-      metadata["VXD_RESULT"] = "refused"
-      metadata["VXD_ERROR"] = "\(fault.code)"
-      log.warning(
-        "control: \(who): \(entry.method) refused: \(Self.cut(fault.message))\(note)", metadata: metadata)
-    }
+    log.log(level: result == "accepted" ? .notice : .warning, "\(text)", metadata: metadata)
+  }
+
+  /// Whether a client may attach to a console, on which it can type.
+  package func mayAttachToConsole(_ caller: ControlCaller) -> Bool {
+    let isAllowed = caller.role >= .operate
+    let note = isAllowed ? "" : mayRefuse(caller.user)
+    guard let note else { return isAllowed }
+    log.log(
+      level: isAllowed ? .notice : .warning,
+      "control: \(Self.who(caller)): console \(isAllowed ? "attached" : "refused")\(note)",
+      metadata: Self.fields(caller, method: "console", result: isAllowed ? "accepted" : "refused"))
+    return isAllowed
+  }
+
+  private static func who(_ caller: ControlCaller) -> String {
+    "uid \(caller.user) (pid \(caller.process), gid \(caller.group), role \(caller.role.name))"
+  }
+
+  private static func fields(_ caller: ControlCaller, method: String, result: String) -> Logger.Metadata {
+    [
+      "VXD_METHOD": "\(method)", "VXD_RESULT": "\(result)", "CALLER_UID": "\(caller.user)",
+      "CALLER_GID": "\(caller.group)", "CALLER_PID": "\(caller.process)", "CALLER_ROLE": "\(caller.role.name)",
+    ]
   }
 
   /// Whether one more refusal of a user is written down: 20 in a minute.

@@ -137,7 +137,7 @@ extension SupervisorControl {
   private static func attach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.attach",
-      "Gives a running guest a disk: fills a spare disk of its profile ('spareDisks'), whose size the guest's driver sees change. "
+      "Attaches a disk to a running guest: fills a spare disk of its profile ('spareDisks'); the guest's driver sees its size change. "
         + "Images that 'spareImages' of the profile does not list require role admin. Event device.attached or device.notAttached tells the outcome.",
       parameters: [
         guestParameter,
@@ -187,8 +187,8 @@ extension SupervisorControl {
   private static func detach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.detach",
-      "Takes a disk that was attached at run time away: its size becomes 0. Waits for the requests under way, up to a deadline; what is left "
-        + "then fails. Event device.detached tells the end.",
+      "Detaches a disk that was attached at run time: its size becomes 0. Waits for requests in flight up to a deadline; the rest then "
+        + "fail. Event device.detached reports the end.",
       parameters: [
         guestParameter, deviceParameter,
         ControlParameter("seconds", "integer", required: false, "The deadline, 0 to 3600; 10 by default."),

@@ -90,7 +90,7 @@ struct Attach: ParsableCommand {
     case console
     case entropy
 
-    /// What it is in Xenstore, when it is no disk.
+    /// Its type in Xenstore, unless it is a disk.
     var generic: ToolstackDevice.GenericType? {
       switch self {
       case .disk: nil

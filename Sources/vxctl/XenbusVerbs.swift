@@ -159,7 +159,7 @@ struct Identify: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Tell driver domains the UUIDs of their guests, so that profiles there apply; in dom0.",
     discussion: """
-      A driver domain cannot read names and UUIDs of guests, and domain numbers are assigned anew. 'vxctl attach' and 'vxctl reattach' do \
+      A driver domain cannot read names and UUIDs of guests, and domain numbers are reassigned after a reboot. 'vxctl attach' and 'vxctl reattach' do \
       this for their devices; devices of a guest's xl configuration need it once after each start of the guest. Limits apply at once, \
       other options before the guest's driver connects, or after 'vxctl restart'.
       """)

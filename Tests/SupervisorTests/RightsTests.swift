@@ -146,6 +146,26 @@ import Xen
     #expect(taken["dryRun"] == true)
   }
 
+  /// A tenant chooses names: a guest that is called by another's number is not taken for it.
+  @Test func guestCalledByTheNumberOfAnotherIsNotTakenForIt() throws {
+    let (world, methods) = try world("")
+    defer { world.end() }
+    _ = try world.domain(6, name: "5")
+    try world.toolstack.attach(disk: "xvde", image: world.image("other.img"), to: 6)
+    #expect(eventually { world.state("name:5", "xvde") == "ready" })
+    func name(_ guest: String) -> JSONValue? {
+      let answer = call(methods, "device.list", ["guest": .string(guest)])
+      return answer["code"] ?? answer.arrayValue?.first?["domain"]
+    }
+    #expect(name("5") == -32602)
+    #expect(name("id:5") == 5)
+    #expect(name("name:5") == 6)
+    #expect(name("web1") == 5)
+    #expect(name("6") == 6)
+    #expect(name("name:6") == -32001)
+    #expect(name("id:x") == -32001)
+  }
+
   // MARK: Who asked
 
   @Test func changesAreWrittenDownWithWhoAskedForThem() throws {
@@ -163,7 +183,7 @@ import Xen
     ] { #expect("\(accepted.fields[field] ?? "")" == value, "\(field)") }
     // Refusals too, by role or for another reason; what was written is cut and cannot change a terminal.
     #expect(call(methods, "system.shutdown", [:])["code"] == -32005)
-    #expect(call(methods, "device.pause", ["guest": "web1", "device": "xvde"])["code"] == -32002)
+    #expect(call(methods, "device.detach", ["guest": "web1", "device": "xvde"])["code"] == -32006)
     let long = "\u{1b}[2J" + String(repeating: "x", count: 3000)
     #expect(call(methods, "device.pause", ["guest": .string(long), "device": "xvde"])["code"] == -32001)
     let refused = lines.all.dropFirst()
@@ -174,7 +194,8 @@ import Xen
       refused.last.map { $0.text.utf8.count < 500 && !$0.text.contains("\u{1b}") && $0.fields["GUEST"] == nil } == true)
     // What changes nothing is not.
     _ = call(methods, "device.list", [:])
-    _ = call(methods, "device.resume", ["guest": "web1", "device": "xvde", "dryRun": true])
+    let limits: JSONValue = ["guest": "web1", "device": "xvde", "limits": ["readOps": 5], "dryRun": true]
+    #expect(call(methods, "device.limit", limits)["dryRun"] == true)
     #expect(lines.all.count == 4)
     // Once, however often its answer is asked for.
     for _ in 0..<3 {
@@ -185,6 +206,16 @@ import Xen
         ])
     }
     #expect(lines.all.count == 5)
+  }
+
+  @Test func whoAttachesToAConsoleIsWrittenDown() throws {
+    let lines = lines
+    let audit = AuditLog(Logger(label: "test") { _ in Handler(lines: lines) }, StatusBoard())
+    for (role, isAllowed) in [(ControlRole.view, false), (.operate, true), (.admin, true)] {
+      #expect(audit.mayAttachToConsole(ControlCaller(role: role, user: 1000, group: 100, process: 7)) == isAllowed)
+      #expect(lines.all.last?.text.contains(isAllowed ? "console attached" : "console refused") == true)
+      #expect("\(lines.all.last?.fields["CALLER_UID"] ?? "")" == "1000")
+    }
   }
 
   @Test func refusalsFloodNoLog() throws {

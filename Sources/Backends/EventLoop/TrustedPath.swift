@@ -49,8 +49,8 @@ package struct TrustedPath: ~Copyable {
         return
       }
       let next: Int32
-      do throws(Fault) { next = try Self.step(folder.raw, name, O_NOFOLLOW) } catch {
-        // Who makes the file needs its place.
+      do throws(Fault) { next = try Self.step(folder.raw, name, isLast: isLast) } catch {
+        // A file that is to be created has a place all the same.
         guard isLast, error.errno.code == ENOENT else { throw error }
         self.folder = folder
         self.name = name
@@ -89,6 +89,17 @@ package struct TrustedPath: ~Copyable {
       return try retrying { openat(folder, name, clinux_o_path() | O_CLOEXEC | flags) }
     } catch {
       throw Fault(error)
+    }
+  }
+
+  /// One component, which may be a link. O_DIRECTORY has the kernel mount what is to be mounted there (autofs), and refuses links.
+  private static func step(_ folder: Int32, _ name: String, isLast: Bool) throws(Fault) -> Int32 {
+    guard !isLast else { return try step(folder, name, O_NOFOLLOW) }
+    do throws(Fault) {
+      return try step(folder, name, O_NOFOLLOW | O_DIRECTORY)
+    } catch {
+      guard error.errno.code == ENOTDIR else { throw error }
+      return try step(folder, name, O_NOFOLLOW)
     }
   }
 
