@@ -1,10 +1,12 @@
 # vxd: `make demo` shows it, `make test` proves it. Both install what they need (Debian 12, as root).
 
 SHELL := /bin/bash
-SWIFT_RELEASE := -c release --static-swift-stdlib
+# Paths of the machine are no part of what is built: the same sources give the same bits anywhere.
+PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-map=$(CURDIR)=.
+SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP)
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
+.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb deb-trixie
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -16,13 +18,15 @@ help:
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
-	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
+	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb; make deb-trixie those for Debian 13'
 	@echo 'make install  the same files below DESTDIR (default /)'
 
 deps:
 	@deploy/build/install-dependencies
 
 build: deps
+	swift package resolve
+	deploy/build/check-dependencies
 	swift build $(SWIFT_RELEASE) --product vxd
 	swift build $(SWIFT_RELEASE) --product vxctl
 
@@ -115,6 +119,11 @@ deb: build
 	@deploy/build/install-dependencies debhelper dh-dkms lintian
 	deploy/debian/build
 	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file build/deb/*.deb
+
+# The same for Debian 13, in a chroot of it.
+deb-trixie:
+	@deploy/build/install-dependencies debootstrap
+	deploy/debian/build-for trixie
 
 clean:
 	rm -rf .build build

@@ -5,9 +5,9 @@ import Glibc
 package final class ControlClient {
   /// Why a call has no result.
   package enum Failure: Error {
-    /// Nobody listens on the socket.
+    /// The socket has no listener.
     case unreachable(path: String, reason: String)
-    /// No answer in time, or one that is no JSON-RPC.
+    /// No answer in time, or an answer that is not JSON-RPC.
     case protocolBroken(String)
     /// The daemon refused.
     case refused(ControlFault)

@@ -6,12 +6,14 @@ import Glibc
 package final class ControlConnection {
   private let descriptor: OwnedDescriptor
   private let methods: ControlMethods
-  private let role: ControlRole
+  package let caller: ControlCaller
   private let history: EventHistory
   private var reader = FrameReader()
   private var outgoing: [UInt8] = []
   private var sent = 0
   var token: EventLoop.Token?
+  /// What of `held` is in the server's sum.
+  var counted = 0
   package private(set) var isSubscribed = false
   /// The first event that a slow subscriber missed; 0 when it missed none.
   private var missedFrom: Int64 = 0
@@ -26,27 +28,37 @@ package final class ControlConnection {
   /// Messages that were read and wait for room for their answers, from `next` on.
   private var pending: [FrameReader.Item] = []
   private var next = 0
-  /// Messages answered at a time, so that a client with many holds up nobody else's.
+  /// Bytes of the pending messages.
+  private var unread = 0
+  /// When the client last took something of what waits for it, or nothing waited: monotonic nanoseconds.
+  private(set) var lastProgress = EventLoop.now()
+  /// Messages answered at a time, so that one client with many does not delay others; fewer when they take long.
   private static let turn = 16
+  private static let turnNanoseconds: UInt64 = 2_000_000
   /// Bytes that may wait for a client; one that lets more pile up is dropped.
-  private static let outgoingLimit = 8 << 20
+  package static let outgoingLimit = 8 << 20
   /// Above this no further request is read until some of it is taken.
   private static let outgoingPause = 1 << 20
   /// Above this a subscriber's events are left out, and it is told so.
   private static let eventPause = 1 << 18
 
   package init(
-    _ descriptor: consuming OwnedDescriptor, methods: ControlMethods, role: ControlRole, history: EventHistory
+    _ descriptor: consuming OwnedDescriptor, methods: ControlMethods, caller: ControlCaller, history: EventHistory
   ) {
     self.descriptor = descriptor
     self.methods = methods
-    self.role = role
+    self.caller = caller
     self.history = history
   }
 
   var raw: Int32 { descriptor.raw }
 
   private var waiting: Int { outgoing.count - sent }
+
+  var isWaiting: Bool { waiting > 0 }
+
+  /// Bytes that are kept for the client: what waits to be sent, and what it sent and was not answered yet.
+  package var held: Int { outgoing.count + unread + reader.held }
 
   private var hasPending: Bool { next < pending.count }
 
@@ -60,7 +72,7 @@ package final class ControlConnection {
 
   package func receive() {
     guard !hasPending, !hasEnded else { return }
-    (pending, next) = ([], 0)
+    (pending, next, unread) = ([], 0, 0)
     var buffer = [UInt8](repeating: 0, count: 65536)
     let count = read(raw, &buffer, buffer.count)
     if count < 0 && errno != EAGAIN && errno != EINTR { isOver = true }
@@ -69,9 +81,10 @@ package final class ControlConnection {
       if let last = reader.finish() { pending.append(last) }
     }
     if count > 0 { pending += reader.append(buffer[..<count]) }
+    for case .message(let message) in pending { unread += message.count }
   }
 
-  /// Nobody reads any more.
+  /// The client no longer reads.
   func hungUp() {
     isGone = true
     (outgoing, sent) = ([], 0)
@@ -80,7 +93,8 @@ package final class ControlConnection {
   /// Answers some of what was read, as far as there is room.
   private func work() {
     var left = Self.turn
-    while left > 0, mayAnswer {
+    let end = EventLoop.now() + Self.turnNanoseconds
+    while left > 0, mayAnswer, left == Self.turn || EventLoop.now() < end {
       left -= 1
       next += 1
       switch pending[next - 1] {
@@ -93,11 +107,12 @@ package final class ControlConnection {
               remedy: "send messages of at most 1 MiB"), id: .null))
       }
     }
+    if !hasPending { (pending, next, unread) = ([], 0, 0) }
   }
 
   private func answer(_ message: [UInt8]) {
     var replayAfter: Int64?
-    let answer = methods.answer(message, role: role) { parameters throws(ControlFault) in
+    let answer = methods.answer(message, from: caller) { parameters throws(ControlFault) in
       let after = parameters["after"]?.integerValue
       guard after ?? 0 >= 0 else {
         throw .invalidParameters("'after' must be the number of an event, 0 or more", field: "after")
@@ -136,6 +151,7 @@ package final class ControlConnection {
 
   private func send(_ message: JSONValue) {
     guard !isGone else { return }
+    if waiting == 0 { lastProgress = EventLoop.now() }
     outgoing.append(contentsOf: JSONText.text(message).utf8)
     outgoing.append(0x0a)
     if waiting > Self.outgoingLimit { isOver = true }
@@ -163,9 +179,14 @@ package final class ControlConnection {
         break
       }
       sent += count
+      lastProgress = EventLoop.now()
     }
     if waiting == 0 {
       outgoing.removeAll(keepingCapacity: outgoing.count < 65536)
+      sent = 0
+    } else if sent >= Self.outgoingPause {
+      // A client that always leaves something would have all that it ever got kept here.
+      outgoing.removeFirst(sent)
       sent = 0
     }
   }

@@ -42,6 +42,16 @@ package struct ControlFault: Error, Equatable {
       data: ["field": .string("params.\(field)"), "remedy": "guest.list and device.list name what exists"])
   }
 
+  /// What the caller's role does not allow.
+  package static func denied(_ message: String, _ role: ControlRole) -> ControlFault {
+    ControlFault(
+      code: -32005, message: "permission denied: \(message)",
+      data: [
+        "field": "method",
+        "remedy": .string("run it as root, or as a member of a group of vxd's --\(role.name)-group"),
+      ])
+  }
+
   package var json: JSONValue {
     var members: [JSONValue.Member] = [
       .init(name: "code", value: .integer(code)), .init(name: "message", value: .string(message)),

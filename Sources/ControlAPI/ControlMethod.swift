@@ -25,8 +25,11 @@ package struct ControlMethod: Sendable {
   package var role: ControlRole
   /// Whether it changes anything, and so takes `dryRun` and `idempotencyKey`.
   package var isChange: Bool
-  /// Never waits: it reads what is published.
-  package var body: @Sendable (_ parameters: JSONValue) throws(ControlFault) -> JSONValue
+  /// Never waits: it reads published values. Reports a change before it is carried out.
+  var body:
+    @Sendable (
+      _ parameters: JSONValue, _ caller: ControlCaller, _ accepted: (_ summary: String) -> Void
+    ) throws(ControlFault) -> JSONValue
 
   package init(
     _ name: String, _ summary: String, parameters: [ControlParameter] = [], result: JSONValue,
@@ -36,7 +39,7 @@ package struct ControlMethod: Sendable {
     self.summary = summary
     self.parameters = parameters
     self.result = result
-    self.body = body
+    self.body = { parameters, _, _ throws(ControlFault) in try body(parameters) }
     role = .view
     isChange = false
   }
@@ -59,9 +62,13 @@ package struct ControlMethod: Sendable {
           "A key for this change: repeating the request with the same key has no further effect."),
       ]
     result = ["type": "object"]
-    body = { parameters throws(ControlFault) in
+    body = { parameters, caller, accepted throws(ControlFault) in
       let change = try plan(parameters)
+      if let reason = change.adminReason, caller.role < .admin {
+        throw .denied("\(reason); this requires role admin, you have \(caller.role.name)", .admin)
+      }
       if parameters["dryRun"]?.boolValue == true { return ["dryRun": true, "would": .string(change.summary)] }
+      accepted(change.summary)
       return change.perform()
     }
     self.role = role
@@ -109,10 +116,17 @@ package struct ControlMethods: Sendable {
   /// What `rpc.discover` answers.
   package let discovery: JSONValue
   private let keys = IdempotencyStore()
+  private let audit: @Sendable (ControlAudit) -> Void
   /// Requests in one batch at most.
   private static let batchLimit = 64
+  /// Bytes of the answers to one batch, from which on the rest of its requests is refused.
+  private static let batchBytes = 4 << 20
 
-  package init(_ list: [ControlMethod], version: String) {
+  /// - Parameter audit: told of each change before it is carried out, and of each that is refused; not of dry runs that succeed.
+  package init(
+    _ list: [ControlMethod], version: String, audit: @escaping @Sendable (ControlAudit) -> Void = { _ in }
+  ) {
+    self.audit = audit
     for method in list { methods[method.name] = method }
     order = list.map(\.name)
     let description: JSONValue = [
@@ -130,10 +144,11 @@ package struct ControlMethods: Sendable {
   /// Answers one message: a request, a notification (no answer) or a batch of them.
   ///
   /// - Parameters:
-  ///   - role: what the sender may do.
-  ///   - subscribe: what `event.subscribe` does for the sender, and its result; throws for parameters that make no sense.
+  ///   - caller: who sends it.
+  ///   - subscribe: what `event.subscribe` does for the sender, and its result; throws for wrong parameters.
   package func answer(
-    _ message: [UInt8], role: ControlRole = .admin, subscribe: (JSONValue) throws(ControlFault) -> JSONValue
+    _ message: [UInt8], from caller: ControlCaller = ControlCaller(role: .admin),
+    subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     let value: JSONValue
     do throws(JSONText.Fault) {
@@ -147,34 +162,54 @@ package struct ControlMethods: Sendable {
         }
       return Self.reply(error: fault, id: .null)
     }
-    guard case .array(let requests) = value else { return one(value, role, subscribe) }
+    guard case .array(let requests) = value else { return one(value, caller, subscribe) }
     guard !requests.isEmpty, requests.count <= Self.batchLimit else {
       return Self.reply(
         error: .invalidRequest(
           "a batch of \(requests.count) requests", field: "message", remedy: "send 1 to \(Self.batchLimit) requests"),
         id: .null)
     }
-    let answers = requests.compactMap { one($0, role, subscribe) }
+    var answers: [JSONValue] = []
+    var bytes = 0
+    for request in requests {
+      let answer =
+        bytes < Self.batchBytes
+        ? one(request, caller, subscribe)
+        : refuse(
+          request,
+          ControlFault(
+            code: -32007,
+            message: "the answers to the earlier requests of this batch have \(bytes) bytes; the rest is not done",
+            data: ["field": "message", "remedy": "send these requests one by one"]))
+      guard let answer else { continue }
+      bytes += JSONText.text(answer).utf8.count
+      answers.append(answer)
+    }
     return answers.isEmpty ? nil : .array(answers)
   }
 
   private func one(
-    _ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
+    _ request: JSONValue, _ caller: ControlCaller, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
-    let id = request["id"]
     do throws(ControlFault) {
-      let result = try perform(request, role, subscribe)
-      guard let id else { return nil }
+      let result = try perform(request, caller, subscribe)
+      guard let id = request["id"] else { return nil }
       return ["jsonrpc": "2.0", "result": result, "id": id]
     } catch {
-      // A notification is a request without an id, whatever else is wrong with it (JSON-RPC 2.0, 4.1). What is no request at all is answered.
-      if id == nil, request["jsonrpc"]?.stringValue == "2.0", request["method"]?.stringValue != nil { return nil }
-      return Self.reply(error: error, id: id ?? .null)
+      return refuse(request, error)
     }
   }
 
+  private func refuse(_ request: JSONValue, _ fault: ControlFault) -> JSONValue? {
+    let id = request["id"]
+    // A notification is a request without an id, whatever else is wrong with it (JSON-RPC 2.0, 4.1). Anything that is not a request at all
+    // is answered.
+    if id == nil, request["jsonrpc"]?.stringValue == "2.0", request["method"]?.stringValue != nil { return nil }
+    return Self.reply(error: fault, id: id ?? .null)
+  }
+
   private func perform(
-    _ request: JSONValue, _ role: ControlRole, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
+    _ request: JSONValue, _ caller: ControlCaller, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) throws(ControlFault) -> JSONValue {
     guard case .object = request else {
       throw .invalidRequest("a request must be an object", field: "message", remedy: "see JSON-RPC 2.0, section 4")
@@ -201,24 +236,45 @@ package struct ControlMethods: Sendable {
         code: -32602, message: "'params' must be an object, not \(other.kind)",
         data: ["field": "params", "remedy": "give parameters by name; rpc.discover describes them"])
     }
-    guard role >= method.role else {
-      throw ControlFault(
-        code: -32005, message: "permission denied: '\(name)' requires role \(method.role.name); you have \(role.name)",
-        data: [
-          "field": "method",
-          "remedy": .string("run it as root, or as a member of a group of vxd's --\(method.role.name)-group"),
-        ])
+    guard method.isChange else {
+      try method.check(parameters)
+      if name == "event.subscribe" { return try subscribe(parameters) }
+      return try method.body(parameters, caller) { _ in }
+    }
+    do throws(ControlFault) {
+      return try change(method, parameters, caller)
+    } catch {
+      audit(ControlAudit(caller: caller, method: name, parameters: parameters, outcome: .refused(error)))
+      throw error
+    }
+  }
+
+  private func change(
+    _ method: ControlMethod, _ parameters: JSONValue, _ caller: ControlCaller
+  ) throws(ControlFault) -> JSONValue {
+    guard caller.role >= method.role else {
+      throw .denied("'\(method.name)' requires role \(method.role.name); you have \(caller.role.name)", method.role)
     }
     try method.check(parameters)
-    if name == "event.subscribe" { return try subscribe(parameters) }
-    guard method.isChange, let key = parameters["idempotencyKey"]?.stringValue, parameters["dryRun"]?.boolValue != true
-    else { return try method.body(parameters) }
+    func perform() throws(ControlFault) -> JSONValue {
+      try method.body(parameters, caller) { summary in
+        audit(
+          ControlAudit(caller: caller, method: method.name, parameters: parameters, outcome: .accepted(summary)))
+      }
+    }
+    guard let key = parameters["idempotencyKey"]?.stringValue, parameters["dryRun"]?.boolValue != true else {
+      return try perform()
+    }
     guard !key.isEmpty, key.utf8.count <= 128 else {
       throw .invalidParameters("'idempotencyKey' must have 1 to 128 bytes", field: "idempotencyKey")
     }
-    return try keys.once(key, "\(name) \(JSONText.text(parameters))") { () throws(ControlFault) in
-      try method.body(parameters)
+    let request = "\(method.name) \(JSONText.text(parameters))"
+    guard request.utf8.count <= IdempotencyStore.requestLimit else {
+      throw .invalidParameters(
+        "a request with an idempotency key must be at most \(IdempotencyStore.requestLimit) bytes long, not "
+          + "\(request.utf8.count)", field: "idempotencyKey")
     }
+    return try keys.once(key, by: caller.user, request, perform)
   }
 
   static func reply(error: ControlFault, id: JSONValue) -> JSONValue {

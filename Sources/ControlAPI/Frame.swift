@@ -13,6 +13,9 @@ package struct FrameReader {
   private var pending: [UInt8] = []
   private var isSkipping = false
 
+  /// Bytes of the message that has begun.
+  package var held: Int { pending.count }
+
   package init() {}
 
   /// Takes bytes in and gives the items that are complete.

@@ -3,7 +3,7 @@
 ///
 /// Also marks integers that do not fit 64 bits, which json-c would clip: with an exponent they are kept as they are written.
 struct JSONScanner {
-  /// Behind integers that do not fit; `1E+0` in a text of somebody's means the same number without it.
+  /// Appended to integers that do not fit; a text that has it already means the same number without it.
   static let mark = "e+0"
 
   private let text: [UInt8]

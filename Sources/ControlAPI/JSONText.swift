@@ -22,14 +22,14 @@ package enum JSONText {
 
   /// Reads one JSON value (RFC 8259).
   ///
-  /// - Throws: for text that is no JSON value, has something behind it, is nested too deep, or is not UTF-8.
+  /// - Throws: for text that is not a JSON value, is followed by something else, is nested too deep, or is not UTF-8.
   package static func parse(_ text: [UInt8]) throws(Fault) -> JSONValue {
     guard text.contains(where: { $0 != 0x20 && $0 != 0x09 && $0 != 0x0d && $0 != 0x0a }) else { throw .empty }
     let prepared = try JSONScanner.prepare(text)
     guard let tokener = json_tokener_new_ex(depthLimit) else { throw .syntax("out of memory", offset: 0) }
     defer { json_tokener_free(tokener) }
     json_tokener_set_flags(tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8)
-    // A newline behind the text ends a bare number, which json-c would else go on reading.
+    // A newline after the text ends a bare number, which json-c would otherwise continue to read.
     let terminated = prepared + [0x0a]
     let object = terminated.withUnsafeBytes {
       json_tokener_parse_ex(tokener, $0.bindMemory(to: CChar.self).baseAddress, Int32(clamping: $0.count))

@@ -12,7 +12,7 @@ struct MetricsRequest {
   func values(_ name: String) -> [String] { fields.filter { $0.name == name }.map(\.value) }
 
   /// - Parameter head: up to the empty line. Lines end with CR LF, or LF alone (RFC 9112, 2.2).
-  /// - Returns: nil for what is no request of HTTP/1.
+  /// - Returns: nil if the text is not an HTTP/1 request.
   init?(_ head: [UInt8]) {
     let lines = String(decoding: head, as: UTF8.self).unicodeScalars.split(separator: "\n").map { line in
       Substring(line.last == "\r" ? line.dropLast() : line)

@@ -3,7 +3,7 @@ package import EventLoop
 import Glibc
 
 /// Answers HTTP GET and HEAD of /metrics with a text: on a Unix socket and, where wanted, on a TCP port of the loopback. One request a
-/// connection (HTTP/1.0 with Connection: close, which scrapers and curl take). Who asks for OpenMetrics gets it, others Prometheus' text
+/// connection (HTTP/1.0 with Connection: close, which scrapers and curl take). Clients that ask for OpenMetrics get it, others Prometheus' text
 /// format.
 package final class MetricsServer: @unchecked Sendable {
   // Invariant behind @unchecked Sendable: everything but the immutable parts is touched on the server's thread only.
@@ -41,7 +41,7 @@ package final class MetricsServer: @unchecked Sendable {
   ///   - port: of 127.0.0.1; nil for none.
   ///   - contentType: of OpenMetrics.
   ///   - text: makes the answer as OpenMetrics text, on the server's thread.
-  /// - Throws: EADDRINUSE when somebody else listens there.
+  /// - Throws: EADDRINUSE if another process listens there.
   package init(path: String, port: UInt16?, contentType: String, text: @escaping @Sendable () -> String) throws(Errno) {
     self.text = text
     self.contentType = contentType

@@ -6,7 +6,7 @@ enum PrometheusText {
   static func from(openMetrics text: String) -> String {
     var result = ""
     result.reserveCapacity(text.utf8.count)
-    /// What samples of the present family have behind its name.
+    /// The suffix of samples of the present family.
     var suffix = ""
     for line in text.split(separator: "\n") {
       let words = line.split(separator: " ", maxSplits: 3)
@@ -30,7 +30,7 @@ enum PrometheusText {
 
 /// What a client takes (RFC 9110, 12.5.1).
 enum AcceptHeader {
-  /// Whether OpenMetrics is asked for by name, and not less than plain text: who takes anything gets what every scraper reads.
+  /// Whether OpenMetrics is asked for by name, and not less than plain text: a client that accepts anything gets the format that every scraper reads.
   static func prefersOpenMetrics(_ values: [String]) -> Bool {
     var openMetrics = 0.0
     var plain = 0.0

@@ -47,6 +47,13 @@ extension SupervisorControl {
 
     // MARK: Profiles
 
+    /// Why only role admin may have a guest use an image; nil when its profile lists it.
+    func adminReason(image: String, of guest: StatusBoard.Guest) -> String? {
+      let images = profiles.withLock { $0.options(guest: guest.profileName, uuid: guest.uuid).spareImages }
+      return images.contain(image)
+        ? nil : "'\(image)' is not in 'spareImages' of guest '\(guest.name)' in the profiles"
+    }
+
     private static func fault(_ fault: SettingFault, _ remedy: String) -> ControlFault {
       ControlFault(
         code: -32003, message: fault.message, data: ["field": .string(fault.field), "remedy": .string(remedy)])
@@ -77,9 +84,18 @@ extension SupervisorControl {
       supervisor.withLock { $0 }?.onLoop { $0.use(profiles: new) }
     }
 
-    func difference(_ new: Profiles, _ contents: StatusBoard.Contents) -> JSONValue {
+    /// Entries of profiles times devices that a comparison looks at: what role view may have the control thread do in one request.
+    private static let differenceLimit = 1_000_000
+
+    func difference(_ new: Profiles, _ contents: StatusBoard.Contents) throws(ControlFault) -> JSONValue {
+      let devices = contents.guests.values.reduce(0) { $0 + $1.devices.count }
+      guard new.count * devices <= Self.differenceLimit else {
+        throw .invalidParameters(
+          "\(new.count) entries for \(devices) devices are too many to compare; expected a product of at most "
+            + "\(Self.differenceLimit)", field: "profiles")
+      }
       let old = profiles.withLock { $0 }
-      var devices: [JSONValue] = []
+      var changed: [JSONValue] = []
       for guest in SupervisorControl.sorted(contents) {
         for device in guest.devices where device.key.kind != .spare {
           let before = old.optionTexts(of: device, guest)
@@ -89,12 +105,12 @@ extension SupervisorControl {
             return old == new ? nil : .string("\(name): \(old ?? "not set") -> \(new ?? "not set")")
           }
           guard !changes.isEmpty else { continue }
-          devices.append([
+          changed.append([
             "guest": .string(guest.name), "device": .string(device.name), "changes": .array(changes),
           ])
         }
       }
-      return .array(devices)
+      return .array(changed)
     }
 
     /// The names of both, in their order.
@@ -110,10 +126,10 @@ extension Profiles {
   fileprivate func optionTexts(of device: StatusBoard.Device, _ guest: StatusBoard.Guest) -> [(String, String)] {
     guard device.key.kind != .disk else {
       var disk = BlockSettings(path: device.entryPath ?? "", readOnly: false, discard: false, serial: "")
-      apply(to: &disk, guest: guest.name, uuid: guest.uuid, device: device.name, number: device.key.device)
+      apply(to: &disk, guest: guest.profileName, uuid: guest.uuid, device: device.name, number: device.key.device)
       return disk.optionTexts
     }
-    let declared = options(guest: guest.name, uuid: guest.uuid).devices.first { declared in
+    let declared = options(guest: guest.profileName, uuid: guest.uuid).devices.first { declared in
       device.key.kind == .generic
         ? !declared.isCreated && declared.number == device.key.device
         : declared.isCreated && declared.kind == device.key.kind && declared.number == device.key.device

@@ -7,7 +7,8 @@ import Xen
 final class Guest {
   let domain: DomainID
   var name: String
-  let uuid: String?
+  /// As the toolstack wrote it; nil where this domain may not see it.
+  var uuid: String?
   let bus: any GuestBus
   var machine: GuestMachine<DeviceKey>
   var devices: [DeviceKey: Device] = [:]
@@ -28,6 +29,9 @@ final class Guest {
     self.rate = rate
     machine = GuestMachine(hasServer: type(of: bus).hasServer, retry: retry, numbersAfter: numbersAfter)
   }
+
+  /// The name by which the profiles know it; empty for none.
+  var profileName: String { name == Supervisor.placeholder(domain) ? "" : name }
 
   func set(_ limits: RateLimits) {
     self.limits = limits
@@ -83,4 +87,10 @@ final class Guest {
       isEmptySpare: device.key.kind == .spare && settings?.image?.isEmpty != false, entryPath: device.nodes["params"],
       bus: name, grants: place.grants, facts: place.rows, warning: place.warning, channels: place.channels)
   }
+}
+
+extension Supervisor {
+  /// What a guest is called whose name this domain may not see. Its number is another guest's after a reboot, and so nothing by which the
+  /// profiles could know it.
+  static func placeholder(_ domain: DomainID) -> String { "domain-\(domain)" }
 }

@@ -46,7 +46,7 @@ final class Herald {
   /// The guest cannot be reached, so that there is none.
   func tellUnreachable(_ domain: UInt16, _ reason: String) {
     log.error("domain \(domain): \(reason)")
-    announce(SupervisorEvent(kind: .guestFailed, domain: domain, guest: "domain-\(domain)", reason: reason))
+    announce(SupervisorEvent(kind: .guestFailed, domain: domain, guest: Supervisor.placeholder(domain), reason: reason))
   }
 
   /// Something of the daemon's own.

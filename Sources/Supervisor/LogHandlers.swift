@@ -21,10 +21,11 @@ package struct JournalLogHandler: LogHandler {
 
   package func log(event: LogEvent) {
     var fields = [
-      "MESSAGE=\(event.message)", "PRIORITY=\(Self.priority(event.level))", "SYSLOG_IDENTIFIER=vxd",
+      "MESSAGE=\("\(event.message)".visible(keepsLines: true))", "PRIORITY=\(Self.priority(event.level))",
+      "SYSLOG_IDENTIFIER=vxd",
     ]
     for (name, value) in metadata.merging(event.metadata ?? [:], uniquingKeysWith: { $1 }) {
-      fields.append("\(name)=\(value)")
+      fields.append("\(name)=\("\(value)".visible(keepsLines: false))")
     }
     let texts = fields.map { Array($0.utf8) }
     let joined = texts.flatMap { $0 }

@@ -77,6 +77,24 @@ package enum Metrics {
 
   private static func seconds(_ nanoseconds: UInt64) -> String { "\(Double(nanoseconds) / 1e9)" }
 
+  /// The names that every Prometheus client library has for its process.
+  private static func writeProcess(_ writer: inout Writer) {
+    let process = HostUsage.process
+    writer.put(
+      "process_cpu_seconds", "counter", "CPU time of the process, user and system.",
+      [Sample(labels: [], value: seconds(HostUsage.cpuTime))])
+    for (name, help, value) in [
+      ("process_open_fds", "Open file descriptors.", Optional(Double(HostUsage.descriptors))),
+      ("process_max_fds", "File descriptors that it may have.", Double(HostUsage.descriptorLimit)),
+      ("process_virtual_memory_bytes", "Size of the address space.", process.map { Double($0.virtualBytes) }),
+      ("process_resident_memory_bytes", "Memory in use.", process.map { Double($0.residentBytes) }),
+      ("process_threads", "Threads.", process.map { Double($0.threads) }),
+      ("process_start_time_seconds", "When it was started, in seconds since 1970.", process?.started),
+    ] {
+      writer.put(name, "gauge", help, value.map { [Sample(labels: [], value: "\(UInt64(max(0, $0)))")] } ?? [])
+    }
+  }
+
   private static func write(_ contents: StatusBoard.Contents, started: UInt64, now: UInt64) -> Writer {
     var writer = Writer()
     let guests = contents.guests.values.sorted { $0.domain < $1.domain }
@@ -105,6 +123,7 @@ package enum Metrics {
       "\(granted.reduce(0) { $0 + $1.mappedPages })")
     gauge("vxd_grants_limit", "Granted pages that may be mapped.", "\(granted.first?.budgetPages ?? 0)")
     gauge("vxd_cpu_seconds", "CPU time of the whole daemon.", seconds(HostUsage.cpuTime))
+    writeProcess(&writer)
     writeGuests(&writer, guests)
     writeDevices(&writer, guests.flatMap(\.devices))
     return writer

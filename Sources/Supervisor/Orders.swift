@@ -44,7 +44,7 @@ final class Orders {
     table.runner.entries.profiles = profiles
     set(limits: profiles.daemonLimits)
     for guest in table.guests.values {
-      set(limits: profiles.options(guest: guest.name, uuid: guest.uuid).limits, of: guest.domain)
+      set(limits: profiles.options(guest: guest.profileName, uuid: guest.uuid).limits, of: guest.domain)
       for device in guest.devices.values where device.key.kind != .spare && device.entry != nil {
         // A device that the new profiles do not know any more keeps what it has.
         guard let entry = try? table.runner.entries.entry(device.key, device.nodes, of: guest) else { continue }

@@ -110,6 +110,7 @@ final class Population {
           isEnding: guest.machine[key]?.isEnding ?? true,
           description: Reconciler.Entry.description(device.nodes))
       }, style(of: key.domain))
+    if let guest = known?.0, guest.uuid == nil, let uuid = reader.uuid(key) { identify(guest, uuid, for: supervisor) }
     switch action {
     case .nothing: break
     case .open: if let nodes { open(key, nodes, for: supervisor) }
@@ -133,7 +134,7 @@ final class Population {
 
   private func open(_ key: DeviceKey, _ nodes: [String: String], for supervisor: Supervisor) {
     do throws(XenError) {
-      let guest = try guest(key.domain, supervisor)
+      let guest = try guest(key.domain, key, supervisor)
       add(key, nodes, .toolstack, to: guest, for: supervisor)
     } catch {
       let reason = "frontend-id: the guest cannot be reached: \(error)"
@@ -167,8 +168,25 @@ final class Population {
 
   // MARK: Guests
 
+  /// Dom0 has said who a guest is. Its profile holds from now on: limits at once, the rest for devices that no driver uses yet, which are
+  /// opened again.
+  private func identify(_ guest: Guest, _ uuid: String, for supervisor: Supervisor) {
+    guest.uuid = uuid
+    log.notice("guest \(guest.name): its UUID is \(uuid)", metadata: ["GUEST": "\(guest.name)"])
+    let profiles = entries.profiles
+    supervisor.onLoop { $0.use(profiles: profiles) }
+    for device in guest.devices.values.sorted(by: { $0.key.device < $1.key.device }) {
+      switch guest.machine[device.key]?.phase {
+      case .ready, .failed: tell(device.key, .command(.restart), supervisor)
+      default: break
+      }
+    }
+  }
+
   /// The guest of a domain, made when its first device appears.
-  private func guest(_ domain: DomainID, _ supervisor: Supervisor) throws(XenError) -> Guest {
+  ///
+  /// - Parameter key: a device of it, if it has an entry.
+  private func guest(_ domain: DomainID, _ key: DeviceKey? = nil, _ supervisor: Supervisor) throws(XenError) -> Guest {
     if let known = table.guests[domain] { return known }
     let facts = reader.facts(domain)
     guard let type = settings.bus(for: facts) else {
@@ -179,10 +197,19 @@ final class Population {
       report: { report in supervisor.onLoop { $0.heard(report) } })
     let bus = try type.init(facts, host)
     let guest = Guest(
-      domain, name: reader.name(domain) ?? "domain-\(domain)", uuid: reader.uuid(domain), bus: bus,
+      domain, name: reader.name(domain) ?? Supervisor.placeholder(domain),
+      uuid: reader.uuid(domain) ?? key.flatMap(reader.uuid),
+      bus: bus,
       rate: RateNode(parent: table.rate), numbersAfter: table.newNumbers(), retry: settings.startRetry)
+    if guest.profileName.isEmpty, guest.uuid == nil, entries.profiles.namesNumbers {
+      log.warning(
+        """
+        guest \(guest.name): profiles of 'domain-N' do not apply, since that is another guest after a reboot; use its UUID, which 'vxctl \
+        identify' in dom0 tells this domain
+        """, metadata: ["GUEST": "\(guest.name)"])
+    }
     table.insert(guest)
-    guest.set(entries.profiles.options(guest: guest.name, uuid: guest.uuid).limits)
+    guest.set(entries.profiles.options(guest: guest.profileName, uuid: guest.uuid).limits)
     restore(guest)
     table.handle(.begin, of: domain, for: supervisor)
     if type.hasServer { addDeclared(guest, supervisor) }
@@ -221,7 +248,7 @@ final class Population {
     let found = Reconciler.guests(domains: domains, known: table.guests.keys.map { ($0, false) })
     for domain in found.appear {
       do throws(XenError) {
-        _ = try guest(domain, supervisor)
+        _ = try guest(domain, nil, supervisor)
       } catch {
         log.error("guest \(reader.name(domain) ?? "\(domain)"): its declared devices cannot be served: \(error)")
       }
@@ -249,7 +276,7 @@ final class Population {
     guard let folder = settings.stateFolder else { return }
     for domain in folder.contents.guests where table.guests[domain] == nil {
       do throws(XenError) {
-        _ = try guest(domain, supervisor)
+        _ = try guest(domain, nil, supervisor)
         log.notice("domain \(domain): an earlier vxd left an ioreq server that nothing needs any more")
         table.handle(.settle, of: domain, for: supervisor)
       } catch {

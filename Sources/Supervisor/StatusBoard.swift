@@ -49,6 +49,8 @@ package final class StatusBoard: Sendable {
     var domain: DomainID
     var name: String
     var uuid: String?
+    /// The name by which the profiles know it; empty for none.
+    var profileName: String { name == Supervisor.placeholder(domain) ? "" : name }
     var phase: String
     var reason: String?
     var vcpus: Int

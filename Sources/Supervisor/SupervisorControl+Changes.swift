@@ -75,7 +75,8 @@ extension SupervisorControl {
       },
       ControlMethod(
         change: "device.resize",
-        "Makes a disk follow its image's size, or grows a regular file first; event device.resized or device.notResized tells the outcome.",
+        "Makes a disk follow its image's size, or grows a regular file first, which requires role admin unless 'spareImages' lists it; "
+          + "event device.resized or device.notResized tells the outcome.",
         parameters: one + [
           ControlParameter("bytes", "integer", required: false, "Size that a regular file is to grow to.")
         ]
@@ -93,7 +94,13 @@ extension SupervisorControl {
           bytes = UInt64(wanted)
         }
         let size = bytes
-        return ControlChange("\(device.name) follows its image\(size.map { ", grown to \($0) bytes" } ?? "")") {
+        // To follow an image changes no file.
+        let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
+        let reason = size == nil ? nil : actions.adminReason(image: device.path ?? "", of: guest)
+        return ControlChange(
+          "\(device.guestName)/\(device.name) takes the size of its image\(size.map { ", grown to \($0) bytes" } ?? "")",
+          adminReason: reason
+        ) {
           actions.order(device, .adjust(.resize(bytes: size)))
         }
       },
@@ -129,8 +136,8 @@ extension SupervisorControl {
   private static func attach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.attach",
-      "Gives a guest a disk while it runs: fills a spare disk of its profile ('spareDisks'), whose size the guest's driver sees change. "
-        + "Event device.attached or device.notAttached tells the outcome.",
+      "Attaches a disk to a running guest: fills a spare disk of its profile ('spareDisks'); the guest's driver sees its size change. "
+        + "Images that 'spareImages' of the profile does not list require role admin. Event device.attached or device.notAttached tells the outcome.",
       parameters: [
         guestParameter,
         ControlParameter(
@@ -166,7 +173,10 @@ extension SupervisorControl {
       var limits: RateLimits?
       if parameters["limits"] != nil { limits = try Self.limits(RateLimits(), parameters) }
       let chosen = limits
-      return ControlChange("\(guest.name)/\(spare.name) becomes \(image), by a change of its size") {
+      return ControlChange(
+        "\(guest.name)/\(spare.name) becomes \(image), by a change of its size",
+        adminReason: actions.adminReason(image: image, of: guest)
+      ) {
         actions.fill(spare.key, image: image, limits: chosen)
         return ["accepted": true, "device": .string(spare.name), "way": "spare slot, config-change"]
       }
@@ -176,8 +186,8 @@ extension SupervisorControl {
   private static func detach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.detach",
-      "Takes a disk that was attached at run time away: its size becomes 0. Waits for the requests under way, up to a deadline; what is left "
-        + "then fails. Event device.detached tells the end.",
+      "Detaches a disk that was attached at run time: its size becomes 0. Waits for requests in flight up to a deadline; the rest then "
+        + "fail. Event device.detached reports the end.",
       parameters: [
         guestParameter, deviceParameter,
         ControlParameter("seconds", "integer", required: false, "The deadline, 0 to 3600; 10 by default."),

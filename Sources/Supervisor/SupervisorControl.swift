@@ -8,19 +8,20 @@ import Xen
 
 /// The control socket's methods: they read the status board and never wait for the supervisor.
 package enum SupervisorControl {
-  package static let version = "0.2.0"
+  package static let version = "0.3.0"
 
-  static let guestParameter = ControlParameter("guest", "string", required: true, "Name or domain number of the guest.")
+  static let guestParameter = ControlParameter(
+    "guest", "string", required: true, "Name or domain number of the guest; name:X or id:N to be sure.")
   static let deviceParameter = ControlParameter(
     "device", "string", required: true, "Name (xvde) or number of the device.")
 
   package static func methods(
-    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions()
+    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions(), audit: AuditLog? = nil
   ) -> ControlMethods {
     ControlMethods(
       readings(board, isSimulated, actions) + [consoleMethod(board)] + deviceChanges(board, actions)
         + networkChanges(board, actions) + daemonChanges(board, actions),
-      version: version)
+      version: version, audit: { audit?.write($0) })
   }
 
   private static func readings(_ board: StatusBoard, _ isSimulated: Bool, _ actions: Actions) -> [ControlMethod] {
@@ -85,10 +86,15 @@ package enum SupervisorControl {
 
   static func find(_ name: String, _ contents: StatusBoard.Contents) throws(ControlFault) -> StatusBoard.Guest {
     let guests = sorted(contents)
-    guard let found = guests.first(where: { $0.name == name }) ?? guests.first(where: { "\($0.domain)" == name }) else {
-      throw .notFound("there is no guest '\(name)' with devices of vxd", field: "guest")
+    let domains = guests.map { GuestName.Domain(number: UInt32($0.domain), name: $0.name) }
+    do throws(GuestName.Ambiguous) {
+      if let found = try GuestName(argument: name)?.find(in: domains), let index = domains.firstIndex(of: found) {
+        return guests[index]
+      }
+    } catch {
+      throw .invalidParameters(error.message, field: "guest")
     }
-    return found
+    throw .notFound("there is no guest '\(name)' with devices of vxd", field: "guest")
   }
 
   static func find(_ parameters: JSONValue, _ contents: StatusBoard.Contents) throws(ControlFault) -> StatusBoard.Device

@@ -77,7 +77,7 @@ struct WindowSize: ExpressibleByArgument, Equatable {
     self.init(columns: columns, rows: rows)
   }
 
-  /// That of the terminal behind standard output.
+  /// The size of the terminal on standard output.
   static var current: WindowSize? {
     var (columns, rows): (UInt16, UInt16) = (0, 0)
     guard clinux_window_size(1, &columns, &rows) == 0, columns > 0, rows > 0 else { return nil }
@@ -217,7 +217,7 @@ private final class ConsoleSession {
     let count = read(0, &bytes, bytes.count)
     guard count > 0 else { return nil }
     let keys = bytes[..<count]
-    // Only a terminal has an escape key: what is piped in goes through as it is.
+    // Only a terminal has an escape key: piped input is passed through unchanged.
     if saved != nil, let place = keys.firstIndex(of: Self.escape) {
       _ = send(ConsoleFrame(.data, Array(keys[..<place])))
       return false

@@ -31,7 +31,7 @@ struct Config: ParsableCommand {
   }
 
   struct Check: ParsableCommand {
-    static let configuration = CommandConfiguration(abstract: "Check a file of profiles, and report what is wrong.")
+    static let configuration = CommandConfiguration(abstract: "Check a file of profiles, and report the first mistake.")
 
     @OptionGroup var connection: ConnectionOptions
     @Argument(help: "The file; - for standard input.")
@@ -76,7 +76,8 @@ struct Config: ParsableCommand {
 struct Reload: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Read the profiles again: for devices that are opened from now on; limits and restart policies apply at once.")
+      "Read the profiles again: for devices that are opened from now on; limits and restart policies apply immediately."
+  )
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions

@@ -77,7 +77,7 @@ struct HostFacts {
   /// Whether the kernel runs on Xen, and in the control domain.
   var isXen = true
   var isControlDomain = true
-  /// The caller may do everything: what it cannot use, nobody can.
+  /// The caller has every permission: what it cannot use, nobody can.
   var isRoot = true
   /// Errors of access to nodes below /dev/xen, by name; 0 for none.
   var nodes: [String: Int32] = [:]

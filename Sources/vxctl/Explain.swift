@@ -181,7 +181,7 @@ struct Explain: ParsableCommand {
   }
 
   private static let remedies = [
-    "failed": "fix the cause; vxd tries again by itself",
+    "failed": "fix the cause; vxd retries automatically",
     "faulted": "the guest's driver must reset the device: unbind and bind it, or restart the guest",
     "held": "free space or fix the storage, then 'vxctl resume'",
     "quarantined": "fix the cause, then 'vxctl restart'",
@@ -215,7 +215,7 @@ struct Explain: ParsableCommand {
       throw Wrong(
         words:
           "\(name): a request of queue \(stuck.cell("queue")) is \(stuck.cell("milliseconds")) ms old, in the \(stuck.cell("layer"))",
-        remedy: "the storage does not answer: check the disk or the NBD server behind it")
+        remedy: "the storage does not answer: check the disk or the NBD server")
     }
     good("\(name): the driver works, \(full.cell("requests")) requests, \(full.cell("inFlight")) in flight")
     let throttled = full["counters"]?["throttled"]?.integerValue ?? 0

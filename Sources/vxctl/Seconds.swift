@@ -1,6 +1,6 @@
 import ArgumentParser
 
-/// Readers of times on the command line: what is beyond reason is refused before anything is counted with it.
+/// Readers of times on the command line: values out of range are refused before they are used.
 enum Seconds {
   /// A whole number of seconds, up to a day.
   static func whole(_ text: String) throws -> Int {

@@ -4,7 +4,7 @@ import ControlAPI
 /// `vxctl status`: the daemon, its guests and devices at a glance.
 struct Status: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Show the daemon, its guests, their devices, and what is wrong with them.")
+    abstract: "Show the daemon, its guests, their devices, and their problems.")
 
   @OptionGroup var connection: ConnectionOptions
 

@@ -6,7 +6,8 @@ import Glibc
 struct Top: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Live view of what the devices do.",
-    discussion: "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes at once.")
+    discussion:
+      "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes immediately.")
 
   enum Order: String, ExpressibleByArgument, CaseIterable {
     case reads, writes, bytes, inflight, name

@@ -13,10 +13,10 @@ struct VXCtl: ParsableCommand {
       With --json, errors are JSON too: {"error": {"kind": ..., "message": ..., "data": ...}} on standard output.
       Completions: vxctl --generate-completion-script bash (or zsh, fish).
       """,
-    version: "0.2.0",
+    version: "0.3.0",
     subcommands: [
       Status.self, List.self, Show.self, Top.self, Events.self, Explain.self, Doctor.self, Attach.self, Detach.self,
-      Reattach.self,
+      Reattach.self, Identify.self,
       Console.self, Link.self, Resize.self, Limit.self, Pause.self, Resume.self, Restart.self, Device.self, Config.self,
       Reload.self,
       MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self,

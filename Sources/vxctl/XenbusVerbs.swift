@@ -153,3 +153,32 @@ struct Reattach: ParsableCommand {
     }
   }
 }
+
+/// `vxctl identify`: tells driver domains who their guests are.
+struct Identify: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Tell driver domains the UUIDs of their guests, so that profiles there apply; in dom0.",
+    discussion: """
+      A driver domain cannot read names and UUIDs of guests, and domain numbers are reassigned after a reboot. 'vxctl attach' and 'vxctl reattach' do \
+      this for their devices; devices of a guest's xl configuration need it once after each start of the guest. Limits apply at once, \
+      other options before the guest's driver connects, or after 'vxctl restart'.
+      """)
+
+  @Flag(help: "Print the answer as JSON; errors too.")
+  var json = false
+  @Argument(help: "Only this guest: its name or number.")
+  var guest: GuestName?
+
+  func run() throws {
+    try Toolstack.run(json) { store throws(ToolstackDevice.Fault) in
+      let only = if let guest { Optional(try guest.domain(in: store)) } else { DomainID?.none }
+      var lines: [String] = []
+      for disk in ToolstackDevice.all(store) where only == nil || disk.guest == only {
+        guard let uuid = try disk.identify() else { continue }
+        lines.append("domain \(disk.guest)/\(disk.name): \(Output.printable(uuid))")
+      }
+      if lines.isEmpty { lines.append("no virtio devices with a backend") }
+      return ["text": .string(lines.joined(separator: "\n")), "devices": .array(lines.map(JSONValue.string))]
+    }
+  }
+}

@@ -129,7 +129,7 @@ struct Options {
       guard let known else { throw OptionFault("unknown option (see vxd --help)") }
       result.append((known, "--\(known.rawValue)", found.argument.map { String(cString: $0) } ?? ""))
     }
-    // getopt_long has moved them behind the options.
+    // getopt_long has moved them after the options.
     if Int(found.index) < arguments.count, let word = words[Int(found.index)] {
       throw OptionFault("unexpected argument '\(String(cString: word))' (see vxd --help)")
     }
@@ -203,7 +203,7 @@ struct Options {
   }
 }
 
-/// What is wrong with the command line.
+/// A mistake on the command line.
 struct OptionFault: Error {
   let message: String
 

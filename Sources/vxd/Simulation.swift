@@ -7,7 +7,7 @@ import Xen
 
 /// `vxd --simulate`: a simulated Xen with a toolstack that creates a guest, and that guest, which uses its disk until the end.
 ///
-/// The supervisor is the real one, and so is everything behind it: only Xen and the guest are played.
+/// The supervisor and everything below it are real; only Xen and the guest are simulated.
 final class Simulation: Sendable {
   let hypervisor = SimulatedHypervisor()
   let socketPath: String

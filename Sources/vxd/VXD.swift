@@ -41,8 +41,9 @@ enum VXD {
     let loop = try EventLoop(name: "vxd")
     let board = StatusBoard()
     let actions = SupervisorControl.Actions(profilePath: options.profiles, profiles: options.settings.profiles)
+    let audit = AuditLog(log, board)
     let methods = SupervisorControl.methods(
-      board: board, isSimulated: options.simulate, actions: actions)
+      board: board, isSimulated: options.simulate, actions: actions, audit: audit)
     let control: ControlServer
     do throws(Errno) {
       try makeFolder(of: options.socket)
@@ -68,7 +69,7 @@ enum VXD {
         guard mkdir(options.consoleFolder, 0o750) == 0 || errno == EEXIST else { throw Errno.last }
         settings.consoleFolder = options.consoleFolder
         let access = options.access
-        settings.mayAttachConsoles = { access.role(of: $0) >= .operate }
+        settings.mayAttachConsoles = { audit.mayAttachToConsole(access.caller(of: $0)) }
       } catch {
         throw OptionFault("--state \(options.state): \(error)")
       }
@@ -81,7 +82,7 @@ enum VXD {
 
     actions.connect(supervisor)
     if options.settings.ignoresInvalidations {
-      log.critical("invalidations are ignored: guests that balloon lose data")
+      log.critical("invalidations are ignored: guests that balloon will lose data")
     }
     loop.enqueue {
       supervisor.assumeIsolated { supervisor in
@@ -113,7 +114,7 @@ enum VXD {
     simulation?.stop()
     metrics?.stop()
     control.stop()
-    log.info("ended")
+    log.info("stopped")
   }
 
   private static func startMetrics(_ options: Options, _ board: StatusBoard) throws(OptionFault) -> MetricsServer? {
@@ -129,8 +130,8 @@ enum VXD {
     }
   }
 
-  /// The loop itself feeds the watchdog: when the supervisor hangs, or most data threads do, systemd starts vxd anew. One thread that
-  /// hangs on a dead disk is no reason: its process would hang in its end as well, and every guest with it.
+  /// The loop itself feeds the watchdog: when the supervisor hangs, or most data threads do, systemd restarts vxd. One thread that
+  /// hangs on a dead disk is not a reason: the process could not exit either, and every guest would hang with it.
   private static func feedWatchdog(_ loop: EventLoop, _ board: StatusBoard, _ period: UInt64) {
     loop.schedule(afterMilliseconds: period) {
       if board.isHealthy { ServiceManager.alive() }
@@ -153,7 +154,7 @@ private final class Ending: @unchecked Sendable {
   private let simulation: Simulation?
   private var hasBegun = false
   private var handsOver = true
-  /// Ends the simulated guest while the supervisor goes on serving it.
+  /// Ends the simulated guest while the supervisor still serves it.
   private var helper: LoopThread?
 
   init(loop: EventLoop, supervisor: Supervisor, log: Logger, simulation: Simulation?) {
@@ -167,11 +168,11 @@ private final class Ending: @unchecked Sendable {
     guard !hasBegun else { return }
     hasBegun = true
     self.handsOver = handsOver
-    log.info("ending the devices")
+    log.info("stopping")
     ServiceManager.stopping()
     let (loop, log) = (loop, log)
     loop.schedule(afterMilliseconds: 15_000) {
-      log.error("a device did not end within 15 s")
+      log.error("a device did not stop within 15 s")
       loop.stop()
     }
     guard let simulation, let helper = try? LoopThread(name: "sim-ending") else { return stopSupervisor() }

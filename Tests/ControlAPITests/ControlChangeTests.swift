@@ -43,7 +43,7 @@ import Testing
     -> JSONValue
   {
     let request: JSONValue = ["jsonrpc": "2.0", "id": 1, "method": .string(method), "params": parameters]
-    let reply = methods.answer(Array(JSONText.text(request).utf8), role: role) { _ in .null }
+    let reply = methods.answer(Array(JSONText.text(request).utf8), from: ControlCaller(role: role)) { _ in .null }
     return reply?["result"] ?? reply?["error"] ?? .null
   }
 

@@ -27,7 +27,8 @@ enum ConnectionTarget {
     // Not often: to replay it takes its time.
     let history = choice & 0xc1 == 0xc1 ? longHistory : EventHistory()
     let connection = ControlConnection(
-      OwnedDescriptor(adopting: pair[0]), methods: methods, role: roles[Int(choice >> 1) % 3], history: history)
+      OwnedDescriptor(adopting: pair[0]), methods: methods, caller: ControlCaller(role: roles[Int(choice >> 1) % 3]),
+      history: history)
     var piece: [UInt8] = []
     func send() {
       guard !connection.isOver else { return }

@@ -25,7 +25,7 @@ import Xen
     #expect(eventually { (try? ControlClient(path: socket)) != nil }, "\(daemon.report)")
     try body(socket, daemon)
     #expect(daemon.terminate() == 0, "\(daemon.report)")
-    #expect(daemon.log.contains("ended"))
+    #expect(daemon.log.contains("stopped"))
     #expect(!daemon.log.contains("error"), "\(daemon.report)")
   }
 

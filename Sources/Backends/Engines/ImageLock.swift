@@ -42,6 +42,11 @@ enum ImageLock {
     }
   }
 
+  /// Which of our disks have a file, as far as it was opened by the same name.
+  static func holder(of status: stat) -> String? {
+    holders.withLock { $0[FileIdentity(status)] }?.joined(separator: " and ")
+  }
+
   private static func nameHolder(_ descriptor: Int32, _ identity: FileIdentity) -> String {
     if let ours = holders.withLock({ $0[identity] }), !ours.isEmpty { return ours.joined(separator: " and ") }
     let pid = clinux_lock_holder(descriptor)

@@ -39,20 +39,32 @@ package final class RawImage: @unchecked Sendable {
   ) throws(ImageFault) {
     self.path = path
     self.holder = holder
-    var access = (readOnly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK
-    // A block device that this host has mounted, or that is a part of something else (a volume, an array), is not to be written by
-    // another: the kernel keeps that too, under all of its names.
-    if !readOnly, Self.isBlockDevice(path) { access |= O_EXCL }
-    var raw = wantsDirect ? open(path, access | clinux_o_direct()) : -1
+    let place: TrustedPath
+    do throws(TrustedPath.Fault) { place = try TrustedPath(path, followsLast: true) } catch {
+      throw .cannotFollow(path: path, "\(error)")
+    }
+    // What is opened below is what was looked at here.
+    let found: OwnedDescriptor
+    do throws(Errno) { found = OwnedDescriptor(adopting: try place.open(clinux_o_path())) } catch {
+      throw .cannotOpen(path: path, error)
+    }
+    var kind = stat()
+    guard fstat(found.raw, &kind) == 0 else { throw .cannotOpen(path: path, Errno.last) }
+    // A block device that this host has mounted, or uses in another way, or that is open under another name, is refused by the kernel.
+    let isExclusive = !readOnly && clinux_is_block_device(kind.st_mode) != 0
+    let access = (readOnly ? O_RDONLY : O_RDWR) | (isExclusive ? O_EXCL : 0) | O_CLOEXEC | O_NONBLOCK
+    let reopened = "/proc/self/fd/\(found.raw)"
+    var raw = wantsDirect ? open(reopened, access | clinux_o_direct()) : -1
     var direct = raw >= 0
     if raw < 0 {
       guard !wantsDirect || errno != EISDIR else { throw .notAnImage(path: path) }
-      guard errno != EBUSY else { throw .inUse(path: path) }
+      if isExclusive && errno == EBUSY { throw .busy(path: path, holder: ImageLock.holder(of: kind)) }
       guard !wantsDirect || errno == EINVAL else { throw .cannotOpen(path: path, Errno.last) }
-      raw = open(path, access)
+      raw = open(reopened, access)
       direct = false
     }
-    guard raw >= 0 else { throw errno == EBUSY ? .inUse(path: path) : .cannotOpen(path: path, Errno.last) }
+    if raw < 0 && isExclusive && errno == EBUSY { throw .busy(path: path, holder: ImageLock.holder(of: kind)) }
+    guard raw >= 0 else { throw .cannotOpen(path: path, Errno.last) }
     let descriptor = OwnedDescriptor(adopting: raw)
     var status = stat()
     guard fstat(raw, &status) == 0 else { throw .cannotOpen(path: path, Errno.last) }
@@ -137,11 +149,6 @@ package final class RawImage: @unchecked Sendable {
   }
 
   deinit { ImageLock.release(identity, holder: holder) }
-
-  private static func isBlockDevice(_ path: String) -> Bool {
-    var status = stat()
-    return stat(path, &status) == 0 && clinux_is_block_device(status.st_mode) != 0
-  }
 
   /// Alignment of memory and of places on the file that direct I/O needs: 512 or 4096 for places; nil when it is not to be had. The kernel
   /// says so, or it is tried.

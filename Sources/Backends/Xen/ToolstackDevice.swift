@@ -166,7 +166,29 @@ package struct ToolstackDevice {
     try create(domain, keys)
   }
 
-  private func create(_ domain: DomainID, _ keys: [(String, String)]) throws(Fault) {
+  /// The guest's UUID, by which profiles in a driver domain know it: that may not see the guest's own nodes.
+  private var identity: [(String, String)] {
+    let uuid = store.read("/local/domain/\(guest)/vm").flatMap { $0.split(separator: "/").last.map(String.init) }
+    return uuid.map { [("vx-uuid", $0)] } ?? []
+  }
+
+  /// Tells the device's backend who the guest is.
+  ///
+  /// - Returns: the UUID; nil when there is no backend, or no UUID.
+  package func identify() throws(Fault) -> String? {
+    guard let path = backend, store.read("\(path)/frontend") != nil, let (name, uuid) = identity.first else {
+      return nil
+    }
+    // With the permissions of the folder: the backend's domain owns it, and the guest can read it.
+    try change { transaction throws(XenError) in
+      try store.write("\(path)/\(name)", uuid, in: transaction)
+      try store.write("\(library)/\(name)", uuid, in: transaction)
+    }
+    return uuid
+  }
+
+  private func create(_ domain: DomainID, _ given: [(String, String)]) throws(Fault) {
+    let keys = given + identity
     try change { transaction throws(XenError) in
       try writeBackend(domain, keys, transaction)
       try writeFrontend(domain, transaction)
@@ -181,9 +203,10 @@ package struct ToolstackDevice {
   package func move(to domain: DomainID) throws(Fault) {
     guard let old = backend else { throw Fault("domain \(guest) has no virtio device \(name)") }
     var keys: [(String, String)] = [("frontend", frontend)]
-    for name in store.list(library) ?? [] where name != "frontend" && name != "backend" {
+    for name in store.list(library) ?? [] where !["frontend", "backend", "vx-uuid"].contains(name) {
       keys.append((name, store.read("\(library)/\(name)") ?? ""))
     }
+    keys += identity
     try change { transaction throws(XenError) in
       if old != backend(of: domain) { try store.remove(old, in: transaction) }
       // Made anew: nodes that are there already would keep the old backend's permissions.

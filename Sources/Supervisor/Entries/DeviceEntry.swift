@@ -109,6 +109,9 @@ package struct DeviceEntry: Sendable {
       do throws(ImageFault) { _ = try NBDAddress(path) } catch { return error.message }
       return nil
     }
+    guard path.utf8.count < 4096, !path.utf8.contains(0) else {
+      return "a path of \(path.utf8.count) bytes; expected at most 4095, without null bytes"
+    }
     return path.hasPrefix("/")
       ? nil : "expected an absolute path of an image or an NBD address (nbd://, nbd+unix://), not '\(path)'"
   }

@@ -31,7 +31,7 @@ struct EntryMaker {
   private func finished(_ disk: BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) -> BlockSettings {
     var disk = disk
     disk.direct = settings.direct
-    profiles.apply(to: &disk, guest: guest.name, uuid: guest.uuid, device: name, number: key.device)
+    profiles.apply(to: &disk, guest: guest.profileName, uuid: guest.uuid, device: name, number: key.device)
     disk.stopsWhenStorageIsGone = disk.restart.mode != .never
     return disk
   }
@@ -56,7 +56,7 @@ struct EntryMaker {
 
   /// What the profile of a guest declares for it, in the order in which it is made.
   func declared(_ guest: Guest) -> [DeviceKey] {
-    let options = profiles.options(guest: guest.name, uuid: guest.uuid)
+    let options = profiles.options(guest: guest.profileName, uuid: guest.uuid)
     return (0..<UInt32(options.spareDisks)).map { DeviceKey(kind: .spare, domain: guest.domain, device: $0) }
       + options.devices.filter(\.isCreated).map {
         DeviceKey(kind: $0.kind, domain: guest.domain, device: $0.number)
@@ -64,7 +64,7 @@ struct EntryMaker {
   }
 
   private func declared(_ key: DeviceKey, of guest: Guest) throws(EntryFault) -> DeviceEntry {
-    let devices = profiles.options(guest: guest.name, uuid: guest.uuid).devices
+    let devices = profiles.options(guest: guest.profileName, uuid: guest.uuid).devices
     guard let device = devices.first(where: { $0.isCreated && $0.kind == key.kind && $0.number == key.device })
     else { throw EntryFault("devices", "no profile declares the device any more") }
     let suffix = "\(key.device)\(device.type.type.prefix.prefix(1))"
@@ -89,7 +89,7 @@ struct EntryMaker {
     throws(EntryFault)
   {
     guard let type = settings.types.declarable(entryType: nodes["type"] ?? "") else { return }
-    let known = profiles.options(guest: guest.name, uuid: guest.uuid).devices.first {
+    let known = profiles.options(guest: guest.profileName, uuid: guest.uuid).devices.first {
       !$0.isCreated && $0.number == key.device
     }
     if let known, known.type != type {

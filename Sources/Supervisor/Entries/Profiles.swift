@@ -29,6 +29,8 @@ package struct Profiles: Equatable, Sendable {
     var limits = RateLimits()
     /// Disks of no size that `vxctl attach` fills.
     var spareDisks = 0
+    /// What role operate may attach there.
+    var spareImages = SpareImages()
     /// Network, console and entropy devices.
     var devices: [DeclaredDevice] = []
 
@@ -42,9 +44,18 @@ package struct Profiles: Equatable, Sendable {
         .number(
           "spareDisks", 0...16, \.spareDisks, "placeholder disks of size 0 that vxctl attach fills (HVM guests)"),
         OptionRow(
-          "devices", .array, "network, console and entropy devices; see below", default: "none", read: { _ in "" }
+          "spareImages", .array, "images that operators (role operate) may attach there and grow; see below", default: "none",
+          read: { _ in "" }
+        ) { (guest: inout GuestOptions, given) throws(SettingFault) in
+          guest.spareImages = try SpareImages(given.value.arrayValue ?? [], given.field)
+        },
+        OptionRow(
+          "devices", .array, "up to 64 network, console and entropy devices; see below", default: "none", read: { _ in "" }
         ) { (guest: inout GuestOptions, given) throws(SettingFault) in
           for (index, value) in (given.value.arrayValue ?? []).enumerated() {
+            guard index < deviceLimit else {
+              throw SettingFault(field: given.field, reason: "expected at most \(deviceLimit) devices")
+            }
             let device = try DeclaredDevice(value, "\(given.field)[\(index)]", types: types, after: guest.devices)
             guest.devices.append(device)
           }
@@ -69,8 +80,12 @@ package struct Profiles: Equatable, Sendable {
     ] + DeviceTypes.all.flatMap { $0.documents }
   }
 
+  /// Devices of a guest at most.
+  private static let deviceLimit = 64
   private var entries: [Entry] = []
   private var guestEntries: [GuestEntry] = []
+  /// How much there is to look at for each device.
+  var count: Int { entries.count + guestEntries.count }
   /// Limits of all guests together.
   private(set) var daemonLimits = RateLimits()
 
@@ -168,6 +183,9 @@ package struct Profiles: Equatable, Sendable {
       Self.matches(entry.pattern, guest) || uuid.map { Self.matches(entry.pattern, $0) } == true
     }?.options ?? GuestOptions()
   }
+
+  /// Whether a guest is called by its number, as in a driver domain, where that matches nothing.
+  var namesNumbers: Bool { (entries.map(\.guest) + guestEntries.map(\.pattern)).contains { $0.hasPrefix("domain-") } }
 
   /// Whether any guest has devices that vxd is to make.
   var declaresDevices: Bool { guestEntries.contains { $0.options.devices.contains(where: \.isCreated) } }

@@ -135,6 +135,7 @@ int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
   return 0;
 }
 
+int clinux_o_path(void) { return O_PATH; }
 int clinux_o_direct(void) { return O_DIRECT; }
 
 int clinux_accept(int fd) { return accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); }

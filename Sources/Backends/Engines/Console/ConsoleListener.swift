@@ -5,24 +5,28 @@ import Glibc
 final class ConsoleListener {
   private let descriptor: OwnedDescriptor
   private var accepting: AcceptLoop?
-  private let path: String
+  private let place: TrustedPath
 
   /// - Parameters:
   ///   - mode: who may connect.
   ///   - onClient: gets each connection, which is its from then on.
-  init(path: String, mode: mode_t = 0o660, loop: EventLoop, onClient: @escaping (Int32) -> Void) throws(Errno) {
-    self.path = path
-    let raw = try UnixSocket.make(nonBlocking: true)
-    descriptor = OwnedDescriptor(adopting: raw)
-    try UnixSocket.removeLeft(path)
-    try UnixSocket.withAddress(path) { address, length in bind(raw, address, length) }
-    // Not by the mask of the process, as `UnixSocket.listen`: this is not the only thread that makes files.
-    guard chmod(path, mode) == 0, listen(raw, 16) == 0 else { throw Errno.last }
-    accepting = try AcceptLoop(raw, on: loop, onClient: onClient)
+  init(path: String, mode: mode_t = 0o660, loop: EventLoop, onClient: @escaping (Int32) -> Void) throws(ConsoleFault) {
+    do throws(TrustedPath.Fault) {
+      place = try TrustedPath(path, followsLast: false)
+    } catch {
+      throw ConsoleFault(message: "\(error)")
+    }
+    do throws(Errno) {
+      let raw = try UnixSocket.listen(at: place, mode: mode, backlog: 16)
+      descriptor = OwnedDescriptor(adopting: raw)
+      accepting = try AcceptLoop(raw, on: loop, onClient: onClient)
+    } catch {
+      throw ConsoleFault(message: "\(error)")
+    }
   }
 
   func close() {
     accepting?.close()
-    unlink(path)
+    try? place.remove(type: S_IFSOCK)
   }
 }

@@ -8,17 +8,19 @@ final class ConsoleLog {
   private var size: UInt64 = 0
   private var isLineStart = true
 
-  init(_ settings: ConsoleLogSettings) throws(Errno) {
+  init(_ settings: ConsoleLogSettings) throws(ConsoleFault) {
     self.settings = settings
     try openFile()
   }
 
   deinit { if descriptor >= 0 { close(descriptor) } }
 
-  private func openFile() throws(Errno) {
-    // Not through a link at its end: this process may write where whoever can put one there may not.
-    descriptor = try retrying {
-      open(settings.path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW, 0o640)
+  private func openFile() throws(ConsoleFault) {
+    do {
+      // Not through links of others: this process may write where those may not.
+      descriptor = try TrustedPath(settings.path, followsLast: false).open(O_WRONLY | O_CREAT | O_APPEND, mode: 0o640)
+    } catch {
+      throw ConsoleFault(message: "\(error)")
     }
     var status = stat()
     size = fstat(descriptor, &status) == 0 ? UInt64(max(0, status.st_size)) : 0
@@ -47,12 +49,13 @@ final class ConsoleLog {
   private func rotate() {
     close(descriptor)
     descriptor = -1
-    for number in stride(from: settings.kept, to: 0, by: -1) {
-      let older = number == 1 ? settings.path : "\(settings.path).\(number - 1)"
-      _ = rename(older, "\(settings.path).\(number)")
+    if let place = try? TrustedPath(settings.path, followsLast: false) {
+      for number in stride(from: settings.kept, to: 0, by: -1) {
+        place.rename(number == 1 ? "" : ".\(number - 1)", to: ".\(number)")
+      }
+      if settings.kept == 0 { try? place.remove(type: S_IFREG) }
     }
-    if settings.kept == 0 { unlink(settings.path) }
-    do throws(Errno) { try openFile() } catch { size = 0 }
+    do throws(ConsoleFault) { try openFile() } catch { size = 0 }
   }
 
   /// Coordinated universal time, to the millisecond.

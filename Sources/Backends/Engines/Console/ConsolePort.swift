@@ -58,10 +58,10 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   package init(_ settings: ConsolePortSettings, _ place: Place) throws(ConsoleFault) {
     self.settings = settings
     self.place = place
-    do throws(Errno) {
-      log = try settings.log.map { settings throws(Errno) in try ConsoleLog(settings) }
+    do throws(ConsoleFault) {
+      log = try settings.log.map { settings throws(ConsoleFault) in try ConsoleLog(settings) }
     } catch {
-      throw ConsoleFault(message: "log.path: '\(settings.log?.path ?? "")' cannot be opened: \(error)")
+      throw ConsoleFault(message: "log.path: cannot open '\(settings.log?.path ?? "")': \(error.message)")
     }
     do throws(Errno) {
       history =
@@ -73,19 +73,19 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     if let path = settings.pty { try openPTY(path) }
     switch settings.socket {
     case .listen(let path):
-      do throws(Errno) {
+      do throws(ConsoleFault) {
         listener = try ConsoleListener(path: path, loop: place.loop) { [weak self] in self?.accept($0) }
       } catch {
-        throw ConsoleFault(message: "socket: '\(path)' cannot be made: \(error)")
+        throw ConsoleFault(message: "socket: cannot listen on '\(path)': \(error.message)")
       }
     case .connect: connect()
     case nil: break
     }
     guard let path = place.viewerPath else { return }
-    do throws(Errno) {
+    do throws(ConsoleFault) {
       viewers = try ConsoleViewers(path: path, loop: place.loop, port: self, mayAttach: place.mayAttach)
     } catch {
-      throw ConsoleFault(message: "the socket for 'vxctl console' ('\(path)') cannot be made: \(error)")
+      throw ConsoleFault(message: "cannot make the socket for 'vxctl console', '\(path)': \(error.message)")
     }
   }
 
@@ -147,7 +147,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     pty?.close()
     (listener, viewers, stream, pty) = (nil, nil, nil, nil)
     if ptySlave >= 0 { Glibc.close(ptySlave) }
-    if let path = settings.pty { unlink(path) }
+    if let path = settings.pty { try? TrustedPath(path, followsLast: false).remove(type: S_IFLNK) }
   }
 
   // MARK: Ends
@@ -204,7 +204,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private func connect() {
     timer = 0
     guard case .connect(let path) = settings.socket, !isClosed else { return }
-    if let raw = try? UnixSocket.connect(path, nonBlocking: true) {
+    if let raw = try? UnixSocket.connect(trusted: path) {
       stream = try? makeStream(raw) { [weak self] _ in
         self?.stream = nil
         self?.onChange()
@@ -223,7 +223,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private func openPTY(_ link: String) throws(ConsoleFault) {
     var name = [CChar](repeating: 0, count: 64)
     let master = clinux_open_pty(&name, 64)
-    guard master >= 0 else { throw ConsoleFault(message: "pty: none can be had: \(Errno(-master))") }
+    guard master >= 0 else { throw ConsoleFault(message: "pty: cannot make one: \(Errno(-master))") }
     // One open other side: else the master is at its end whenever nobody has it open.
     ptySlave = open(name, O_RDWR | O_NOCTTY | O_CLOEXEC)
     var raw = termios()
@@ -231,15 +231,16 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     cfmakeraw(&raw)
     tcsetattr(ptySlave, TCSANOW, &raw)
     let path = String(decoding: name.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    do throws(Errno) {
-      try UnixSocket.removeLeft(link, type: S_IFLNK)
-      guard symlink(path, link) == 0 else { throw Errno.last }
+    do {
+      let place = try TrustedPath(link, followsLast: false)
+      try place.remove(type: S_IFLNK)
+      guard symlinkat(path, place.folder.raw, place.name) == 0 else { throw Errno.last }
     } catch {
-      let failure = error
+      let failure = "\(error)"
       Glibc.close(ptySlave)
       ptySlave = -1
       Glibc.close(master)
-      throw ConsoleFault(message: "pty: the link '\(link)' cannot be made: \(failure)")
+      throw ConsoleFault(message: "pty: cannot make the link '\(link)': \(failure)")
     }
     pty = try? makeStream(master) { [weak self] _ in self?.pty = nil }
   }

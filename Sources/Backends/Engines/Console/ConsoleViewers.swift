@@ -21,7 +21,7 @@ final class ConsoleViewers {
 
   init(
     path: String, loop: EventLoop, port: ConsolePort, mayAttach: @escaping @Sendable (Int32) -> Bool
-  ) throws(Errno) {
+  ) throws(ConsoleFault) {
     self.loop = loop
     self.port = port
     // Who may attach is asked of each client, as on the control socket; whoever reaches that one is to reach this one.

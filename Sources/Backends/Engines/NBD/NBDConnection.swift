@@ -33,15 +33,14 @@ struct NBDConnection: ~Copyable, Sendable {
   private static func connect(_ address: NBDAddress, _ patience: NBDPatience) throws(ImageFault) -> Int32 {
     switch address.place {
     case .unix(let path):
-      var target = sockaddr_un()
-      target.sun_family = sa_family_t(AF_UNIX)
-      withUnsafeMutableBytes(of: &target.sun_path) { room in
-        for (index, byte) in path.utf8.enumerated() where index < room.count - 1 { room[index] = byte }
-      }
-      let result = withUnsafePointer(to: &target) {
-        $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-          open(AF_UNIX, $0, socklen_t(MemoryLayout<sockaddr_un>.size), patience)
+      var result: Result<Int32, Errno> = .failure(Errno(ENOENT))
+      do throws(Errno) {
+        try UnixSocket.withAddress(ofSocket: path) { target, length in
+          result = open(AF_UNIX, target, length, patience)
+          return 0
         }
+      } catch {
+        result = .failure(error)
       }
       return try unwrap(result, address)
     case .tcp(let host, let port):

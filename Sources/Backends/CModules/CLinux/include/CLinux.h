@@ -68,6 +68,8 @@ int clinux_probe_aio(void);
 int clinux_socket_cloexec(void);
 /// The flag O_DIRECT, which only GNU's headers show.
 int clinux_o_direct(void);
+/// The flag O_PATH, likewise.
+int clinux_o_path(void);
 
 static inline int clinux_is_block_device(mode_t mode) { return S_ISBLK(mode); }
 static inline int clinux_is_regular(mode_t mode) { return S_ISREG(mode); }

@@ -1,0 +1,79 @@
+import ControlAPI
+import SimulatedXen
+import TestSupport
+import Testing
+import Xen
+
+@testable import Supervisor
+
+/// Who a guest is to a driver domain, which may not see its name: the UUID that dom0 wrote, and never its number.
+@Suite struct IdentityTests {
+  private static let uuid = "00000000-0000-4000-8000-0000000000aa"
+
+  /// A vxd in a domain that is not dom0, with one guest whose own nodes it cannot read.
+  private func world(_ profiles: String, uuid: String? = nil) throws -> World {
+    let world = try World()
+    let store = try XenStore(socketPath: world.server.path)
+    try store.write("/local/domain/0/domid", "3")
+    _ = try world.domain(5, name: "web1", type: "pvh")
+    for node in ["name", "vm"] { try store.remove("/local/domain/5/\(node)") }
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5, changes: uuid.map { ["vx-uuid": $0] } ?? [:])
+    try world.start(profiles: profiles)
+    #expect(eventually { world.state("domain-5", "xvde") == "ready" })
+    return world
+  }
+
+  private func limits(_ world: World) -> JSONValue? { world.device("domain-5", "xvde")["limits"]?["readOps"] }
+
+  private func profiles(_ guest: String) -> String {
+    #"{"version": 1, "disks": [{"guest": "\#(guest)", "limits": {"readOps": 77}}]}"#
+  }
+
+  /// The number was another guest's before the host was rebooted.
+  @Test(arguments: ["domain-5", "domain-*", "5", "web1"])
+  func numberIsNobodysIdentity(pattern: String) throws {
+    let world = try world(profiles(pattern))
+    defer { world.end() }
+    #expect(limits(world) == nil || limits(world) == .null)
+  }
+
+  @Test(arguments: ["*", IdentityTests.uuid]) func uuidOfDom0IsWhoTheGuestIs(pattern: String) throws {
+    let world = try world(profiles(pattern), uuid: Self.uuid)
+    defer { world.end() }
+    #expect(limits(world) == 77)
+    #expect(world.call("guest.list").arrayValue?.first?["uuid"]?.stringValue == Self.uuid)
+  }
+
+  /// Devices of an xl configuration are there before dom0 can say whose they are.
+  @Test func guestThatIsIdentifiedLaterGetsItsProfile() throws {
+    let world = try world(
+      #"{"version": 1, "disks": [{"guest": "\#(Self.uuid)", "limits": {"readOps": 77}, "queueSize": 64}],"#
+        + #" "guests": [{"guest": "\#(Self.uuid)", "limits": {"readOps": 99}}]}"#)
+    defer { world.end() }
+    #expect(limits(world) == nil || limits(world) == .null)
+    try world.toolstack.set("vx-uuid", Self.uuid, disk: "xvde", of: 5)
+    #expect(eventually { limits(world) == 77 })
+    // No driver uses it yet: it is opened again with all of its options.
+    #expect(eventually { world.eventKinds.contains(.deviceRestarted) })
+    #expect(eventually { world.state("domain-5", "xvde") == "ready" })
+    #expect(world.device("domain-5", "xvde")["queueSize"] == 64 || world.device("domain-5", "xvde")["queues"] != nil)
+  }
+
+  /// What dom0 writes, as `vxctl attach` and `vxctl identify` do.
+  @Test func toolstackWritesTheUUIDWhereTheBackendReadsIt() throws {
+    let world = try World()
+    defer { world.end() }
+    _ = try world.domain(5, name: "web1", type: "pvh")
+    let store = try XenStore(socketPath: world.server.path)
+    let disk = ToolstackDevice(store, guest: 5, device: try ToolstackDevice.number("xvdf"))
+    try disk.create(backend: 3, target: "/image", readOnly: false)
+    let path = "/local/domain/3/backend/virtio_disk/5/\(disk.device)/vx-uuid"
+    let uuid = store.read(path)
+    #expect(uuid == "00000000-0000-4000-8000-000000001005")
+    try store.remove(path)
+    #expect(try disk.identify() == uuid)
+    #expect(store.read(path) == uuid)
+    try disk.move(to: 4)
+    #expect(store.read("/local/domain/4/backend/virtio_disk/5/\(disk.device)/vx-uuid") == uuid)
+  }
+}
