@@ -42,7 +42,7 @@ step "network devices are plugged in"
 check "one: with all offloads" plug one network '{"bridge": "br0", "mac": "00:16:3e:00:00:01"}'
 check "one: an MTU of 9000" plug one network '{"bridge": "br9", "mac": "00:16:3e:00:09:01", "mtu": 9000}'
 check "two: with two queue pairs and a lock on its addresses" plug two network \
-  '{"bridge": "br0", "mac": "00:16:3e:00:00:02", "queues": 2, "addresses": ["10.9.0.3", "10.9.5.3"]}'
+  '{"bridge": "br0", "mac": "00:16:3e:00:00:02", "queues": 2, "addresses": ["10.9.0.3", "10.9.5.3"], "vlans": [5]}'
 vxctl list | sed 's/^/| /'
 interface() { in_guest "$1" "cd /sys/class/net; grep -l '$2' */address | cut -d/ -f1"; }
 set_up() { # GUEST ADDRESS MAC
