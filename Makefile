@@ -85,10 +85,9 @@ DESTDIR ?= /
 install: build install-files
 
 install-files:
-	install -D -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
-	install -D -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
-	# The compiler's digest of its own inputs is read by nothing, and not the same each time.
-	strip -R .swift_modhash $(DESTDIR)/usr/sbin/vxd $(DESTDIR)/usr/bin/vxctl
+	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
+	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
+	deploy/build/clear-digests $(DESTDIR)/usr/sbin/vxd $(DESTDIR)/usr/bin/vxctl
 	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
 	install -D -m 644 deploy/vxd.socket $(DESTDIR)/lib/systemd/system/vxd.socket
 	install -D -m 644 deploy/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vxd.conf
