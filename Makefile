@@ -3,7 +3,8 @@
 SHELL := /bin/bash
 # Paths of the machine are no part of what is built: the same sources give the same bits anywhere.
 PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-map=$(CURDIR)=.
-SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP)
+# The build id is a digest of the debug information too, which is not shipped and not the same each time.
+SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
 .PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb deb-trixie
@@ -88,6 +89,7 @@ install: build install-files
 install-files:
 	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
 	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
+	deploy/build/clear-digests $(DESTDIR)/usr/sbin/vxd $(DESTDIR)/usr/bin/vxctl
 	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
 	install -D -m 644 deploy/vxd.socket $(DESTDIR)/lib/systemd/system/vxd.socket
 	install -D -m 644 deploy/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vxd.conf

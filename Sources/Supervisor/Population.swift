@@ -168,18 +168,16 @@ final class Population {
 
   // MARK: Guests
 
-  /// Dom0 has said who a guest is. Its profile holds from now on: limits at once, the rest for devices that no driver uses yet, which are
-  /// opened again.
+  /// Dom0 has said who a guest is. Its profile holds from now on: limits and restart policies at once, the rest for devices that are opened
+  /// from then on. A device that was offered keeps the form in which its driver may know it; one that failed is tried again.
   private func identify(_ guest: Guest, _ uuid: String, for supervisor: Supervisor) {
     guest.uuid = uuid
     log.notice("guest \(guest.name): its UUID is \(uuid)", metadata: ["GUEST": "\(guest.name)"])
     let profiles = entries.profiles
     supervisor.onLoop { $0.use(profiles: profiles) }
     for device in guest.devices.values.sorted(by: { $0.key.device < $1.key.device }) {
-      switch guest.machine[device.key]?.phase {
-      case .ready, .failed: tell(device.key, .command(.restart), supervisor)
-      default: break
-      }
+      guard case .failed = guest.machine[device.key]?.phase else { continue }
+      tell(device.key, .command(.restart), supervisor)
     }
   }
 

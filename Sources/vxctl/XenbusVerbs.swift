@@ -160,8 +160,8 @@ struct Identify: ParsableCommand {
     abstract: "Tell driver domains the UUIDs of their guests, so that profiles there apply; in dom0.",
     discussion: """
       A driver domain cannot read names and UUIDs of guests, and domain numbers are reassigned after a reboot. 'vxctl attach' and 'vxctl reattach' do \
-      this for their devices; devices of a guest's xl configuration need it once after each start of the guest. Limits apply at once, \
-      other options before the guest's driver connects, or after 'vxctl restart'.
+      this for their devices; devices of a guest's xl configuration need it once after each start of the guest. Limits and \
+      restart policies apply at once, other options to devices that are opened later.
       """)
 
   @Flag(help: "Print the answer as JSON; errors too.")
