@@ -31,8 +31,10 @@ api: deps
 	swift build --product vxd
 	.build/debug/vxd --describe-api > deploy/control-api.json
 
-# vxd-profiles(5), generated from docs/profiles.md; Tests/check-documents compares them.
-man:
+# docs/profiles.md has its tables from the code (a test compares them), and vxd-profiles(5) is that document (Tests/check-documents compares).
+man: deps
+	swift build --product vxd
+	.build/debug/vxd --describe-options | deploy/man/update-options docs/profiles.md
 	deploy/man/from-markdown vxd-profiles 5 'options of disks, guests and their devices' <docs/profiles.md >deploy/man/vxd-profiles.5
 
 lint: deps

@@ -47,7 +47,7 @@ let package = Package(
       path: "Sources/Backends/Xen", swiftSettings: house),
     .target(
       name: "Backends",
-      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle"],
+      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle", "JSON"],
       path: "Sources/Backends/Assembly", swiftSettings: house),
 
     // An in-process Xen with guests that play the virtio driver's side.
@@ -58,18 +58,23 @@ let package = Package(
 
     // The control plane. What a guest and a device go through, as values: depends on nothing.
     .target(name: "Lifecycle", swiftSettings: house),
+    // JSON values: options of devices are such, and what is said on the control socket.
+    .target(name: "JSON", path: "Sources/ControlAPI/JSON", swiftSettings: house),
     .target(
-      name: "ControlAPI", dependencies: ["EventLoop", "CJSON", "CLinux"], exclude: ["CModules"], swiftSettings: house),
+      name: "ControlAPI", dependencies: ["JSON", "EventLoop", "CJSON", "CLinux"], exclude: ["CModules", "JSON"],
+      swiftSettings: house),
     .target(
       name: "Supervisor",
       dependencies: [
-        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "Lifecycle",
+        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "JSON",
+        "Lifecycle",
         "CSystemd", "CLinux", log,
       ],
       exclude: ["CModules"], swiftSettings: house),
 
     .executableTarget(
-      name: "vxd", dependencies: ["Supervisor", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
+      name: "vxd",
+      dependencies: ["Supervisor", "Backends", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
       swiftSettings: house),
     .executableTarget(
       name: "vxctl", dependencies: ["ControlAPI", "ConsoleLink", "EventLoop", "Xen", "CLinux", arguments],
@@ -95,7 +100,8 @@ let package = Package(
     .testTarget(
       name: "BackendsTests",
       dependencies: [
-        "Backends", "Engines", "Devices", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport", "SimulatedXen",
+        "Backends", "Engines", "Devices", "Lifecycle", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport",
+        "SimulatedXen",
         "Supervisor", "ConsoleLink", "CLinux",
       ],
       swiftSettings: house),
@@ -109,7 +115,8 @@ let package = Package(
     .testTarget(
       name: "SupervisorTests",
       dependencies: [
-        "Supervisor", "SimulatedXen", "Xen", "Backends", "ControlAPI", "EventLoop", "Lifecycle", "Transport",
+        "Supervisor", "SimulatedXen", "Xen", "Backends", "Devices", "ControlAPI", "JSON", "EventLoop", "Lifecycle",
+        "Transport",
         "Virtqueue", "TestSupport", "CLinux", log, "vxd", "vxctl",
       ],
       swiftSettings: house),

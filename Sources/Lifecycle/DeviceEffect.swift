@@ -11,6 +11,8 @@ package enum DeviceEffect: Hashable, Sendable {
   case join(BackendID)
   /// Tries the requests again that an error of the storage holds up.
   case resume(BackendID)
+  /// Answered by `adjusted`.
+  case adjust(BackendID, Adjustment)
 
   // MARK: The guest's thread
 

@@ -26,6 +26,8 @@ package enum DeviceEvent: Hashable, Sendable {
   /// It was taken off its transport and has closed what it had open; its threads have nothing left to do.
   case stopped(BackendID)
   case report(BackendID, Report)
+  /// What became of an `adjust`.
+  case adjusted(BackendID, Adjustment, Adjustment.Outcome)
 
   // MARK: The guest's thread
 
@@ -72,6 +74,8 @@ package enum DeviceEvent: Hashable, Sendable {
     case pause
     /// After a hold or a pause.
     case resume
+    /// Changes something of a device that is served.
+    case adjust(Adjustment)
     /// A spare disk gets an image, which the shell has noted.
     case fill(words: String)
     /// A spare disk becomes empty once its requests are answered, or by force after the deadline.
@@ -107,7 +111,7 @@ package enum DeviceEvent: Hashable, Sendable {
   var backend: BackendID? {
     switch self {
     case .started(let id, _), .startFailed(let id, _, _), .stopped(let id), .report(let id, _), .plugged(let id, _),
-      .insertFailed(let id, _):
+      .insertFailed(let id, _), .adjusted(let id, _, _):
       id
     case .begin, .entry, .command, .busReady, .busFailed, .removed, .cleared, .driver, .frontend, .connected,
       .disconnected,

@@ -56,6 +56,7 @@ extension DeviceMachine {
     case .restart: restart()
     case .pause: pause()
     case .resume: resume()
+    case .adjust(let adjustment): adjust(adjustment)
     case .fill(let words):
       drain = nil
       proceed(.again(.fill(words), after: 0))
@@ -99,6 +100,15 @@ extension DeviceMachine {
     }
     effects.append(.tell(.devicePaused, nil))
     proceed(.rest(.paused))
+  }
+
+  private mutating func adjust(_ adjustment: Adjustment) {
+    switch service {
+    case .opened(let id, _), .plugging(let id, _, _), .serving(let id, _): effects.append(.adjust(id, adjustment))
+    case .new, .waiting, .starting, .stopping:
+      effects.append(adjustment.news(.failed("the device is not served now")))
+    case .ended, .clearing, .released, .gone: break  // `obey` has returned
+    }
   }
 
   private mutating func resume() {

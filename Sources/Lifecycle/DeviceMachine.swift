@@ -179,6 +179,7 @@ package struct DeviceMachine: Hashable, Sendable {
     case .startFailed(_, let reason, let isFinal): startFailed(reason, isFinal: isFinal, now)
     case .stopped: stopped(now)
     case .report(_, let report): reported(report, now)
+    case .adjusted(_, let adjustment, let outcome): effects.append(adjustment.news(outcome))
     case .plugged(_, let driver): plugged(driver, now)
     case .insertFailed(_, let reason): insertFailed(reason, now)
     case .removed: removed()

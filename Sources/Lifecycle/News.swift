@@ -27,6 +27,8 @@ package enum News: String, CaseIterable, Sendable {
   case deviceUnstuck = "device.unstuck"
   case deviceResized = "device.resized"
   case deviceNotResized = "device.notResized"
+  case deviceLinkChanged = "device.linkChanged"
+  case deviceLinkNotChanged = "device.linkNotChanged"
   /// A program in the guest has opened or closed ports of a console device.
   case devicePorts = "device.ports"
   case deviceClosing = "device.closing"
@@ -44,7 +46,7 @@ package enum News: String, CaseIterable, Sendable {
     case .guestFailed, .guestRenamed, .deviceFailed, .deviceHeld, .deviceResumed, .deviceStoreLost, .deviceStoreBack,
       .deviceRestarting, .deviceRestarted, .deviceQuarantined, .devicePaused, .deviceAdopted, .deviceLimited,
       .deviceAttached, .deviceNotAttached, .deviceDetached, .deviceStuck, .deviceUnstuck, .deviceResized,
-      .deviceNotResized, .deviceClosesSlowly:
+      .deviceNotResized, .deviceLinkChanged, .deviceLinkNotChanged, .deviceClosesSlowly:
       false
     }
   }
@@ -53,11 +55,12 @@ package enum News: String, CaseIterable, Sendable {
   package var isTrouble: Bool {
     switch self {
     case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStoreLost, .deviceStuck, .deviceNotResized,
+      .deviceLinkNotChanged,
       .deviceRestarting, .deviceQuarantined, .deviceNotAttached, .deviceClosesSlowly:
       true
     case .guestAppeared, .guestGone, .guestRenamed, .deviceReady, .deviceConnected, .deviceReset, .deviceResumed,
       .deviceStoreBack, .deviceRestarted, .devicePaused, .deviceAdopted, .deviceLimited, .deviceAttached,
-      .deviceDetached, .deviceUnstuck, .deviceResized, .devicePorts, .deviceClosing, .deviceGone:
+      .deviceDetached, .deviceUnstuck, .deviceResized, .deviceLinkChanged, .devicePorts, .deviceClosing, .deviceGone:
       false
     }
   }

@@ -11,11 +11,11 @@ extension SupervisorControl {
   package final class Actions: Sendable {
     private let supervisor = Mutex<Supervisor?>(nil)
     private let profilePath: String?
-    private let profiles: Mutex<DiskProfiles>
+    private let profiles: Mutex<Profiles>
     private let shutdown = Mutex<(@Sendable (_ handsOver: Bool) -> Void)?>(nil)
 
     /// - Parameter profilePath: the file that `config.reload` reads; nil when profiles are off.
-    package init(profilePath: String? = nil, profiles: DiskProfiles = DiskProfiles()) {
+    package init(profilePath: String? = nil, profiles: Profiles = Profiles()) {
       self.profilePath = profilePath
       self.profiles = Mutex(profiles)
     }
@@ -45,20 +45,16 @@ extension SupervisorControl {
       supervisor.withLock { $0 }?.onLoop(body)
     }
 
-    func resize(_ key: DeviceKey, _ backend: BlockBackend, to bytes: UInt64?) {
-      supervisor.withLock { $0 }?.resize(key, backend, to: bytes)
-    }
-
     // MARK: Profiles
 
-    private static func fault(_ fault: ProfileFault, _ remedy: String) -> ControlFault {
+    private static func fault(_ fault: SettingFault, _ remedy: String) -> ControlFault {
       ControlFault(
         code: -32003, message: fault.message, data: ["field": .string(fault.field), "remedy": .string(remedy)])
     }
 
-    static func profiles(_ value: JSONValue) throws(ControlFault) -> DiskProfiles {
-      do throws(ProfileFault) {
-        return try DiskProfiles(value)
+    static func profiles(_ value: JSONValue) throws(ControlFault) -> Profiles {
+      do throws(SettingFault) {
+        return try Profiles(value)
       } catch {
         throw fault(error, "correct it; nothing is changed")
       }
@@ -67,21 +63,21 @@ extension SupervisorControl {
     /// Reads the profiles again; a bad file changes nothing.
     package func reload() throws(ControlFault) { try read().map(use) }
 
-    func read() throws(ControlFault) -> DiskProfiles? {
+    func read() throws(ControlFault) -> Profiles? {
       guard let profilePath else { return nil }
-      do throws(ProfileFault) {
-        return try DiskProfiles(path: profilePath, isOptional: true)
+      do throws(SettingFault) {
+        return try Profiles(path: profilePath, isOptional: true)
       } catch {
         throw Self.fault(error, "correct \(profilePath); the old profiles stay in force")
       }
     }
 
-    func use(_ new: DiskProfiles) {
+    func use(_ new: Profiles) {
       profiles.withLock { $0 = new }
       supervisor.withLock { $0 }?.onLoop { $0.use(profiles: new) }
     }
 
-    func difference(_ new: DiskProfiles, _ contents: StatusBoard.Contents) -> JSONValue {
+    func difference(_ new: Profiles, _ contents: StatusBoard.Contents) -> JSONValue {
       let old = profiles.withLock { $0 }
       var devices: [JSONValue] = []
       for guest in SupervisorControl.sorted(contents) {
@@ -109,34 +105,22 @@ extension SupervisorControl {
   }
 }
 
-extension DiskProfiles {
-  /// A device's options by name, with their values as text: every one of a disk, those that are set of another device.
+extension Profiles {
+  /// A device's options by name, with their values as profiles write them; nothing where the profile does not know it.
   fileprivate func optionTexts(of device: StatusBoard.Device, _ guest: StatusBoard.Guest) -> [(String, String)] {
-    guard device.key.kind == .disk else {
-      let declared = options(guest: guest.name, uuid: guest.uuid).devices.first { declared in
-        device.key.kind == .generic
-          ? !declared.isCreated && declared.number == device.key.device
-          : declared.isCreated && declared.type.kind == device.key.kind && declared.number == device.key.device
-      }
-      return (declared?.options ?? []).map { ($0.name, JSONText.text($0.value)) }
+    guard device.key.kind != .disk else {
+      var disk = BlockSettings(path: device.entryPath ?? "", readOnly: false, discard: false, serial: "")
+      apply(to: &disk, guest: guest.name, uuid: guest.uuid, device: device.name, number: device.key.device)
+      return disk.optionTexts
     }
-    var settings = BlockSettings(path: device.entryPath ?? "", readOnly: false, discard: false, serial: "")
-    apply(to: &settings, guest: guest.name, uuid: guest.uuid, device: device.name, number: device.key.device)
-    return settings.optionTexts
-  }
-}
-
-extension BlockSettings {
-  /// Its options as profiles name them, with their values as text.
-  var optionTexts: [(String, String)] {
-    [
-      ("nbd or target", path), ("queues", "\(queues)"), ("threads", "\(threads)"), ("queueSize", "\(queueSize)"),
-      ("packed", "\(packed)"), ("inOrder", "\(inOrder)"), ("direct", "\(direct)"), ("cache", cache.rawValue),
-      ("onError", "\(errors.onError)"), ("onNoSpace", "\(errors.onNoSpace)"),
-      ("reconnectSeconds", "\(reconnectMilliseconds / 1000)"), ("stuckSeconds", "\(stuckMilliseconds / 1000)"),
-      ("bounceMiB", "\(bounceBytes >> 20)"), ("limits", JSONText.text(limits.json)),
-      ("restart", restart.mode.rawValue), ("restartLimit", "\(restart.limit)"),
-      ("restartWindowSeconds", "\(restart.windowSeconds)"),
-    ]
+    let declared = options(guest: guest.name, uuid: guest.uuid).devices.first { declared in
+      device.key.kind == .generic
+        ? !declared.isCreated && declared.number == device.key.device
+        : declared.isCreated && declared.kind == device.key.kind && declared.number == device.key.device
+    }
+    let owner = DeviceOwner(
+      guest: guest.name, uuid: guest.uuid, domain: guest.domain, device: device.name, suffix: "")
+    // Checked when the profile was read.
+    return (try? declared?.settings(owner, ""))?.optionTexts ?? []
   }
 }

@@ -42,14 +42,23 @@ final class Device {
   /// As operators name it; also when its entry is wrong.
   var name: String {
     if let entry { return entry.name }
-    let type = nodes["type"].flatMap(DeclaredDevice.DeviceType.init(toolstack:))
     return nodes["dev"] ?? "\(type?.prefix ?? "")\(key.device)"
+  }
+
+  /// Its type: what its entry says of it, also when that is wrong.
+  var type: VirtioType? {
+    if let entry { return Swift.type(of: entry.settings).type }
+    switch key.kind {
+    case .disk, .spare: return .disk
+    case .generic: return VirtioType.generic.first { $0.entryType == nodes["type"]?.lowercased() }
+    case .declared(let name): return VirtioType.generic.first { $0.name == name }
+    }
   }
 
   /// By what it is served, for people.
   var servedBy: String {
     let mode = backend?.mode ?? "?"
-    return entry?.form.disk.map { "\($0.path), \(mode)" } ?? mode
+    return entry?.settings.image.map { "\($0), \(mode)" } ?? mode
   }
 
   func set(_ limits: RateLimits) {

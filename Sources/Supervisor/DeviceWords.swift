@@ -17,8 +17,7 @@ extension DeviceEvent.Report {
     case .storeLost(let reason): self = .lost(reason)
     case .storeBack: self = .back
     case .portsOpen(let mask):
-      let ports = (backend as? ConsoleBackend)?.settings.ports ?? []
-      let open = ports.enumerated().filter { ConsolePortBoard.bit(mask, $0.offset) }
+      let open = (backend?.ports ?? []).enumerated().filter { ConsolePortBoard.bit(mask, $0.offset) }
       let names = open.map { $0.element.name.isEmpty ? "\($0.offset)" : $0.element.name }
       self = .ports(names.isEmpty ? "the guest has none open" : "the guest has open: \(names.joined(separator: ", "))")
     }

@@ -2,7 +2,6 @@ import Backends
 import Devices
 import Engines
 import EventLoop
-import Glibc
 import Lifecycle
 import Synchronization
 import Transport
@@ -41,7 +40,8 @@ final class EffectRunner {
     case .start(let id): return start(id, device, of: guest, for: supervisor)
     case .stop(let id): stop(id, device, of: guest, for: supervisor)
     case .join(let id): join(id, device, of: guest)
-    case .resume: (device.backend as? BlockBackend)?.resume()
+    case .resume: device.backend?.resume()
+    case .adjust(let id, let adjustment): adjust(id, adjustment, device, for: supervisor)
     case .insert(let id, let needsReset):
       guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
       run(bus.insert(key, id, backend, needsReset: needsReset), guest, supervisor)
@@ -62,7 +62,7 @@ final class EffectRunner {
     case .writeState(let state, let over):
       if key.kind.isInXenstore { writer.writeState(key, state, over: over) }
     case .writeClosed: writer.writeClosed(key)
-    case .empty: device.entry?.form.disk?.path = ""
+    case .empty: device.entry?.settings.image = ""
     case .saveFilling: saveFilling(device, guest)
     case .forgetFilling: settings.stateFolder?.forgetFilling(key)
     case .forgetState: settings.stateFolder?.forget(key)
@@ -103,10 +103,11 @@ final class EffectRunner {
       name: "\(guest.name)/\(entry.name)", source: source, rate: device.rate, account: device.account,
       makeState: stateMaker(device, of: guest),
       report: { [key = device.key] report in supervisor.onLoop { $0.reported(key, id, report) } })
-    surroundings.fileName = "\(device.key.domain)-\(entry.name)"
+    surroundings.fileName = Self.fileName(device.key, entry.name)
     surroundings.label = CrashRecord.label(device.key)
     surroundings.consoleFolder = settings.consoleFolder
     surroundings.mayAttach = settings.mayAttachConsoles
+    surroundings.decorate = settings.decorate
     let (logLine, guestName, deviceName) = (logLine, guest.name, entry.name)
     let quota = Mutex(LineQuota())
     surroundings.logLine = { line in
@@ -115,13 +116,22 @@ final class EffectRunner {
       logLine(guestName, deviceName, more + line)
     }
     device.running = Device.Running(id: id)
-    device.running?.threads = entry.form.start(
-      surroundings, decorate: settings.decorate,
-      completion: { [key = device.key] result in
-        // The threads are known by the time that this job runs: it comes behind the present one.
-        supervisor.onLoop { $0.opened(key, id, result) }
-      })
+    device.running?.threads = entry.settings.start(surroundings) { [key = device.key] result in
+      // The threads are known by the time that this job runs: it comes behind the present one.
+      supervisor.onLoop { $0.opened(key, id, result) }
+    }
     return nil
+  }
+
+  /// A device in names of files.
+  private static func fileName(_ key: DeviceKey, _ name: String) -> String { "\(key.domain)-\(name)" }
+
+  /// Has a backend changed by an operator's order; the outcome is an event.
+  private func adjust(_ id: BackendID, _ adjustment: Adjustment, _ device: Device, for supervisor: Supervisor) {
+    let key = device.key
+    device.backend?.adjust(adjustment) { outcome in
+      supervisor.post(.device(key, .adjusted(id, adjustment, outcome)), of: key.domain)
+    }
   }
 
   /// A device that the guest does not know follows its entry and the profiles with each start; one that it knows keeps what it was made
@@ -132,9 +142,9 @@ final class EffectRunner {
       return entry
     }
     var entry = try entries.entry(device.key, device.nodes, of: guest)
-    guest.machine.set(entry.form.common.restart, of: device.key)
-    device.set(entry.form.common.limits)
-    if let state = device.state { entry.form.keep(state.shape.profile) }
+    guest.machine.set(entry.settings.restart, of: device.key)
+    device.set(entry.settings.limits)
+    if let state = device.state { entry.settings.keep(state.shape.profile) }
     device.entry = entry
     device.entryNodes = device.nodes
     return entry
@@ -146,15 +156,10 @@ final class EffectRunner {
     case .success(let backend):
       device.running?.backend = backend
       device.state = backend.state
-      var objection: String?
-      if device.key.kind == .spare, let disk = backend as? BlockBackend, disk.geometry.logicalBlock > 512 {
-        let image = device.entry?.form.disk?.path ?? ""
-        objection = "'\(image)' has blocks of \(disk.geometry.logicalBlock) bytes; a spare disk has 512"
-      }
-      return .started(id, objection: objection)
+      return .started(id, objection: device.key.kind == .spare ? backend.objectionAsSpare : nil)
     case .failure(let fault):
       // With the key of the entry that it is about, where there is one.
-      let words = device.entry?.form.disk == nil ? fault.message : "params: \(fault.message)"
+      let words = device.entry?.settings.image == nil ? fault.message : "params: \(fault.message)"
       return .startFailed(id, words, isFinal: false)
     }
   }
@@ -243,7 +248,7 @@ final class EffectRunner {
   // MARK: Spares
 
   private func saveFilling(_ device: Device, _ guest: Guest) {
-    guard let image = device.entry?.form.disk?.path else { return }
+    guard let image = device.entry?.settings.image else { return }
     do throws(Errno) {
       try settings.stateFolder?.save(StateFolder.Filling(image: image, limits: device.limits), of: device.key)
     } catch {
@@ -264,17 +269,11 @@ final class EffectRunner {
 
   /// Removes what of a device outlives its backends, and ends with it.
   private func clearing(_ device: Device) -> BusJob {
-    let (key, form, folder) = (device.key, device.entry?.form, settings.consoleFolder)
-    let fileName = "\(key.domain)-\(device.name)"
+    let (key, made) = (device.key, device.entry?.settings)
+    let traces = DeviceTraces(
+      fileName: Self.fileName(key, device.name), consoleFolder: settings.consoleFolder)
     return {
-      switch form {
-      case .network(let network):
-        if case .created = network.attachment { TapDevice.remove(network.tapName) }
-      case .console(let console):
-        guard let folder else { break }
-        for port in console.ports.indices { unlink(ConsoleBackend.historyPath(folder, fileName, port: port)) }
-      case .disk, .entropy, nil: break
-      }
+      made?.removeTraces(traces)
       return .device(key, .cleared)
     }
   }

@@ -61,7 +61,7 @@ final class Guest {
     let type = type(of: bus)
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
-      server: facts.server, pool: facts.pool, facts: facts.rows, guestNeeds: type.guestNeeds, note: type.note,
+      server: facts.server, mappings: facts.mappings, facts: facts.rows, guestNeeds: type.guestNeeds, note: type.note,
       limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: type.name) })
   }
@@ -69,14 +69,17 @@ final class Guest {
   private func snapshot(_ device: Device, bus name: String) -> StatusBoard.Device {
     let machine = machine[device.key]
     let place = bus.facts(of: device.key)
-    let disk = device.entry?.form.disk
+    let (settings, transport) = (device.entry?.settings, bus.transport(of: device.key))
+    var interrupts: @Sendable () -> UInt64 = { 0 }
+    if let transport { interrupts = { transport.interruptCount } }
     return StatusBoard.Device(
       key: device.key, name: device.name, guestName: self.name, phase: phase(of: device), slot: place.slot,
-      type: device.entry?.form.typeName ?? "disk", path: disk?.path ?? device.nodes["params"],
-      readOnly: disk?.readOnly ?? false, backend: device.backend, transport: bus.transport(of: device.key),
+      type: device.type?.name ?? "unknown", path: settings?.image ?? device.nodes["params"],
+      readOnly: settings?.readOnly ?? false, readings: device.backend?.readings,
+      driverStatus: transport?.currentStatus, interrupts: interrupts,
       stuck: device.stuck, account: device.account, limits: device.limits, restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
-      isEmptySpare: device.key.kind == .spare && disk?.path.isEmpty != false, entryPath: device.nodes["params"],
+      isEmptySpare: device.key.kind == .spare && settings?.image?.isEmpty != false, entryPath: device.nodes["params"],
       bus: name, grants: place.grants, facts: place.rows, warning: place.warning, channels: place.channels)
   }
 }

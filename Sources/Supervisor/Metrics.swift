@@ -99,7 +99,7 @@ package enum Metrics {
       "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
     gauge(
       "vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
-    let granted = guests.flatMap(\.devices).compactMap { $0.grants?.statistics }
+    let granted = guests.flatMap(\.devices).compactMap { $0.grants?().statistics }
     gauge(
       "vxd_grants", "Granted pages that are mapped; virtio-mmio uses none.",
       "\(granted.reduce(0) { $0 + $1.mappedPages })")
@@ -120,14 +120,14 @@ package enum Metrics {
     }
     put("vxd_guest_devices", "gauge", "Devices of a guest.") { "\($0.devices.count)" }
     put("vxd_guest_mapped_pages", "gauge", "Pages of a guest that are mapped.") {
-      $0.pool.map { "\($0.statistics.mappedPages)" }
+      $0.mappings.map { "\($0().mappedPages)" }
     }
     put("vxd_guest_mapped_pages_limit", "gauge", "Pages that may be mapped.") {
-      $0.pool.map { "\($0.statistics.budgetPages)" }
+      $0.mappings.map { "\($0().budgetPages)" }
     }
-    put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.pool.map { "\($0.statistics.mapCalls)" } }
-    put("vxd_guest_evictions", "counter", "Buckets unmapped for want of room.") {
-      $0.pool.map { "\($0.statistics.evictions)" }
+    put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.mappings.map { "\($0().mapCalls)" } }
+    put("vxd_guest_evictions", "counter", "Buckets unmapped to make room.") {
+      $0.mappings.map { "\($0().evictions)" }
     }
     put("vxd_guest_accesses", "counter", "Register accesses.") {
       $0.server.map { "\($0.counters.accesses.load(ordering: .relaxed))" }
@@ -200,17 +200,17 @@ package enum Metrics {
       "vxd_device_drops", "What was not delivered, by reason: packets of network devices, bytes of consoles.", "reason",
       DropReason.allCases.map { reason in ("\(reason)", { $0.drops(reason).value }) })
     put("vxd_device_link_up", "gauge", "Whether the link of a network device is up.") {
-      ($0.backend as? NetBackend).map { $0.isLinkUp ? "1" : "0" }
+      $0.readings?.isLinkUp.map { $0 ? "1" : "0" }
     }
     put("vxd_device_in_flight", "gauge", "Requests under way.") {
       "\(sum($0) { $0.inFlight.load(ordering: .relaxed) })"
     }
     put("vxd_device_slots", "gauge", "Requests that can be under way: ring occupancy is in_flight by this.") {
-      $0.backend.map { "\($0.requestLimit)" }
+      $0.readings.map { "\($0.requestLimit)" }
     }
-    put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.disk.map { "\($0.capacity)" } }
+    put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.readings?.capacity.map { "\($0)" } }
     put("vxd_device_cpu_seconds", "counter", "CPU time of the data threads since the backend was started.") {
-      $0.backend.map { seconds($0.cpuTime) }
+      $0.readings.map { seconds($0.cpuTime) }
     }
     put("vxd_device_restarts", "counter", "Restarts of the backend.") { "\($0.restarts)" }
     put("vxd_device_faults", "counter", "Faults of the guest's driver.") { "\($0.faults)" }

@@ -40,7 +40,7 @@ final class Orders {
   }
 
   /// Takes new profiles for what is opened from now on; limits and restart policies hold at once, for devices of every type.
-  func use(_ profiles: DiskProfiles) {
+  func use(_ profiles: Profiles) {
     table.runner.entries.profiles = profiles
     set(limits: profiles.daemonLimits)
     for guest in table.guests.values {
@@ -48,8 +48,8 @@ final class Orders {
       for device in guest.devices.values where device.key.kind != .spare && device.entry != nil {
         // A device that the new profiles do not know any more keeps what it has.
         guard let entry = try? table.runner.entries.entry(device.key, device.nodes, of: guest) else { continue }
-        guest.machine.set(entry.form.common.restart, of: device.key)
-        if entry.form.common.limits != device.limits { set(limits: entry.form.common.limits, of: device.key) }
+        guest.machine.set(entry.settings.restart, of: device.key)
+        if entry.settings.limits != device.limits { set(limits: entry.settings.limits, of: device.key) }
       }
       table.publish(guest)
     }
@@ -65,32 +65,15 @@ final class Orders {
   ///
   /// - Returns: the event that makes it one.
   func fill(_ key: DeviceKey, image: String, limits: RateLimits?) -> DeviceEvent? {
-    guard let (guest, device) = table.known(key), var entry = device.entry, var disk = entry.form.disk,
-      disk.path.isEmpty
-    else { return nil }
-    disk.path = image
-    table.runner.entries.apply(to: &disk, key, entry.name, guest)
-    disk.direct = table.settings.direct && disk.direct
-    entry.form = .disk(disk)
-    device.entry = entry
+    guard let (guest, device) = table.known(key), device.entry?.settings.image?.isEmpty == true else { return nil }
+    device.entry = table.runner.entries.spare(key, image: image, limits: device.limits, of: guest)
     if let limits { device.set(limits) }
-    return .command(.fill(words: disk.path))
+    return .command(.fill(words: image))
   }
 
   func detach(_ key: DeviceKey, deadline: UInt64) -> DeviceEvent? {
-    guard let (_, device) = table.known(key), device.entry?.form.disk?.path.isEmpty == false else { return nil }
+    guard let (_, device) = table.known(key), device.entry?.settings.image?.isEmpty == false else { return nil }
     return .command(.detach(deadline: deadline))
-  }
-
-  // MARK: Sizes
-
-  /// Whether a backend is the one of a device still.
-  func resized(_ key: DeviceKey, _ backend: BlockBackend, _ result: Result<UInt64, ImageFault>) {
-    guard let (guest, device) = table.known(key), device.backend === backend else { return }
-    switch result {
-    case .success(let size): table.herald.tell(.deviceResized, guest, device, reason: "\(size) bytes")
-    case .failure(let fault): table.herald.tell(.deviceNotResized, guest, device, reason: fault.message)
-    }
   }
 }
 
@@ -117,10 +100,5 @@ extension Supervisor {
       guard let event = supervisor.orders.detach(key, deadline: deadline) else { return }
       supervisor.handle(.device(key, event), of: key.domain)
     }
-  }
-
-  /// Follows the size of a device's store, see `BlockBackend.resize`; the outcome is an event.
-  nonisolated func resize(_ key: DeviceKey, _ backend: BlockBackend, to bytes: UInt64?) {
-    backend.resize(to: bytes) { [self] result in onLoop { $0.orders.resized(key, backend, result) } }
   }
 }

@@ -5,7 +5,8 @@ import Synchronization
 import Transport
 import Xen
 
-/// What the supervisor publishes for others to read: the control socket answers from it without waiting for anybody.
+/// What the supervisor publishes for others to read: the control socket answers from it without waiting for anybody. It holds values, and
+/// functions that read counters: nothing here can change a device.
 package final class StatusBoard: Sendable {
   struct Device: Sendable {
     var key: DeviceKey
@@ -14,11 +15,15 @@ package final class StatusBoard: Sendable {
     var phase: DevicePhase
     var slot: DeviceSlot?
     /// What it is to the guest: disk, network, console or entropy.
-    var type = "disk"
+    var type = ""
     var path: String?
     var readOnly = false
-    var backend: DeviceBackend?
-    var transport: (any DeviceTransport)?
+    /// What its backend says of itself; nil while it has none.
+    var readings: BackendReadings?
+    /// The driver's status register; nil where the guest cannot find the device.
+    var driverStatus: DeviceStatus?
+    /// How often the guest was interrupted.
+    var interrupts: @Sendable () -> UInt64 = { 0 }
     var stuck: StuckRequest?
     var account = DeviceAccount()
     var limits = RateLimits()
@@ -31,16 +36,13 @@ package final class StatusBoard: Sendable {
     /// How the guest reaches it: "mmio" or "xenbus".
     var bus = "mmio"
     /// Granted pages of a Xenbus device.
-    var grants: GrantPool?
+    var grants: (@Sendable () -> GrantReadings)?
     /// Its place, in words.
     var facts: @Sendable () -> [Fact] = { [] }
     /// What is wrong with it although it works.
     var warning: String?
     /// Event channels that are bound for it alone.
     var channels: @Sendable () -> Int = { 0 }
-
-    /// The backend of a disk.
-    var disk: BlockBackend? { backend as? BlockBackend }
   }
 
   struct Guest: Sendable {
@@ -51,7 +53,8 @@ package final class StatusBoard: Sendable {
     var reason: String?
     var vcpus: Int
     var server: IOReqServerReport?
-    var pool: ForeignMappingPool?
+    /// Pages of the guest that are mapped; nil where they are granted for each device.
+    var mappings: (@Sendable () -> PoolStatistics)?
     /// How the guest reaches its devices, in words.
     var facts: [Fact] = []
     var guestNeeds = ""

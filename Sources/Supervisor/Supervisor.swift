@@ -224,5 +224,5 @@ package actor Supervisor {
   }
 
   /// Takes new profiles for what is opened from now on.
-  package func use(profiles: DiskProfiles) { orders.use(profiles) }
+  package func use(profiles: Profiles) { orders.use(profiles) }
 }

@@ -17,7 +17,7 @@ extension SupervisorControl {
 
   private static func limits(_ old: RateLimits, _ parameters: JSONValue) throws(ControlFault) -> RateLimits {
     var limits = old
-    do throws(ProfileFault) {
+    do throws(SettingFault) {
       try limits.change(parameters["limits"] ?? .null, "limits")
     } catch {
       throw ControlFault(
@@ -35,7 +35,7 @@ extension SupervisorControl {
     let one = [guestParameter, deviceParameter]
     return [
       ControlMethod(
-        change: "device.resume", "Goes on after a hold (what failed is tried again) or a pause.", parameters: one
+        change: "device.resume", "Resumes after a hold (what failed is tried again) or a pause.", parameters: one
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
         switch device.phase {
@@ -44,7 +44,7 @@ extension SupervisorControl {
             actions.order(device, .resume)
           }
         case .paused:
-          return ControlChange("\(device.name) goes on") {
+          return ControlChange("\(device.name) resumes") {
             actions.order(device, .resume)
           }
         default: throw wrongState(device, "held or paused")
@@ -55,7 +55,7 @@ extension SupervisorControl {
         parameters: one
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
-        guard device.transport != nil, ["ready", "connected", "held", "faulted"].contains(device.phase.name) else {
+        guard device.driverStatus != nil, ["ready", "connected", "held", "faulted"].contains(device.phase.name) else {
           throw wrongState(device, "ready, connected, held or faulted")
         }
         return ControlChange("requests of \(device.name) wait until 'device.resume'") {
@@ -64,7 +64,7 @@ extension SupervisorControl {
       },
       ControlMethod(
         change: "device.restart",
-        "Makes a device's backend anew, with its restart budget whole: also the way out of quarantine. Requests wait meanwhile.",
+        "Restarts a device's backend, with its restart budget whole: also the way out of quarantine. Requests wait meanwhile.",
         parameters: one
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
@@ -81,7 +81,7 @@ extension SupervisorControl {
         ]
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
-        guard let backend = device.disk else {
+        guard device.readings?.capacity != nil else {
           throw .notFound(
             "'\(device.guestName)/\(device.name)' is \(device.phase.name): it has no open image", field: "device")
         }
@@ -94,8 +94,7 @@ extension SupervisorControl {
         }
         let size = bytes
         return ControlChange("\(device.name) follows its image\(size.map { ", grown to \($0) bytes" } ?? "")") {
-          actions.resize(device.key, backend, to: size)
-          return ["accepted": true]
+          actions.order(device, .adjust(.resize(bytes: size)))
         }
       },
       ControlMethod(
@@ -240,7 +239,7 @@ extension SupervisorControl {
         let name = parameters["level"]?.stringValue ?? ""
         guard let level = Logger.Level(rawValue: name), level != .trace else {
           throw .invalidParameters(
-            "'level': '\(name)' is none of debug, info, notice, warning, error, critical", field: "level")
+            "'level': '\(name)' expected one of debug, info, notice, warning, error, critical", field: "level")
         }
         return ControlChange("lines from \(name) on are logged") {
           LogLevel.current = level

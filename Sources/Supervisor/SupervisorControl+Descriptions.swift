@@ -10,7 +10,7 @@ import Xen
 extension SupervisorControl {
   static func info(_ contents: StatusBoard.Contents, _ started: UInt64, _ isSimulated: Bool) -> JSONValue {
     let guests = contents.guests.values
-    let pools = guests.compactMap { $0.pool?.statistics }
+    let pools = guests.compactMap { $0.mappings?() }
     return [
       "version": .string(version), "hypervisor": .string(contents.hypervisor), "simulated": .bool(isSimulated),
       "pid": .count(getpid()), "uptimeSeconds": .count((EventLoop.now() - started) / 1_000_000_000),
@@ -20,7 +20,7 @@ extension SupervisorControl {
       "ioreqServers": .count(guests.filter { $0.server != nil }.count),
       "mappedPages": .count(pools.reduce(0) { $0 + $1.mappedPages }),
       "grantedPages": .count(
-        guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?.statistics.mappedPages ?? 0) }),
+        guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?().statistics.mappedPages ?? 0) }),
       "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
       "hostNodes": .array(contents.hostNodes.map { .string($0) }),
     ]
@@ -69,27 +69,24 @@ extension SupervisorControl {
     members.append(.init(name: "transport", value: .string(device.bus)))
     members.append(.init(name: "facts", value: describe(device.facts())))
     if let warning = device.warning { members.append(.init(name: "warning", value: .string(warning))) }
-    if counters, let pool = device.grants {
-      let statistics = pool.statistics
+    if counters, let grants = device.grants?() {
+      let statistics = grants.statistics
       members.append(
         .init(
           name: "grants",
           value: [
-            "access": .string(pool.mode.rawValue), "mappedPages": .count(statistics.mappedPages),
+            "access": .string(grants.access), "mappedPages": .count(statistics.mappedPages),
             "budgetPages": .count(statistics.budgetPages), "mapCalls": .count(statistics.mapCalls),
-            "unmapCalls": .count(statistics.unmapCalls), "copiedBytes": .count(pool.copied),
+            "unmapCalls": .count(statistics.unmapCalls), "copiedBytes": .count(grants.copiedBytes),
           ]))
     }
     if let slot = device.slot {
       members.append(.init(name: "slot", value: .count(slot.index)))
       members.append(.init(name: "base", value: .string("0x" + String(slot.base, radix: 16))))
     }
-    if let backend = device.backend {
-      if let disk = device.disk {
-        members.append(.init(name: "bytes", value: .count(disk.capacity)))
-        members.append(.init(name: "directIO", value: .bool(disk.isDirect)))
-      }
-      let all = backend.counters
+    if let readings = device.readings {
+      members += readings.facts()
+      let all = readings.counters
       members.append(.init(name: "inFlight", value: .count(sum(all) { $0.inFlight.load(ordering: .relaxed) })))
       members.append(.init(name: "requests", value: .count(sum(all, requests))))
       members.append(.init(name: "reads", value: .count(sum(all) { $0.reads.value })))
@@ -98,16 +95,12 @@ extension SupervisorControl {
       members.append(.init(name: "writtenBytes", value: .count(sum(all) { $0.writtenBytes.value })))
       if counters {
         members.append(.init(name: "queues", value: .count(all.count)))
-        members.append(.init(name: "threads", value: .count(backend.threadCount)))
-        members.append(.init(name: "store", value: .string(backend.mode)))
-        if let disk = device.disk {
-          members.append(.init(name: "cache", value: .string(disk.settings.cache.rawValue)))
-        }
+        members.append(.init(name: "threads", value: .count(readings.threadCount)))
+        members.append(.init(name: "store", value: .string(readings.mode)))
         members.append(.init(name: "requestsByQueue", value: .array(all.map { .count(requests($0)) })))
         members.append(.init(name: "counters", value: describe(all, device)))
       }
     }
-    members += describeMore(device)
     members.append(.init(name: "restarts", value: .count(device.restarts)))
     if counters {
       if device.type != "disk" { members.append(.init(name: "drops", value: drops(device.account))) }
@@ -124,8 +117,8 @@ extension SupervisorControl {
             "queue": .count(stuck.queue), "layer": .string(stuck.layer.rawValue), "milliseconds": .count(stuck.age),
           ]))
     }
-    if counters, let transport = device.transport {
-      members.append(.init(name: "driverStatus", value: .count(transport.currentStatus.rawValue)))
+    if counters, let status = device.driverStatus {
+      members.append(.init(name: "driverStatus", value: .count(status.rawValue)))
     }
     return .object(members)
   }
@@ -176,14 +169,13 @@ extension SupervisorControl {
       ("translationMisses", { $0.translationMisses.value }),
     ]
     var members = values.map { JSONValue.Member(name: $0.0, value: .count(sum(counters, $0.1))) }
-    let interrupts = device.transport?.interruptCount ?? 0
-    members.append(.init(name: "interrupts", value: .count(interrupts)))
+    members.append(.init(name: "interrupts", value: .count(device.interrupts())))
     return .object(members)
   }
 
   static func describe(poolOf guest: StatusBoard.Guest) -> JSONValue? {
-    guard let statistics = guest.pool?.statistics else { return nil }
-    let counters = guest.devices.flatMap { $0.backend?.counters ?? [] }
+    guard let statistics = guest.mappings?() else { return nil }
+    let counters = guest.devices.flatMap { $0.readings?.counters ?? [] }
     return [
       "guest": .string(guest.name), "domain": .count(guest.domain), "mappedPages": .count(statistics.mappedPages),
       "budgetPages": .count(statistics.budgetPages), "buckets": .count(statistics.buckets),

@@ -21,22 +21,23 @@ extension SupervisorControl {
             code: -32006, message: "'\(device.guestName)/\(device.name)' is a \(device.type) device",
             data: ["field": "params.device", "remedy": "name a network device ('vxctl list')"])
         }
-        guard let backend = device.backend as? NetBackend else {
+        guard device.readings != nil else {
           throw ControlFault(
             code: -32002, message: "'\(device.guestName)/\(device.name)' is \(device.phase.name)",
             data: ["field": "params.device", "remedy": "the device must be served: see 'vxctl show'"])
         }
         let isUp = parameters["up"]?.boolValue ?? false
         return ControlChange("the link of \(device.name) goes \(isUp ? "up" : "down")") {
-          backend.set(isLinkUp: isUp)
-          return ["accepted": true, "link": .string(isUp ? "up" : "down")]
+          var answer = actions.order(device, .adjust(.link(isUp: isUp))).objectValue ?? []
+          answer.append(.init(name: "link", value: .string(isUp ? "up" : "down")))
+          return .object(answer)
         }
       }
     ]
   }
 
   /// Where `vxctl console` connects to.
-  static func consoleMethod(_ board: StatusBoard, _ folder: String?) -> ControlMethod {
+  static func consoleMethod(_ board: StatusBoard) -> ControlMethod {
     ControlMethod(
       "console.find",
       "The socket of a port of a guest's console, for 'vxctl console': frames as Sources/Backends/ConsoleLink says.",
@@ -55,48 +56,23 @@ extension SupervisorControl {
             ?? "guest '\(guest.name)' has no console device of vxd",
           field: "guest")
       }
-      guard let backend = device.backend as? ConsoleBackend, let folder else {
+      guard let ports = device.readings?.ports, !ports.isEmpty else {
         throw ControlFault(
           code: -32002, message: "'\(guest.name)/\(device.name)' is \(device.phase.name)",
           data: ["field": "params.guest", "remedy": "the device must be served: see 'vxctl show'"])
       }
       let name = parameters["port"]?.stringValue
-      let ports = backend.settings.ports
       let index =
         name.map { name in
           ports.firstIndex { $0.name == name } ?? Int(name).flatMap { ports.indices.contains($0) ? $0 : nil }
         } ?? 0
-      guard let index else {
+      guard let index, let path = ports[index].viewerPath else {
         throw .notFound("'\(guest.name)/\(device.name)' has no port '\(name ?? "")'", field: "port")
       }
       return [
-        "path": .string(ConsoleBackend.viewerPath(folder, backend.fileName, port: index)),
-        "device": .string(device.name), "port": .count(index), "name": .string(ports[index].name),
+        "path": .string(path), "device": .string(device.name), "port": .count(index),
+        "name": .string(ports[index].name),
       ]
-    }
-  }
-
-  /// What a network or console device has beside what all have.
-  static func describeMore(_ device: StatusBoard.Device) -> [JSONValue.Member] {
-    switch device.backend {
-    case let net as NetBackend:
-      return [
-        .init(name: "mac", value: .string(net.settings.mac.text)),
-        .init(name: "link", value: .string(net.isLinkUp ? "up" : "down")),
-        .init(name: "interface", value: .string(net.interface)), .init(name: "mtu", value: .count(net.mtu)),
-        .init(name: "queuePairs", value: .count(net.settings.pairs)),
-      ]
-    case let console as ConsoleBackend:
-      let ports = console.settings.ports.enumerated().map { index, port -> JSONValue in
-        [
-          "port": .count(index), "name": .string(port.name), "console": .bool(port.isConsole),
-          "guestOpen": .bool(console.board.isGuestOpen(index)), "hostOpen": .bool(console.board.isHostOpen(index)),
-          "overflow": .string(port.overflow.rawValue), "pty": port.pty.map { .string($0) } ?? .null,
-          "log": port.log.map { .string($0.path) } ?? .null,
-        ]
-      }
-      return [.init(name: "ports", value: .array(ports))]
-    default: return []
     }
   }
 

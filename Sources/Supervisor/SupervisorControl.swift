@@ -15,12 +15,10 @@ package enum SupervisorControl {
     "device", "string", required: true, "Name (xvde) or number of the device.")
 
   package static func methods(
-    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions(), consoleFolder: String? = nil
-  )
-    -> ControlMethods
-  {
+    board: StatusBoard, isSimulated: Bool, actions: Actions = Actions()
+  ) -> ControlMethods {
     ControlMethods(
-      readings(board, isSimulated, actions) + [consoleMethod(board, consoleFolder)] + deviceChanges(board, actions)
+      readings(board, isSimulated, actions) + [consoleMethod(board)] + deviceChanges(board, actions)
         + networkChanges(board, actions) + daemonChanges(board, actions),
       version: version)
   }

@@ -1,3 +1,4 @@
+import Backends
 package import Devices
 package import Lifecycle
 import Xen
@@ -32,8 +33,8 @@ package struct SupervisorSettings: Sendable {
     policy.firstPause = 1000
     return policy
   }()
-  /// Options of disks that libxl cannot carry.
-  package var profiles = DiskProfiles()
+  /// Options of devices that libxl cannot carry.
+  package var profiles = Profiles()
   /// Puts something between each queue and its engine: faults in tests.
   package var decorate: @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine }
   /// For a test that shows what invalidations are for: do nothing at one.
@@ -41,6 +42,8 @@ package struct SupervisorSettings: Sendable {
   /// Try O_DIRECT.
   package var direct = true
 
+  /// Types of devices that are served.
+  var types = DeviceTypes.all
   /// What guests may be reached by, in the order in which they are asked.
   var buses = GuestBuses.all
 

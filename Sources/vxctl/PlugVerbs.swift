@@ -84,21 +84,19 @@ struct Attach: ParsableCommand {
       device to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it.
       """)
 
-  enum Kind: String, ExpressibleByArgument, CaseIterable {
-    case disk
-    case network
-    case console
-    case entropy
+  /// A disk, or a device of libxl's generic kind.
+  struct Kind: ExpressibleByArgument {
+    /// What it is in Xenstore, when it is not a disk.
+    let generic: VirtioType?
 
-    /// What it is in Xenstore, when it is no disk.
-    var generic: ToolstackDevice.GenericType? {
-      switch self {
-      case .disk: nil
-      case .network: .network
-      case .console: .console
-      case .entropy: .entropy
-      }
+    init?(argument: String) {
+      generic = VirtioType.generic.first { $0.name == argument }
+      if generic == nil, argument != VirtioType.disk.name { return nil }
     }
+
+    var name: String { (generic ?? .disk).name }
+
+    static var allValueStrings: [String] { [VirtioType.disk.name] + VirtioType.generic.map(\.name) }
   }
 
   @OptionGroup var connection: ConnectionOptions
@@ -129,11 +127,11 @@ struct Attach: ParsableCommand {
 
   func run() throws {
     if let backend { return try attach(over: backend) }
-    guard kind == .disk, let image else {
+    guard kind.generic == nil, let image else {
       throw ValidationError(
-        kind == .disk
+        kind.generic == nil
           ? "a disk needs --image"
-          : "a \(kind.rawValue) device needs --backend; HVM guests have those of their profile")
+          : "a \(kind.name) device needs --backend; HVM guests have those of their profile")
     }
     var parameters: [JSONValue.Member] = [.init(name: "image", value: .string(image))]
     if let device { parameters.append(.init(name: "device", value: .string(device))) }

@@ -50,7 +50,7 @@ extension Attach {
       let server = try backend.domain(in: store)
       guard server != domain else { throw ToolstackDevice.Fault("--backend: a guest cannot be its own backend") }
       let disk = try target(of: domain, store)
-      let word = kind.generic.map { "\($0.rawValue)\(disk.device)" } ?? ToolstackDevice.name(disk.device)
+      let word = kind.generic.map { "\($0.prefix)\(disk.device)" } ?? ToolstackDevice.name(disk.device)
       let name = "\(guest.plain)/\(word)"
       if options.dryRun {
         return [

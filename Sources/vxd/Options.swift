@@ -1,3 +1,4 @@
+import Backends
 import CLinux
 import ControlAPI
 import EventLoop
@@ -43,6 +44,7 @@ struct Options {
           --admin-group=GROUP    members may also change the daemon; root always may; anyone who can connect has
                                  read-only access
           --describe-api         print the control socket's methods as OpenRPC, and exit
+          --describe-options     print the tables of options of docs/profiles.md, and exit
           --buffered             do not use O_DIRECT
           --simulate             run on a simulated Xen with a guest that does I/O; no Xen is needed
       -v, --verbose              log more
@@ -60,6 +62,7 @@ struct Options {
     case operateGroup = "operate-group"
     case adminGroup = "admin-group"
     case describeAPI = "describe-api"
+    case describeOptions = "describe-options"
     // Not in the usage. The first corrupts data, which the testbed shows; the others are for tests that kill vxd: a simulated Xen and
     // xenstored in another process.
     case ignoreInvalidations = "test-ignore-invalidations"
@@ -68,7 +71,7 @@ struct Options {
 
     var takesValue: Bool {
       switch self {
-      case .simulate, .verbose, .version, .help, .buffered, .describeAPI, .ignoreInvalidations: false
+      case .simulate, .verbose, .version, .help, .buffered, .describeAPI, .describeOptions, .ignoreInvalidations: false
       default: true
       }
     }
@@ -165,6 +168,9 @@ struct Options {
         let methods = SupervisorControl.methods(board: StatusBoard(), isSimulated: false)
         print(JSONText.text(methods.discovery, pretty: true))
         return nil
+      case .describeOptions:
+        for table in Profiles.documents { print("## \(table.title)\n\n\(table.markdown)") }
+        return nil
       case .buffered: options.settings.direct = false
       case .simulate: options.simulate = true
       case .verbose: options.verbose = true
@@ -182,8 +188,8 @@ struct Options {
     options.consoleFolder = folder + "console"
     if !isGiven.contains(.state) { options.state = folder + "state" }
     if !isGiven.contains(.metricsSocket) { options.metricsSocket = folder + "metrics.sock" }
-    do throws(ProfileFault) {
-      options.settings.profiles = try DiskProfiles(path: options.profiles, isOptional: !options.profilesAreWanted)
+    do throws(SettingFault) {
+      options.settings.profiles = try Profiles(path: options.profiles, isOptional: !options.profilesAreWanted)
     } catch {
       throw OptionFault("--profiles \(options.profiles): \(error.message)")
     }

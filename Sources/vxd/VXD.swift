@@ -42,7 +42,7 @@ enum VXD {
     let board = StatusBoard()
     let actions = SupervisorControl.Actions(profilePath: options.profiles, profiles: options.settings.profiles)
     let methods = SupervisorControl.methods(
-      board: board, isSimulated: options.simulate, actions: actions, consoleFolder: options.consoleFolder)
+      board: board, isSimulated: options.simulate, actions: actions)
     let control: ControlServer
     do throws(Errno) {
       try makeFolder(of: options.socket)

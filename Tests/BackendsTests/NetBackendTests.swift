@@ -3,7 +3,9 @@ import Devices
 import Engines
 import EventLoop
 import Glibc
+import Lifecycle
 import SimulatedXen
+import Synchronization
 import TestSupport
 import Testing
 import Virtqueue
@@ -435,9 +437,13 @@ import Virtqueue
     let wire = Wire()
     let fixture = try fixture(wire)
     defer { fixture.stop() }
-    let backend = try #require(fixture.backend as? NetBackend)
     #expect(fixture.driver.registers.read(0x106) & 1 == 1)
-    backend.set(isLinkUp: false)
+    let answer = Mutex<[Adjustment.Outcome]>([])
+    fixture.backend.adjust(.link(isUp: false)) { outcome in answer.withLock { $0.append(outcome) } }
+    #expect(answer.withLock { $0 } == [.done("down")] && fixture.backend.isLinkUp == false)
+    // What it cannot do it says, once.
+    fixture.backend.adjust(.resize(bytes: nil)) { outcome in answer.withLock { $0.append(outcome) } }
+    #expect(answer.withLock { $0.count } == 2)
     #expect(fixture.driver.registers.read(0x106) & 1 == 0)
     // The data thread learns of it a little later.
     func isDropped() -> Bool {
@@ -450,7 +456,7 @@ import Virtqueue
     try fixture.exchange()
     #expect(isDropped())
     #expect(fixture.driver.registers.read(0x106) & 1 == 0)
-    (fixture.backend as? NetBackend)?.set(isLinkUp: true)
+    fixture.backend.adjust(.link(isUp: true)) { _ in }
     #expect(eventually { !isDropped() })
     while wire.receive(seconds: 0) != nil {}
     let packet = header + frame(from: ours, [2])

@@ -176,10 +176,10 @@ import Testing
   }
 
   static let mistakes = [
-    ("nbd://", "the host is missing"), ("nbd://host:0/x", "the port"), ("nbd://[::1/x", "the bracket"),
+    ("nbd://", "the host is missing"), ("nbd://host:0/x", "expected a port"), ("nbd://[::1/x", "the bracket"),
     ("nbd+unix:///x", "'?socket=/path'"), ("nbd+unix:///x?socket=relative", "an absolute path"),
     ("nbd+unix://host/x?socket=/s", "starts with nbd+unix:///"), ("nbds://host/x", "TLS"), ("nbdx://a", "neither"),
-    ("nbd://host/%zz", "no escape"),
+    ("nbd://host/%zz", "not a valid escape"),
   ]
 
   @Test(arguments: mistakes) func addressWithAMistakeIsRefused(text: String, reason: String) {

@@ -19,7 +19,7 @@ enum EntryTarget {
       let parts = line.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
       if parts.count == 2 { keys[String(parts[0])] = String(parts[1]) } else { keys[String(parts[0])] = nil }
     }
-    for kind in DeviceKey.Kind.allCases {
+    for kind in [DeviceKey.Kind.disk, .generic] {
       let key = DeviceKey(kind: kind, domain: 5, device: 51776)
       guard let entry = try? DeviceEntry.parse(key, keys) else { continue }
       _ = try? entry.slot(key, taken: [0, 1], count: 8)
@@ -40,6 +40,6 @@ enum ControlTarget {
       // What is sent must be JSON again.
       precondition((try? JSONText.parse(Array(JSONText.text(answer).utf8))) != nil, "the answer is no JSON")
     }
-    if let value = try? JSONText.parse(message) { _ = try? DiskProfiles(value) }
+    if let value = try? JSONText.parse(message) { _ = try? Profiles(value) }
   }
 }

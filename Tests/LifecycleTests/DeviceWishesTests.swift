@@ -36,6 +36,28 @@ import Testing
       .command(.restart), .waiting(.bus(.first)), .absent, [.retryBus], "failed"),
   ]) func obeysOperators(row: Row) { row.check() }
 
+  @Test(arguments: [
+    Row(
+      "has its backend change", .after(DeviceMachine.live), .command(.adjust(.link(isUp: false))),
+      .serving(id(1), held: [:]), .inserted(.live), [.adjust(id(1), .link(isUp: false))], "connected"),
+    Row(
+      "tells what became of a change", .after(DeviceMachine.live),
+      .adjusted(id(1), .resize(bytes: 512), .done("512 bytes")),
+      .serving(id(1), held: [:]), .inserted(.live), [.tell(.deviceResized, "512 bytes")], "connected"),
+    Row(
+      "tells why a change failed", .after(DeviceMachine.live),
+      .adjusted(id(1), .link(isUp: true), .failed("no cable")),
+      .serving(id(1), held: [:]), .inserted(.live), [.tell(.deviceLinkNotChanged, "no cable")], "connected"),
+    Row(
+      "refuses a change that no backend can do", .after(DeviceMachine.live + [.command(.pause)]),
+      .command(.adjust(.resize(bytes: nil))), .stopping(id(1), .rest(.paused)), .inserted(.live),
+      [.tell(.deviceNotResized, "the device is not served now")], "paused"),
+    Row(
+      "does not listen to the backend before", .after(DeviceMachine.live + [.command(.restart), .stopped(id(1))]),
+      .adjusted(id(1), .resize(bytes: 512), .done("512 bytes")),
+      .starting(id(2), .use(.restart("restarted by an operator"))), .inserted(.live), [], "restarting"),
+  ]) func changesWhatIsServed(row: Row) { row.check() }
+
   // MARK: Spare disks
 
   private static let filling = DeviceMachine.served + [.command(.fill(words: "'/a'")), .stopped(id(1))]

@@ -10,6 +10,7 @@ enum Action: Hashable {
   case timer(Int, DeviceTimer)
   case serverTimer(UInt64)
   case drained(Int, BackendID)
+  case adjusted(Int, BackendID)
   case driver(Int, Driver)
   case frontend(Int, FrontendView)
   case entry(Int, DeviceEvent.EntryChange)
@@ -31,7 +32,7 @@ extension PlayedGuest {
       state: .connected, setup: .page(sequence: 2, reference: 9), write: .init(number: 1, offset: 32, bytes: [0])),
   ]
 
-  private static let commands: [DeviceEvent.Command] = [.restart, .pause, .resume]
+  private static let commands: [DeviceEvent.Command] = [.restart, .pause, .resume, .adjust(.resize(bytes: nil))]
 
   /// - Parameter wishes: also what entries, operators and the daemon may want.
   func actions(wishes: Bool = true) -> [Action] {
@@ -69,6 +70,7 @@ extension PlayedGuest {
     }
     actions += device.timers.sorted { "\($0)" < "\($1)" }.map { .timer(key, $0) }
     actions += device.drains.sorted { $0.number < $1.number }.map { .drained(key, $0) }
+    actions += device.adjusting.sorted { $0.number < $1.number }.map { .adjusted(key, $0) }
     if device.isInserted {
       switch device.style {
       case .registers: actions += [.driver(key, .live), .driver(key, .absent)]
@@ -107,6 +109,9 @@ extension PlayedGuest {
     case .drained(let key, let number):
       devices[key]?.drains.remove(number)
       tell(key, .drained(number))
+    case .adjusted(let key, let id):
+      devices[key]?.adjusting.remove(id)
+      tell(key, .adjusted(id, .resize(bytes: nil), .done("1 byte")))
     case .driver(let key, let driver): tell(key, .driver(driver))
     case .frontend(let key, let view):
       devices[key]?.frontend = view
@@ -137,7 +142,7 @@ extension PlayedGuest {
         case .closed: true
         case .timer(_, .start), .timer(_, .room), .serverTimer: firesTimers
         case .frontend(let key, let view): devices[key]?.isReading == true && devices[key]?.frontend == view
-        case .openFailed, .report, .timer, .drained, .driver, .entry, .command, .domainGone, .end: false
+        case .openFailed, .report, .timer, .drained, .adjusted, .driver, .entry, .command, .domainGone, .end: false
         }
       }
       guard let next else { return }
@@ -159,6 +164,8 @@ extension PlayedGuest {
       device.behindTransport = device.behindTransport.map { shift($0) }
       device.timers = Set(device.timers.map { shift($0) }.filter { shift.isRecent($0) })
       device.drains = Set(device.drains.map { shift($0) })
+      // The answers of backends that are gone differ in nothing but their numbers.
+      device.adjusting = Set(device.adjusting.map { shift($0) }.filter { device.backends[$0] != nil })
       copy.devices[key] = device
       copy.queue = copy.queue.map { operation in
         switch operation {

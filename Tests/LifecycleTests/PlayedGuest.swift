@@ -40,6 +40,8 @@ struct PlayedGuest: Hashable {
     var isMapped = false
     var timers: Set<DeviceTimer> = []
     var drains: Set<BackendID> = []
+    /// Asked to change something, and not answered yet.
+    var adjusting: Set<BackendID> = []
     var frontend = FrontendView(state: .initialising)
     /// The shell was asked to read the frontend's nodes.
     var isReading = false
@@ -173,6 +175,9 @@ struct PlayedGuest: Hashable {
       device.backends[id] = nil
       device.unjoined -= 1
     case .resume(let id): expect(key, id, .open, effect)
+    case .adjust(let id, _):
+      expect(key, id, .open, effect)
+      device.adjusting.insert(id)
     case .insert(let id, _):
       expect(key, id, .open, effect)
       require(!device.isInserted, "inserted twice")

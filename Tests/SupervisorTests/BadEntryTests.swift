@@ -11,24 +11,24 @@ import Xen
       ("params", nil, "params: the key is missing"), ("params", "", "params: the value is empty"),
       (
         "params", "relative.img",
-        "params: 'relative.img' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)"
+        "params: expected an absolute path of an image or an NBD address (nbd://, nbd+unix://), not 'relative.img'"
       ),
       ("params", "/nowhere/disk.img", "params: cannot open '/nowhere/disk.img': No such file or directory"),
       ("params", "/tmp", "params: '/tmp' is neither a regular file nor a block device"),
-      ("mode", "x", "mode: 'x' is neither 'r' nor 'w'"), ("mode", nil, "mode: the key is missing"),
-      ("type", "phy", "type: 'phy' is not known; 'standalone' is"),
-      ("specification", "xen", "specification: 'xen' is not known; 'virtio' is"),
-      ("transport", "pci", "transport: 'pci' is not known; 'mmio' is"),
-      ("base", "12x", "base: '12x' is no number of at most 64 bits, decimal or hexadecimal with 0x"),
-      ("base", "-1", "base: '-1' is no number of at most 64 bits, decimal or hexadecimal with 0x"),
+      ("mode", "x", "mode: expected 'r' or 'w', not 'x'"), ("mode", nil, "mode: the key is missing"),
+      ("type", "phy", "type: expected 'standalone', not 'phy'"),
+      ("specification", "xen", "specification: expected 'virtio', not 'xen'"),
+      ("transport", "pci", "transport: expected 'mmio', not 'pci'"),
+      ("base", "12x", "base: expected a number of at most 64 bits, decimal or hexadecimal with 0x, not '12x'"),
+      ("base", "-1", "base: expected a number of at most 64 bits, decimal or hexadecimal with 0x, not '-1'"),
       (
         "base", "18446744073709551616",
-        "base: '18446744073709551616' is no number of at most 64 bits, decimal or hexadecimal with 0x"
+        "base: expected a number of at most 64 bits, decimal or hexadecimal with 0x, not '18446744073709551616'"
       ),
-      ("base", "513", "base: 0x201 is no multiple of 512 below 2^52"),
-      ("irq", "99999", "irq: 99999 is no shared peripheral interrupt (32 to 1019), and 0 goes with base 0 only"),
-      ("discard-enable", "yes", "discard-enable: 'yes' is neither 0 nor 1"),
-      ("frontend-id", "8", "frontend-id: 8 is not the domain of the entry's path, 5"),
+      ("base", "513", "base: expected a multiple of 512 below 2^52, not 0x201"),
+      ("irq", "99999", "irq: expected a shared peripheral interrupt (32 to 1019), or 0 with base 0, not 99999"),
+      ("discard-enable", "yes", "discard-enable: expected 0 or 1, not 'yes'"),
+      ("frontend-id", "8", "frontend-id: expected 5, the domain of the entry's path, not 8"),
     ] as [(String, String?, String)])
   func badEntryIsNamedAndTheOtherDiskWorks(key: String, value: String?, reason: String) throws {
     let world = try World()
@@ -155,8 +155,8 @@ import Xen
     #expect(
       throws: EntryFault(
         "type",
-        "'virtio,device1a' is not served by this version; virtio disks (kind virtio_disk), virtio,device1 (network), "
-          + "virtio,device3 (console) and virtio,device4 (entropy) are")
+        "expected one of virtio,device1 (network), virtio,device3 (console), virtio,device4 (entropy), not 'virtio,device1a'"
+      )
     ) {
       _ = try DeviceEntry.parse(key, ["type": "virtio,device1a"])
     }

@@ -1,3 +1,4 @@
+import Backends
 import ControlAPI
 import Devices
 import SimulatedXen
@@ -98,8 +99,8 @@ import Xen
     let text = #"{"version": 1, "guests": [{"devices": [\#(device)]}]}"#
     let place = "guests[0].devices[0]" + (field.isEmpty ? "" : ".\(field)")
     let value = try JSONText.parse(Array(text.utf8))
-    do throws(ProfileFault) {
-      _ = try DiskProfiles(value)
+    do throws(SettingFault) {
+      _ = try Profiles(value)
       Issue.record("'\(device)' is accepted")
     } catch {
       #expect(error.field == place, "\(error.message)")
@@ -114,7 +115,7 @@ import Xen
       #"{"version": 1, "guests": [{"devices": [{"type": "entropy"\#(options)}]}]}"#
     }
     let path = world.folder.file("profiles.json", text: profiles(#", "limits": {"readBytes": 4096}"#))
-    let loaded = try DiskProfiles(path: path, isOptional: false)
+    let loaded = try Profiles(path: path, isOptional: false)
     let actions = SupervisorControl.Actions(profilePath: path, profiles: loaded)
     try world.start(actions: actions) { $0.profiles = loaded }
     _ = try world.domain(5, name: "web1")
@@ -130,7 +131,7 @@ import Xen
     #expect(changes?.arrayValue?.first?["device"] == "rng0")
     #expect(
       changes?.arrayValue?.first?["changes"] == [
-        #"limits: {"readBytes":4096} -> {"readBytes":8192}"#, #"restart: not set -> "never""#,
+        "limits: readBytes 4096 -> readBytes 8192", "restart: on-failure -> never",
       ])
     _ = world.folder.file("profiles.json", text: new)
     try actions.reload()

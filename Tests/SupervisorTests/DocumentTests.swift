@@ -1,3 +1,4 @@
+import Backends
 import ControlAPI
 import Glibc
 import Supervisor
@@ -15,38 +16,25 @@ import Testing
     return String(decoding: bytes[..<count], as: UTF8.self)
   }
 
-  /// Names of options in the message that refuses one: those that the code knows.
-  private func options(_ profiles: JSONValue) throws -> Set<String> {
-    let fault = #expect(throws: ProfileFault.self) { _ = try DiskProfiles(profiles) }
-    let reason = try #require(fault).reason
-    let words = reason.split { !$0.isLetter && !$0.isNumber }.map(String.init)
-    return Set(words).subtracting("there is no such option key limit are and unknown expected one of nosuch".words)
-  }
-
-  /// Every option that the profiles take is in the document, from which the manual page is made.
-  @Test func everyProfileOptionIsDocumented() throws {
+  /// The tables of options in the manual are those that profiles are read by: `make man` writes them.
+  @Test func tablesOfOptionsAreTheCodesOwn() throws {
     let document = try text("docs/profiles.md")
-    func device(_ members: [JSONValue.Member]) -> JSONValue {
-      ["version": 1, "guests": [["devices": [.object(members)]]]]
-    }
-    func member(_ name: String, _ value: JSONValue) -> JSONValue.Member { .init(name: name, value: value) }
-    let refused: [(String, JSONValue, atLeast: Int)] = [
-      ("file", ["version": 1, "nosuch": 1], 4),
-      ("disks", ["version": 1, "disks": [["nosuch": 1]]], 17),
-      ("limits", ["version": 1, "daemon": ["limits": ["nosuch": 1]]], 6),
-      ("guests", ["version": 1, "guests": [["nosuch": 1]]], 4),
-      ("network", device([member("type", "network"), member("nosuch", 1)]), 19),
-      ("console", device([member("type", "console"), member("nosuch", 1)]), 8),
-      ("log", device([member("type", "console"), member("log", ["path": "/x", "nosuch": 1])]), 4),
-      ("entropy", device([member("type", "entropy"), member("nosuch", 1)]), 4),
-    ]
-    for (kind, profiles, atLeast) in refused {
-      let names = try options(profiles)
-      #expect(names.count >= atLeast, "\(kind): \(names.sorted())")
-      for name in names {
-        #expect(document.contains("`\(name)`"), "docs/profiles.md does not have '\(name)' (\(kind))")
+    let tables = Profiles.documents
+    #expect(tables.count >= 8 && tables.reduce(0) { $0 + $1.rows.count } > 50)
+    for table in tables {
+      let section = try #require(
+        document.split(separator: "\n## ", omittingEmptySubsequences: false).first { $0.hasPrefix("\(table.title)\n") },
+        "docs/profiles.md has no section '\(table.title)'")
+      #expect(section.contains(table.markdown), "docs/profiles.md, \(table.title): run 'make man'")
+      for row in table.rows {
+        guard case .choice(let names) = row.option.kind else { continue }
+        for name in names {
+          #expect(row.option.help.contains("`\(name)`"), "\(table.title): \(row.option.name), \(name)")
+        }
       }
     }
+    let titles = tables.map(\.title)
+    for type in DeviceTypes.all { for table in type.documents { #expect(titles.contains(table.title)) } }
   }
 
   @Test func everyMetricIsDocumented() throws {

@@ -20,7 +20,7 @@ import Xen
       deviceID: 4, wanted: [], queueSize: 64)
     #expect(eventually { world.state("web1", "rng0") == "connected" })
     let device = try #require(world.board.current.guests[5]?.devices.first { $0.name == "rng0" })
-    let counters = try #require(device.backend?.counters.first)
+    let counters = try #require(device.readings?.counters.first)
     // As its thread says at the start of a batch, long ago. The end of one that is under way still would take it back.
     #expect(
       eventually {

@@ -48,7 +48,7 @@ final class World: @unchecked Sendable {
     settings.slots = slots
     settings.bucketShift = 16
     settings.storeCheckMilliseconds = 50
-    if let profiles { settings.profiles = try DiskProfiles(try JSONText.parse(Array(profiles.utf8))) }
+    if let profiles { settings.profiles = try Profiles(try JSONText.parse(Array(profiles.utf8))) }
     settings.startRetry.firstPause = 20
     change(&settings)
     let events = events

@@ -1,5 +1,7 @@
 package import Devices
 package import EventLoop
+package import JSON
+package import Lifecycle
 import Synchronization
 package import Transport
 package import Virtqueue
@@ -55,6 +57,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     package var consoleFolder: String?
     /// Whether the peer of a socket may see and use consoles.
     package var mayAttach: @Sendable (_ descriptor: Int32) -> Bool = { _ in true }
+    /// Puts something between a disk's queue and its engine: faults in tests.
+    package var decorate: @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine }
     /// Takes a line that the guest wrote, for the daemon's log.
     package var logLine: @Sendable (String) -> Void = { _ in }
 
@@ -163,6 +167,23 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// Requests that can be under way, in all queues together.
   package var requestLimit: Int { queueSizes.reduce(0) { $0 + Int($1) } }
 
+  /// What is special of the type, for operators; overridden where there is such a thing. May be called when the backend is gone.
+  package var facts: @Sendable () -> [JSONValue.Member] { { [] } }
+  /// Overridden by consoles.
+  package var ports: [BackendPort] { [] }
+  /// Bytes of a disk.
+  package var capacity: UInt64? { nil }
+  /// Of a network device.
+  package var isLinkUp: Bool? { nil }
+  /// Why it cannot be what a spare disk is filled with; nil where it can.
+  package var objectionAsSpare: String? { "only a disk can be attached" }
+
+  package var readings: BackendReadings {
+    BackendReadings(
+      mode: mode, threadCount: threadCount, requestLimit: requestLimit, counters: counters, facts: facts, ports: ports,
+      capacity: capacity, isLinkUp: isLinkUp, clocks: threads.map(\.clock))
+  }
+
   // MARK: VirtioDevice, on the guest's thread
 
   package func accepts(_ features: FeatureBits) -> Bool { true }
@@ -224,6 +245,16 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   package func announceConfiguration() { signals.withLock { $0 }?.interruptForConfiguration() }
 
   // MARK: For operators
+
+  /// Tries what an error of the storage holds up again; overridden where something can be held.
+  package func resume() {}
+
+  /// Changes something while the device is served; overridden where something can be changed.
+  ///
+  /// - Parameter completion: called on any thread, once.
+  package func adjust(_ adjustment: Adjustment, completion: @escaping @Sendable (Adjustment.Outcome) -> Void) {
+    completion(.failed("a device of this type has nothing of the kind"))
+  }
 
   /// Limits of the device, for requests from now on.
   package func set(limits: RateLimits) {

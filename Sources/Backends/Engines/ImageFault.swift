@@ -19,7 +19,7 @@ package enum ImageFault: Error {
     case .tooSmall(let path, let bytes): "'\(path)' has \(bytes) bytes; a disk needs at least 512"
     case .locked(let path, let holder): "'\(path)' is in use by \(holder); two writers would destroy it"
     case .cannotResize(let path, let reason): "cannot resize '\(path)': \(reason)"
-    case .badAddress(let address, let reason): "'\(address)' is no NBD address: \(reason)"
+    case .badAddress(let address, let reason): "'\(address)' is not a valid NBD address: \(reason)"
     case .nbd(let address, let reason): "cannot use '\(address)': \(reason)"
     case .host(let what, let errno): "\(what): \(errno)"
     }

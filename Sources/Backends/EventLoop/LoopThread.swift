@@ -38,15 +38,9 @@ package final class LoopThread: Sendable {
   package var isCurrent: Bool { pthread_equal(pthread_self(), thread) != 0 }
 
   /// CPU time that the thread has used, in nanoseconds; 0 when it has ended.
-  package var cpuTime: UInt64 {
-    let number = loop.threadID
-    guard number > 0 else { return 0 }
-    var time = timespec()
-    // The clock of a thread by its number (linux: include/linux/posix-timers_types.h: 4 is a thread's, 2 is its running time): unlike
-    // the one by `pthread_t` it may be asked for when the thread has ended.
-    guard clock_gettime(clockid_t((~number << 3) | 6), &time) == 0 else { return 0 }
-    return UInt64(time.tv_sec) &* 1_000_000_000 &+ UInt64(time.tv_nsec)
-  }
+  package var cpuTime: UInt64 { clock.time }
+
+  package var clock: ThreadClock { ThreadClock(number: loop.threadID) }
 
   /// Ends the loop and waits for the thread; not to be called from it.
   package func stopAndJoin() {
@@ -62,5 +56,21 @@ package final class LoopThread: Sendable {
       done.open()
     }
     done.wait()
+  }
+}
+
+/// What reads a thread's CPU time; it does not keep the thread.
+package struct ThreadClock: Sendable {
+  /// The kernel's number of the thread; 0 before it runs.
+  let number: Int32
+
+  /// In nanoseconds; 0 when the thread has ended.
+  package var time: UInt64 {
+    guard number > 0 else { return 0 }
+    var time = timespec()
+    // The clock of a thread by its number (linux: include/linux/posix-timers_types.h: 4 is a thread's, 2 is its running time): unlike
+    // the one by `pthread_t` it may be asked for when the thread has ended.
+    guard clock_gettime(clockid_t((~number << 3) | 6), &time) == 0 else { return 0 }
+    return UInt64(time.tv_sec) &* 1_000_000_000 &+ UInt64(time.tv_nsec)
   }
 }

@@ -19,27 +19,6 @@ package struct ToolstackDevice {
     case generic = "virtio"
   }
 
-  /// What generic devices are: the beginning of their names, and virtio's number of the type.
-  package enum GenericType: String, CaseIterable, Sendable {
-    case network = "net"
-    case console = "console"
-    case entropy = "rng"
-
-    /// libxl's `type` of it: the virtio number is hexadecimal.
-    package var entryType: String {
-      switch self {
-      case .network: "virtio,device1"
-      case .console: "virtio,device3"
-      case .entropy: "virtio,device4"
-      }
-    }
-
-    package init?(entryType: String) {
-      guard let type = Self.allCases.first(where: { $0.entryType == entryType }) else { return nil }
-      self = type
-    }
-  }
-
   package let store: XenStore
   package let guest: DomainID
   package let kind: Kind
@@ -55,8 +34,8 @@ package struct ToolstackDevice {
 
   /// By the name that operators use: xvda to xvdp, or net0, console1, rng2.
   package init(_ store: XenStore, guest: DomainID, name: String) throws(Fault) {
-    for type in GenericType.allCases where name.hasPrefix(type.rawValue) {
-      guard let number = UInt32(name.dropFirst(type.rawValue.count)), "\(type.rawValue)\(number)" == name else {
+    for type in VirtioType.generic where name.hasPrefix(type.prefix) {
+      guard let number = UInt32(name.dropFirst(type.prefix.count)), "\(type.prefix)\(number)" == name else {
         continue
       }
       self.init(store, guest: guest, device: number, kind: .generic)
@@ -68,8 +47,8 @@ package struct ToolstackDevice {
   /// The name that operators use.
   package var name: String {
     guard kind == .generic else { return Self.name(device) }
-    let type = store.read("\(library)/type").flatMap(GenericType.init(entryType:))
-    return "\(type?.rawValue ?? "virtio")\(device)"
+    let entryType = store.read("\(library)/type")
+    return "\(VirtioType.generic.first { $0.entryType == entryType }?.prefix ?? "virtio")\(device)"
   }
 
   // MARK: Names
@@ -95,7 +74,7 @@ package struct ToolstackDevice {
   package static func number(_ name: String) throws(Fault) -> UInt32 {
     let letters = Array(name.utf8)
     guard letters.count == 4, name.hasPrefix("xvd"), (UInt8(ascii: "a")...UInt8(ascii: "p")).contains(letters[3]) else {
-      throw Fault("vdev: '\(name)' is none of xvda to xvdp")
+      throw Fault("vdev: expected xvda to xvdp, not '\(name)'")
     }
     return 202 << 8 | UInt32(letters[3] - UInt8(ascii: "a")) << 4
   }
@@ -174,7 +153,7 @@ package struct ToolstackDevice {
   /// Makes a generic device's entries, all at once.
   ///
   /// - Parameter options: what libxl has no room for: options as in profiles, JSON.
-  package func create(backend domain: DomainID, type: GenericType, options: String?) throws(Fault) {
+  package func create(backend domain: DomainID, type: VirtioType, options: String?) throws(Fault) {
     guard !exists else {
       throw Fault("domain \(guest) has a generic device \(device) already", remedy: "name another one by --device")
     }

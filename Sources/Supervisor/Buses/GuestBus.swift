@@ -150,7 +150,7 @@ struct BusFacts: Sendable {
   var rows: [Fact] = []
   var vcpus = 0
   var server: StatusBoard.IOReqServerReport?
-  var pool: ForeignMappingPool?
+  var mappings: (@Sendable () -> PoolStatistics)?
 }
 
 /// What operators see of a device's place.
@@ -160,9 +160,23 @@ struct DeviceFacts: Sendable {
   /// What is wrong with it although it works.
   var warning: String?
   var slot: DeviceSlot?
-  var grants: GrantPool?
+  var grants: (@Sendable () -> GrantReadings)?
   /// Event channels that are bound for the device alone.
   var channels: @Sendable () -> Int = { 0 }
+}
+
+/// Granted pages of one device.
+struct GrantReadings: Sendable {
+  /// How its memory is reached.
+  var access: String
+  var statistics: PoolStatistics
+  var copiedBytes: UInt64
+
+  init(_ pool: GrantPool) {
+    access = pool.mode.rawValue
+    statistics = pool.statistics
+    copiedBytes = pool.copied
+  }
 }
 
 extension Driver {

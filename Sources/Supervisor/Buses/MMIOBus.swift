@@ -59,7 +59,8 @@ final class MMIOBus: GuestBus {
     let server = cell.report.withLock { $0 }
     let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
     return BusFacts(
-      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, server: server?.report, pool: pool)
+      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, server: server?.report,
+      mappings: { [pool] in pool.statistics })
   }
 
   // MARK: What an earlier daemon left

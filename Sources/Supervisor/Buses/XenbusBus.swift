@@ -132,7 +132,7 @@ final class XenbusBus: GuestBus {
               "\(pool.mode.rawValue), \(pool.statistics.mappedPages) pages, \(transport?.channelCount ?? 0) event channels"
           )
         ]
-      }, grants: pool, channels: { transport?.channelCount ?? 0 })
+      }, grants: { GrantReadings(pool) }, channels: { transport?.channelCount ?? 0 })
   }
   func frontend(of key: DeviceKey) -> String? { seats[key]?.frontend }
 

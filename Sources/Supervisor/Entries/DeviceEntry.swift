@@ -3,39 +3,6 @@ import Devices
 import Engines
 package import Xen
 
-/// Names one device of the domain: its kind in Xenstore, its guest, its number there.
-package struct DeviceKey: Hashable, Sendable {
-  /// Xenstore's names of the device kinds that libxl writes for virtio.
-  package enum Kind: String, CaseIterable, Sendable {
-    case disk = "virtio_disk"
-    case generic = "virtio"
-    /// No kind of Xenstore's: a spare disk of the profiles, and devices that they declare.
-    case spare
-    case network
-    case console
-    case entropy
-
-    /// Those that are watched in Xenstore.
-    static let watched: [Kind] = [.disk, .generic]
-
-    /// Whether such devices have an entry in Xenstore.
-    var isInXenstore: Bool { Self.watched.contains(self) }
-  }
-
-  package var kind: Kind
-  package var domain: DomainID
-  package var device: UInt32
-
-  package init(kind: Kind, domain: DomainID, device: UInt32) {
-    self.kind = kind
-    self.domain = domain
-    self.device = device
-  }
-
-  /// The backend directory, relative to the own domain's.
-  package var path: String { "backend/\(kind.rawValue)/\(domain)/\(device)" }
-}
-
 /// What is wrong with a device's entry: the key, and what its value should be.
 package struct EntryFault: Error, Equatable {
   package var key: String
@@ -50,18 +17,24 @@ package struct EntryFault: Error, Equatable {
 }
 
 /// A `virtio_disk` or generic `virtio` entry as libxl writes it, checked.
-package struct DeviceEntry: Equatable, Sendable {
+package struct DeviceEntry: Sendable {
   /// Frontend's directory, absolute.
   package var frontend: String
   /// Name of the virtual device: xvde.
   package var name: String
-  package var form: DeviceForm
+  package var settings: any DeviceSettings
   /// Where libxl put the device; 0 on x86, where vxd chooses.
   package var base: UInt64
   package var irq: UInt32
 
-  /// - Parameter keys: the nodes of the backend directory.
-  package static func parse(_ key: DeviceKey, _ keys: [String: String]) throws(EntryFault) -> DeviceEntry {
+  /// - Parameters:
+  ///   - keys: the nodes of the backend directory.
+  ///   - types: those that are served.
+  ///   - change: what is made of a disk of this name beyond what libxl says.
+  package static func parse(
+    _ key: DeviceKey, _ keys: [String: String], types: [any DeviceSettings.Type] = DeviceTypes.all,
+    change: (inout BlockSettings, _ name: String) -> Void = { _, _ in }
+  ) throws(EntryFault) -> DeviceEntry {
     func required(_ name: String) throws(EntryFault) -> String {
       guard let value = keys[name] else { throw EntryFault(name, "the key is missing") }
       guard !value.isEmpty else { throw EntryFault(name, "the value is empty") }
@@ -69,56 +42,60 @@ package struct DeviceEntry: Equatable, Sendable {
     }
     let type = try required("type")
     if key.kind == .disk {
-      guard type == "standalone" else { throw EntryFault("type", "'\(type)' is not known; 'standalone' is") }
+      guard type == "standalone" else { throw EntryFault("type", "expected 'standalone', not '\(type)'") }
       let specification = try required("specification")
       guard specification == "virtio" else {
-        throw EntryFault("specification", "'\(specification)' is not known; 'virtio' is")
+        throw EntryFault("specification", "expected 'virtio', not '\(specification)'")
       }
-    } else if DeclaredDevice.DeviceType(toolstack: type) == nil {
-      throw EntryFault(
-        "type",
-        "'\(type)' is not served by this version; virtio disks (kind virtio_disk), virtio,device1 (network), "
-          + "virtio,device3 (console) and virtio,device4 (entropy) are")
+    } else if types.declarable(entryType: type) == nil {
+      let known = types.filter { $0.canBeDeclared }.map { "\($0.type.entryType) (\($0.type.name))" }
+      throw EntryFault("type", "expected one of \(known.joined(separator: ", ")), not '\(type)'")
     }
     let transport = try required("transport")
-    guard transport == "mmio" else { throw EntryFault("transport", "'\(transport)' is not known; 'mmio' is") }
+    guard transport == "mmio" else { throw EntryFault("transport", "expected 'mmio', not '\(transport)'") }
     let frontend = try required("frontend")
     guard frontend.hasPrefix("/local/domain/\(key.domain)/") else {
-      throw EntryFault("frontend", "'\(frontend)' is not below /local/domain/\(key.domain)/")
+      throw EntryFault("frontend", "expected a path below /local/domain/\(key.domain)/, not '\(frontend)'")
     }
     let frontendID = try number("frontend-id", required("frontend-id"))
     guard frontendID == UInt64(key.domain) else {
-      throw EntryFault("frontend-id", "\(frontendID) is not the domain of the entry's path, \(key.domain)")
+      throw EntryFault("frontend-id", "expected \(key.domain), the domain of the entry's path, not \(frontendID)")
     }
     let base = try number("base", required("base"))
     guard base & 0x1ff == 0, base < 1 << 52 else {
-      throw EntryFault("base", "0x\(String(base, radix: 16)) is no multiple of 512 below 2^52")
+      throw EntryFault("base", "expected a multiple of 512 below 2^52, not 0x\(String(base, radix: 16))")
     }
     let irq = try number("irq", required("irq"))
     guard irq == 0 ? base == 0 : (32...1019).contains(irq) else {
-      throw EntryFault("irq", "\(irq) is no shared peripheral interrupt (32 to 1019), and 0 goes with base 0 only")
+      throw EntryFault("irq", "expected a shared peripheral interrupt (32 to 1019), or 0 with base 0, not \(irq)")
     }
-    if let type = DeclaredDevice.DeviceType(toolstack: type) {
+    if key.kind == .generic, let type = types.declarable(entryType: type) {
       // Its options come from elsewhere: libxl has no room for them.
-      let form: DeviceForm =
-        switch type {
-        case .network: .network(NetSettings(attachment: .created(bridge: nil), tapName: "", mac: MACAddress(value: 0)))
-        case .console: .console(ConsoleSettings(ports: []))
-        case .entropy: .entropy(EntropySettings())
-        }
-      return DeviceEntry(
-        frontend: frontend, name: "\(type.prefix)\(key.device)", form: form, base: base, irq: UInt32(irq))
+      let name = "\(type.type.prefix)\(key.device)"
+      let settings = try plain(type, key, name)
+      return DeviceEntry(frontend: frontend, name: name, settings: settings, base: base, irq: UInt32(irq))
     }
     let mode = try required("mode")
-    guard mode == "r" || mode == "w" else { throw EntryFault("mode", "'\(mode)' is neither 'r' nor 'w'") }
+    guard mode == "r" || mode == "w" else { throw EntryFault("mode", "expected 'r' or 'w', not '\(mode)'") }
     let path = try required("params")
     if let fault = fault(ofImage: path) { throw EntryFault("params", fault) }
     let discard = try flag("discard-enable", keys["discard-enable"] ?? "0")
     let name = keys["dev"] ?? "\(key.device)"
-    return DeviceEntry(
-      frontend: frontend, name: name,
-      form: .disk(BlockSettings(path: path, readOnly: mode == "r", discard: discard, serial: name)), base: base,
-      irq: UInt32(irq))
+    var disk = BlockSettings(path: path, readOnly: mode == "r", discard: discard, serial: name)
+    change(&disk, name)
+    return DeviceEntry(frontend: frontend, name: name, settings: disk, base: base, irq: UInt32(irq))
+  }
+
+  /// A device without options.
+  private static func plain(
+    _ type: any DeviceSettings.Type, _ key: DeviceKey, _ name: String
+  ) throws(EntryFault) -> any DeviceSettings {
+    let owner = DeviceOwner(guest: "", uuid: nil, domain: key.domain, device: name, suffix: "")
+    do throws(SettingFault) {
+      return try type.init(options: [], for: owner, "")
+    } catch {
+      throw EntryFault(error.field, error.reason)
+    }
   }
 
   /// Bytes of the name of an image at most: a path's, or an address with as much in its export's name.
@@ -133,7 +110,7 @@ package struct DeviceEntry: Equatable, Sendable {
       return nil
     }
     return path.hasPrefix("/")
-      ? nil : "'\(path)' is neither an absolute path of an image nor an NBD address (nbd://, nbd+unix://)"
+      ? nil : "expected an absolute path of an image or an NBD address (nbd://, nbd+unix://), not '\(path)'"
   }
 
   /// A number in decimal or, with 0x, hexadecimal: libxl writes `base` in decimal for disks and in hexadecimal for generic
@@ -145,13 +122,13 @@ package struct DeviceEntry: Equatable, Sendable {
     guard let first = digits.utf8.first, first != UInt8(ascii: "+"), first != UInt8(ascii: "-"),
       let value = UInt64(digits, radix: isHexadecimal ? 16 : 10)
     else {
-      throw EntryFault(key, "'\(text)' is no number of at most 64 bits, decimal or hexadecimal with 0x")
+      throw EntryFault(key, "expected a number of at most 64 bits, decimal or hexadecimal with 0x, not '\(text)'")
     }
     return value
   }
 
   private static func flag(_ key: String, _ text: String) throws(EntryFault) -> Bool {
-    guard text == "0" || text == "1" else { throw EntryFault(key, "'\(text)' is neither 0 nor 1") }
+    guard text == "0" || text == "1" else { throw EntryFault(key, "expected 0 or 1, not '\(text)'") }
     return text == "1"
   }
 

@@ -6,46 +6,50 @@ import Xen
 
 /// Makes checked entries of what Xenstore and the profiles say of a device.
 struct EntryMaker {
-  var profiles: DiskProfiles
+  var profiles: Profiles
   let settings: SupervisorSettings
 
   /// An entry with all its options.
   func entry(_ key: DeviceKey, _ nodes: [String: String], of guest: Guest) throws(EntryFault) -> DeviceEntry {
-    var entry: DeviceEntry
     switch key.kind {
-    case .disk, .generic: entry = try DeviceEntry.parse(key, nodes)
-    case .spare: entry = spare(key)
-    case .network, .console, .entropy: entry = try declared(key, of: guest)
+    case .spare:
+      let filling = settings.stateFolder?.filling(key)
+      return spare(key, image: filling?.image ?? "", limits: filling?.limits ?? RateLimits(), of: guest)
+    case .declared: return try declared(key, of: guest)
+    case .generic:
+      var entry = try DeviceEntry.parse(key, nodes, types: settings.types)
+      try addOptions(&entry, key, nodes, guest)
+      return entry
+    case .disk:
+      return try DeviceEntry.parse(key, nodes, types: settings.types) { disk, name in
+        disk = finished(disk, key, name, guest)
+      }
     }
-    if key.kind == .generic { try addOptions(&entry, key, nodes, guest) }
-    if var disk = entry.form.disk {
-      disk.direct = settings.direct
-      apply(to: &disk, key, entry.name, guest)
-      disk.stopsWhenStoreIsGone = disk.restart.mode != .never
-      entry.form = .disk(disk)
-    }
-    return entry
   }
 
-  /// The profiles' options of a disk.
-  func apply(to disk: inout BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) {
+  /// A disk with the options of the daemon and of the profiles.
+  private func finished(_ disk: BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) -> BlockSettings {
+    var disk = disk
+    disk.direct = settings.direct
     profiles.apply(to: &disk, guest: guest.name, uuid: guest.uuid, device: name, number: key.device)
+    disk.stopsWhenStoreIsGone = disk.restart.mode != .never
+    return disk
   }
 
   // MARK: Spares
 
   /// Spare disks: declared in the profiles, there from the guest's start with no size, filled and emptied while it runs. virtio-mmio
   /// cannot add a device to a running guest; a change of size is what every driver understands.
-  private func spare(_ key: DeviceKey) -> DeviceEntry {
+  ///
+  /// - Parameter image: what it is filled with; empty for nothing.
+  func spare(_ key: DeviceKey, image: String, limits: RateLimits, of guest: Guest) -> DeviceEntry {
     let name = "spare\(key.device)"
-    var entry = DeviceEntry(
-      frontend: "", name: name, form: .disk(BlockSettings(path: "", readOnly: false, discard: true, serial: name)),
-      base: 0, irq: 0)
-    if let filling = settings.stateFolder?.filling(key) {
-      entry.form.disk?.path = filling.image
-      entry.form.disk?.limits = filling.limits
-    }
-    return entry
+    var disk = BlockSettings(path: image, readOnly: false, discard: true, serial: name)
+    disk.limits = limits
+    disk = finished(disk, key, name, guest)
+    // What it is filled with is an operator's word, not the profile's.
+    disk.path = image
+    return DeviceEntry(frontend: "", name: name, settings: disk, base: 0, irq: 0)
   }
 
   // MARK: Devices of profiles
@@ -55,25 +59,26 @@ struct EntryMaker {
     let options = profiles.options(guest: guest.name, uuid: guest.uuid)
     return (0..<UInt32(options.spareDisks)).map { DeviceKey(kind: .spare, domain: guest.domain, device: $0) }
       + options.devices.filter(\.isCreated).map {
-        DeviceKey(kind: $0.type.kind, domain: guest.domain, device: $0.number)
+        DeviceKey(kind: $0.kind, domain: guest.domain, device: $0.number)
       }
   }
 
   private func declared(_ key: DeviceKey, of guest: Guest) throws(EntryFault) -> DeviceEntry {
     let devices = profiles.options(guest: guest.name, uuid: guest.uuid).devices
-    guard let device = devices.first(where: { $0.isCreated && $0.type.kind == key.kind && $0.number == key.device })
+    guard let device = devices.first(where: { $0.isCreated && $0.kind == key.kind && $0.number == key.device })
     else { throw EntryFault("devices", "no profile declares the device any more") }
+    let suffix = "\(key.device)\(device.type.type.prefix.prefix(1))"
     return DeviceEntry(
-      frontend: "", name: device.name,
-      form: try form(device, "devices", "\(key.device)\(device.type.prefix.prefix(1))", guest), base: 0, irq: 0)
+      frontend: "", name: device.name, settings: try made(device, "devices", suffix, guest), base: 0, irq: 0)
   }
 
-  private func form(
+  private func made(
     _ device: DeclaredDevice, _ field: String, _ suffix: String, _ guest: Guest
-  ) throws(EntryFault) -> DeviceForm {
-    let owner = DeclaredDevice.Owner(guest: guest.name, uuid: guest.uuid, domain: guest.domain, tapSuffix: suffix)
-    do throws(ProfileFault) {
-      return try device.form(owner, field)
+  ) throws(EntryFault) -> any DeviceSettings {
+    let owner = DeviceOwner(
+      guest: guest.name, uuid: guest.uuid, domain: guest.domain, device: device.name, suffix: suffix)
+    do throws(SettingFault) {
+      return try device.settings(owner, field)
     } catch {
       throw EntryFault(error.field, error.reason)
     }
@@ -83,13 +88,14 @@ struct EntryMaker {
   private func addOptions(_ entry: inout DeviceEntry, _ key: DeviceKey, _ nodes: [String: String], _ guest: Guest)
     throws(EntryFault)
   {
-    guard let type = DeclaredDevice.DeviceType(toolstack: nodes["type"] ?? "") else { return }
+    guard let type = settings.types.declarable(entryType: nodes["type"] ?? "") else { return }
     let known = profiles.options(guest: guest.name, uuid: guest.uuid).devices.first {
       !$0.isCreated && $0.number == key.device
     }
     if let known, known.type != type {
       throw EntryFault(
-        "type", "this is of type \(type.rawValue), and the profile has a \(known.type.rawValue) device in its place")
+        "type",
+        "this is of type \(type.type.name), and the profile has a \(known.type.type.name) device in its place")
     }
     var device = known ?? DeclaredDevice(type, number: key.device, options: [])
     if let text = nodes["vx-options"] {
@@ -97,12 +103,14 @@ struct EntryMaker {
       do throws(JSONText.Fault) {
         value = try JSONText.parse(Array(text.utf8))
       } catch {
-        throw EntryFault("vx-options", "this is no JSON")
+        throw EntryFault("vx-options", "expected JSON")
       }
-      guard let members = value.objectValue else { throw EntryFault("vx-options", "an object is wanted") }
+      guard let members = value.objectValue else {
+        throw EntryFault("vx-options", "expected an object, not \(value.brief)")
+      }
       device.options.removeAll { old in members.contains { $0.name == old.name } }
       device.options += members
     }
-    entry.form = try form(device, "vx-options", "v\(key.device)", guest)
+    entry.settings = try made(device, "vx-options", "v\(key.device)", guest)
   }
 }

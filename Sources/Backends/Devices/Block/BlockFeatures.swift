@@ -57,6 +57,11 @@ package enum BlockConfiguration {
     !features.contains(.blockConfigureWriteback) || features.contains(.blockFlush)
   }
 
+  /// The field `capacity` of a configuration space, in bytes.
+  package static func capacity(of bytes: [UInt8]) -> UInt64 {
+    bytes.prefix(8).enumerated().reduce(0) { $0 | UInt64($1.element) << UInt64(8 * $1.offset) } &* sectorSize
+  }
+
   /// Writes the field `capacity` of a configuration space.
   package static func set(capacity: UInt64, in bytes: inout [UInt8]) {
     for index in 0..<8 { bytes[index] = UInt8(truncatingIfNeeded: (capacity / sectorSize) >> UInt64(8 * index)) }

@@ -55,7 +55,7 @@ package struct NBDAddress: Equatable, Sendable {
     if let colon = authority[afterBracket...].lastIndex(of: ":") {
       host = authority[..<colon]
       guard let number = UInt16(authority[authority.index(after: colon)...]), number > 0 else {
-        throw .badAddress(text, "the port is no number from 1 to 65535")
+        throw .badAddress(text, "expected a port from 1 to 65535")
       }
       port = number
     }
@@ -74,7 +74,7 @@ package struct NBDAddress: Equatable, Sendable {
       }
       let digits = String(decoding: rest.prefix(2), as: UTF8.self)
       guard digits.utf8.count == 2, let value = UInt8(digits, radix: 16), value != 0 else {
-        throw .badAddress(text, "'%\(digits)' is no escape")
+        throw .badAddress(text, "'%\(digits)' is not a valid escape; expected % and two hexadecimal digits")
       }
       bytes.append(value)
       rest = rest.dropFirst(2)

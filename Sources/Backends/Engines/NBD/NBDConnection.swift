@@ -163,7 +163,7 @@ private struct Handshake {
   mutating func perform() throws(ImageFault) -> Export {
     let greeting = try receive(18)
     guard number(greeting, 0, 8) == NBDProtocol.initialMagic, number(greeting, 8, 8) == NBDProtocol.optionMagic else {
-      throw fault("this is no NBD server, or one of the old style")
+      throw fault("the server does not speak NBD, or only its old style")
     }
     let serverFlags = UInt16(truncatingIfNeeded: number(greeting, 16, 2))
     guard serverFlags & NBDProtocol.fixedNewstyle != 0 else { throw fault("the server is too old (no fixed newstyle)") }

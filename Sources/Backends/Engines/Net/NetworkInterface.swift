@@ -53,7 +53,7 @@ package enum NetworkInterface {
     guard status == 0 else {
       throw TapFault(
         message:
-          "bridge: '\(bridge)' is no bridge of Linux, and ovs-vsctl cannot add '\(name)' to it (\(words(status)))")
+          "bridge: '\(bridge)' is not a Linux bridge, and ovs-vsctl cannot add '\(name)' to it (\(words(status)))")
     }
   }
 

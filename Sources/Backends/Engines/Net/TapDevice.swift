@@ -61,7 +61,7 @@ package final class TapDevice: Sendable {
         let why =
           result == EBUSY
           ? "it is in use by another process"
-          : result == EINVAL ? "it is no tap, or has another count of queues" : "\(Errno(result))"
+          : result == EINVAL ? "not a tap device, or its queue count differs" : "\(Errno(result))"
         throw fail("the tap cannot be opened: \(why)")
       }
       let header = clinux_tap_header(descriptor, Int32(NetConfiguration.headerBytes))
@@ -125,7 +125,9 @@ package final class TapDevice: Sendable {
   }
 
   /// The largest packet's bytes without its link header.
-  package var mtu: Int { NetworkInterface.number("mtu", of: name) ?? 1500 }
+  package var mtu: Int { Self.mtu(of: name) }
+
+  package static func mtu(of name: String) -> Int { NetworkInterface.number("mtu", of: name) ?? 1500 }
 
   /// Tells the kernel what the guest can take.
   package func setOffloads(_ features: FeatureBits) {

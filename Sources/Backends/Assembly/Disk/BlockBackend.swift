@@ -1,6 +1,8 @@
 package import Devices
 package import Engines
 package import EventLoop
+package import JSON
+package import Lifecycle
 import Synchronization
 import Transport
 package import Virtqueue
@@ -106,7 +108,20 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   // MARK: What others read
 
   /// Bytes of the disk as they are now.
-  package var capacity: UInt64 { bytes.load(ordering: .relaxed) }
+  package override var capacity: UInt64? { bytes.load(ordering: .relaxed) }
+  package override var facts: @Sendable () -> [JSONValue.Member] {
+    let (configuration, isDirect, cache) = (configuration, isDirect, settings.cache.rawValue)
+    return {
+      [
+        .init(name: "bytes", value: .count(BlockConfiguration.capacity(of: configuration.bytes))),
+        .init(name: "directIO", value: .bool(isDirect)), .init(name: "cache", value: .string(cache)),
+      ]
+    }
+  }
+  package override var objectionAsSpare: String? {
+    geometry.logicalBlock <= 512
+      ? nil : "'\(settings.path)' has blocks of \(geometry.logicalBlock) bytes; a spare disk has 512"
+  }
   package override var requestLimit: Int { settings.slots * queues.count }
 
   // MARK: VirtioDevice, on the guest's thread
@@ -130,8 +145,17 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
 
   // MARK: For operators
 
-  /// Goes on after a hold.
-  package func resume() { for queue in queues { queue.change(runs: true) { $0.resume() } } }
+  package override func adjust(_ adjustment: Adjustment, completion: @escaping @Sendable (Adjustment.Outcome) -> Void) {
+    guard case .resize(let bytes) = adjustment else { return super.adjust(adjustment, completion: completion) }
+    resize(to: bytes) { result in
+      switch result {
+      case .success(let size): completion(.done("\(size) bytes"))
+      case .failure(let fault): completion(.failed(fault.message))
+      }
+    }
+  }
+
+  package override func resume() { for queue in queues { queue.change(runs: true) { $0.resume() } } }
 
   /// Follows the store's size, or grows a regular file first, and tells the driver.
   ///

@@ -1,7 +1,10 @@
 package import Devices
 package import Engines
+package import EventLoop
+package import JSON
 package import Lifecycle
 package import Virtqueue
+package import Xen
 
 /// Options of a network device.
 package struct NetSettings: DeviceSettings {
@@ -42,9 +45,52 @@ package struct NetSettings: DeviceSettings {
     self.mac = mac
   }
 
-  mutating func keep(queueSizes: [UInt16]) {
+  // MARK: DeviceSettings
+
+  package static let type = VirtioType.network
+
+  package init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {
+    self.init(
+      attachment: .created(bridge: nil), tapName: "vx\(owner.domain).\(owner.suffix)",
+      mac: MACAddress(of: owner.uuid ?? owner.guest, owner.device))
+    try Self.checkAttachments(members, field)
+    try Self.options.apply(members, to: &self, field)
+  }
+
+  package var optionTexts: [(name: String, value: String)] { Self.options.texts(self) }
+
+  package static var documents: [OptionDocument] {
+    let plain = NetSettings(attachment: .created(bridge: nil), tapName: "", mac: MACAddress(value: 0))
+    return [options.document("Network devices", plain).withoutCommonOptions]
+  }
+
+  package mutating func keep(queueSizes: [UInt16]) {
     pairs = max(1, (queueSizes.count - 1) / 2)
     queueSize = queueSizes.first ?? queueSize
+  }
+
+  package func start(
+    _ surroundings: DeviceBackend.Surroundings,
+    completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
+  ) -> [LoopThread] {
+    NetBackend.start(self, surroundings) { completion($0.map { $0 }) }
+  }
+
+  /// The tap, and its place in the bridge.
+  package func removeTraces(_ device: DeviceTraces) {
+    if case .created = attachment { TapDevice.remove(tapName) }
+  }
+
+  /// Taps that vxd made and did not remove: their names say whose they are ("vxDOMAIN.SUFFIX").
+  package static func removeOrphans(where isOrphan: (UInt16) -> Bool) {
+    for name in NetworkInterface.all {
+      if let domain = domain(ofTap: name), isOrphan(domain) { TapDevice.remove(name) }
+    }
+  }
+
+  static func domain(ofTap name: String) -> UInt16? {
+    guard name.hasPrefix("vx"), let dot = name.firstIndex(of: ".") else { return nil }
+    return UInt16(name[name.index(name.startIndex, offsetBy: 2)..<dot])
   }
 
   /// What the device offers on a tap.

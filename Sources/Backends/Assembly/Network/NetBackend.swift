@@ -1,6 +1,8 @@
 import Devices
 package import Engines
 package import EventLoop
+package import JSON
+package import Lifecycle
 import Synchronization
 package import Transport
 package import Virtqueue
@@ -160,8 +162,29 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
   package var interface: String { tap.name }
   package var mtu: Int { tap.mtu }
 
-  package var isLinkUp: Bool {
+  package override var isLinkUp: Bool? { Self.isLinkUp(configuration) }
+
+  private static func isLinkUp(_ configuration: ConfigurationSpace) -> Bool {
     NetConfiguration.status(configuration.bytes) & NetConfiguration.statusLinkUp != 0
+  }
+
+  package override var facts: @Sendable () -> [JSONValue.Member] {
+    let (configuration, settings, name) = (configuration, settings, tap.name)
+    return {
+      [
+        .init(name: "mac", value: .string(settings.mac.text)),
+        .init(name: "link", value: .string(Self.isLinkUp(configuration) ? "up" : "down")),
+        .init(name: "interface", value: .string(name)),
+        .init(name: "mtu", value: .count(TapDevice.mtu(of: name))),
+        .init(name: "queuePairs", value: .count(settings.pairs)),
+      ]
+    }
+  }
+
+  package override func adjust(_ adjustment: Adjustment, completion: @escaping @Sendable (Adjustment.Outcome) -> Void) {
+    guard case .link(let isUp) = adjustment else { return super.adjust(adjustment, completion: completion) }
+    set(isLinkUp: isUp)
+    completion(.done(isUp ? "up" : "down"))
   }
 
   /// Plugs the cable in, or pulls it; the driver is told.

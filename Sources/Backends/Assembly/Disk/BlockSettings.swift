@@ -1,9 +1,12 @@
 package import Devices
+package import EventLoop
+package import JSON
 package import Lifecycle
 package import Virtqueue
+package import Xen
 
 /// One block backend, as the supervisor wants it. Values are checked already.
-package struct BlockSettings: Equatable, Sendable {
+package struct BlockSettings: DeviceSettings {
   /// The image: a raw file, a block device, or the address of an NBD export (`NBDAddress`).
   package var path: String
   package var readOnly: Bool
@@ -15,6 +18,14 @@ package struct BlockSettings: Equatable, Sendable {
   package var direct = true
   package var cache = BlockCacheMode.writeback
   package var errors = BlockErrorPolicy()
+  /// How long a request is tried again where `errors` says so, in milliseconds.
+  package var retryMilliseconds: UInt64 = 30_000 {
+    didSet {
+      for member in [\BlockErrorPolicy.onError, \BlockErrorPolicy.onNoSpace] {
+        if case .retry = errors[keyPath: member] { errors[keyPath: member] = .retry(milliseconds: retryMilliseconds) }
+      }
+    }
+  }
   /// Virtqueues, 1 to 64; an NBD export whose connections do not see each other's writes gets one.
   package var queues = 1
   /// Threads that serve them, 1 to `queues`.
@@ -69,5 +80,49 @@ package struct BlockSettings: Equatable, Sendable {
     settings.errors = errors
     settings.stopsWhenStoreIsGone = stopsWhenStoreIsGone
     return settings
+  }
+
+  // MARK: DeviceSettings
+
+  package static let type = VirtioType.disk
+  /// A disk needs an image, which comes with its entry in Xenstore or later: profiles declare spares.
+  package static let canBeDeclared = false
+
+  package var image: String? {
+    get { path }
+    set { path = newValue ?? "" }
+  }
+
+  package init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {
+    self.init(path: "", readOnly: false, discard: true, serial: owner.device)
+    try apply(members, field)
+  }
+
+  /// Options of a profile on top of what is there.
+  package mutating func apply(_ members: [JSONValue.Member], _ field: String) throws(SettingFault) {
+    try Self.options.apply(members, to: &self, field)
+    try checkOptions(field)
+  }
+
+  package var optionTexts: [(name: String, value: String)] { Self.options.texts(self) }
+
+  package static var documents: [OptionDocument] {
+    [
+      options.document("Disks", BlockSettings(path: "", readOnly: false, discard: false, serial: ""))
+        .withoutCommonOptions
+    ]
+  }
+
+  package mutating func keep(queueSizes: [UInt16]) {
+    queues = queueSizes.count
+    threads = min(threads, queues)
+    queueSize = queueSizes.first ?? queueSize
+  }
+
+  package func start(
+    _ surroundings: DeviceBackend.Surroundings,
+    completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
+  ) -> [LoopThread] {
+    BlockBackend.start(self, surroundings, decorate: surroundings.decorate) { completion($0.map { $0 }) }
   }
 }

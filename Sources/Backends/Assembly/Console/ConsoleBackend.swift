@@ -1,27 +1,10 @@
 package import Devices
-package import Engines
+import Engines
 package import EventLoop
-package import Lifecycle
+package import JSON
+import Lifecycle
 import Transport
-package import Virtqueue
-
-/// Options of a console device.
-package struct ConsoleSettings: DeviceSettings {
-  package var restart = RestartPolicy()
-  package var limits = RateLimits()
-  package var offered: FeatureBits?
-  /// The first is the guest's console.
-  package var ports: [ConsolePortSettings]
-
-  package init(ports: [ConsolePortSettings]) { self.ports = ports }
-
-  /// A guest that runs keeps the count of its ports.
-  mutating func keep(queueSizes: [UInt16]) {
-    let count = max(1, queueSizes.count / 2 - 1)
-    while ports.count < count { ports.append(ConsolePortSettings(name: "", isConsole: false)) }
-    ports.removeLast(ports.count - count)
-  }
-}
+import Virtqueue
 
 /// A running console device: all its ports on one thread.
 package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
@@ -31,6 +14,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
   /// The device in names of files.
   package let fileName: String
   package let board: ConsolePortBoard
+  private let consoleFolder: String?
   private let worker: DeviceWorker<ConsolePump>
   private static let queueSize: UInt16 = 64
 
@@ -103,6 +87,7 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     for channel in channels { channel.onChange = { [weak worker] in worker?.refresh() } }
     self.settings = settings
     fileName = surroundings.fileName
+    consoleFolder = surroundings.consoleFolder
     self.worker = worker
     self.board = board
     try super.init(
@@ -117,6 +102,27 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
   private final class Speaker: @unchecked Sendable {
     // Invariant behind @unchecked Sendable: confined to the data thread.
     weak var backend: ConsoleBackend?
+  }
+
+  package override var ports: [BackendPort] {
+    settings.ports.enumerated().map { index, port in
+      BackendPort(name: port.name, viewerPath: consoleFolder.map { Self.viewerPath($0, fileName, port: index) })
+    }
+  }
+
+  package override var facts: @Sendable () -> [JSONValue.Member] {
+    let (ports, board) = (settings.ports, board)
+    return {
+      let values = ports.enumerated().map { index, port -> JSONValue in
+        [
+          "port": .count(index), "name": .string(port.name), "console": .bool(port.isConsole),
+          "guestOpen": .bool(board.isGuestOpen(index)), "hostOpen": .bool(board.isHostOpen(index)),
+          "overflow": .string(port.overflow.rawValue), "pty": port.pty.map { .string($0) } ?? .null,
+          "log": port.log.map { .string($0.path) } ?? .null,
+        ]
+      }
+      return [.init(name: "ports", value: .array(values))]
+    }
   }
 
   package override func configurationWritten(offset: Int, bytes: [UInt8]) {

@@ -62,3 +62,20 @@ extension JSONValue: ExpressibleByStringLiteral, ExpressibleByBooleanLiteral, Ex
     self = .object(elements.map { Member(name: $0.0, value: $0.1) })
   }
 }
+
+extension JSONValue {
+  /// The value in a message that refuses it: as it was written where that is short, its kind otherwise.
+  package var brief: String {
+    switch self {
+    case .null: "null"
+    case .bool(let value): "\(value)"
+    case .integer(let value): "\(value)"
+    case .number(let value): "\(value)"
+    case .exact(let text): text.utf8.count <= 40 ? text : "a number"
+    case .string(let text):
+      text.utf8.count <= 80 && !text.unicodeScalars.contains { $0.value < 32 } ? "\"\(text)\"" : "a longer text"
+    case .array: "an array"
+    case .object: "an object"
+    }
+  }
+}

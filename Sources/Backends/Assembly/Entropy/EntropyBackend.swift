@@ -1,17 +1,7 @@
-package import Devices
+import Devices
 package import EventLoop
-package import Lifecycle
 import Transport
-package import Virtqueue
-
-/// Options of an entropy device.
-package struct EntropySettings: DeviceSettings {
-  package var restart = RestartPolicy()
-  package var limits = RateLimits()
-  package var offered: FeatureBits?
-
-  package init() {}
-}
+import Virtqueue
 
 /// A running entropy device.
 package final class EntropyBackend: DeviceBackend, @unchecked Sendable {

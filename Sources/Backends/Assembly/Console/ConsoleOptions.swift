@@ -1,0 +1,162 @@
+import Devices
+package import Engines
+package import JSON
+
+/// Options of console devices: those of port 0 stand beside `ports`, which are the further ones.
+extension ConsoleSettings {
+  package static let options = OptionTable<ConsoleSettings>(
+    [
+      OptionRow(
+        "ports", .array, "further ports, each an object with the options of a port", default: "none",
+        read: { settings in
+          let further = settings.ports.dropFirst().map { portOptions.text($0) }
+          return further.isEmpty ? "none" : further.joined(separator: "; ")
+        }
+      ) { (settings: inout ConsoleSettings, given) throws(SettingFault) in
+        settings.ports += try readPorts(given)
+      }
+    ] + commonRows)
+
+  package static let portOptions = OptionTable<ConsolePortSettings>([
+    // These two are read first: what the others begin with depends on them.
+    OptionRow(
+      "name", .text,
+      "/dev/virtio-ports/NAME in the guest, up to 128 printable characters without /; required for non-console ports",
+      default: "", read: { $0.name }
+    ) { _, _ in },
+    OptionRow(
+      "console", .flag, "whether the port is a terminal (/dev/hvcN)",
+      default: "true for the device itself, false in `ports`", read: { "\($0.isConsole)" }
+    ) { _, _ in },
+    OptionRow(
+      "socket", .object,
+      "`{\"listen\": PATH}` or `{\"connect\": PATH}`: a Unix socket, one client at a time; the client must be root or in the operate "
+        + "or admin group",
+      default: "",
+      read: { port in
+        switch port.socket {
+        case .listen(let path): "listen \(path)"
+        case .connect(let path): "connect \(path)"
+        case nil: "none"
+        }
+      }
+    ) { (port: inout ConsolePortSettings, given) throws(SettingFault) in port.socket = try readSocket(given) },
+    OptionRow(
+      "pty", .path(limit: 4095), "path of a link to a pty", default: "", read: { $0.pty ?? "none" }
+    ) { port, given in port.pty = given.text },
+    OptionRow(
+      "log", .object, "a file; see Log files", default: "",
+      read: { port in port.log.map { log in logOptions.text(log) } ?? "none" }
+    ) { (port: inout ConsolePortSettings, given) throws(SettingFault) in port.log = try readLog(given) },
+    .flag(
+      "logLines", \.logsLines, "write complete lines to vxd's log, and so to the journal: at most 1000 in 30 seconds"),
+    .number(
+      "historyBytes", 0...16_777_216, \.historyBytes, "scrollback that is shown on attach, in bytes",
+      default: "65536 for a console, 0 otherwise"),
+    .choice(
+      "overflow", \.overflow, "when the reader is too slow: `drop` (counted) or `wait` (back-pressure on the guest)",
+      default: "drop for a console, otherwise wait"),
+  ])
+
+  package static let logOptions = OptionTable<ConsoleLogSettings>([
+    OptionRow("path", .path(limit: 4095), "the file's path; required", default: "", read: { $0.path }) { log, given in
+      log.path = given.text
+    },
+    .number("maxBytes", 4096...(1 << 40), \.bytesLimit, "size at which a new file is begun"),
+    .number("keep", 0...100, \.kept, "older files that are kept"),
+    .flag("timestamps", \.hasTimestamps, "begin each line with the time"),
+  ])
+
+  package init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {
+    self.init(ports: [])
+    // Those of the first port, and those of the device.
+    let own = Self.options.rows.map(\.option.name)
+    let known = Self.portOptions.rows.map(\.option.name)
+    for member in members where !own.contains(member.name) && !known.contains(member.name) {
+      throw SettingFault("\(field).\(member.name)", unknown: member.name, known: known + own)
+    }
+    ports = [try Self.readPort(members.filter { known.contains($0.name) }, field, isFirst: true)]
+    try Self.options.apply(members.filter { own.contains($0.name) }, to: &self, field)
+    var names: Set<String> = []
+    for port in ports where !port.name.isEmpty && !names.insert(port.name).inserted {
+      throw SettingFault(
+        field: "\(field).ports", reason: "two ports are called \"\(port.name)\"; expected a name of its own for each")
+    }
+  }
+
+  package var optionTexts: [(name: String, value: String)] {
+    (ports.first.map { Self.portOptions.texts($0) } ?? []) + Self.options.texts(self)
+  }
+
+  package static var documents: [OptionDocument] {
+    let port = ConsolePortSettings(name: "", isConsole: true)
+    return [
+      portOptions.document("Ports", port), logOptions.document("Log files", ConsoleLogSettings(path: "")),
+      OptionDocument(
+        title: "Console devices", rows: Array(options.document("", ConsoleSettings(ports: [port])).rows.prefix(1))),
+    ]
+  }
+
+  // MARK: Ports
+
+  private static func readPorts(_ given: GivenOption) throws(SettingFault) -> [ConsolePortSettings] {
+    var ports: [ConsolePortSettings] = []
+    for (index, value) in (given.value.arrayValue ?? []).enumerated() {
+      let place = "\(given.field)[\(index)]"
+      guard let members = value.objectValue else { throw SettingFault(place, expected: "an object", not: value) }
+      ports.append(try readPort(members, place, isFirst: false))
+    }
+    guard ports.count <= ConsoleConfiguration.namedPortLimit else {
+      throw SettingFault(
+        field: given.field, reason: "expected at most \(ConsoleConfiguration.namedPortLimit) ports, not \(ports.count)")
+    }
+    return ports
+  }
+
+  private static func readPort(
+    _ members: [JSONValue.Member], _ field: String, isFirst: Bool
+  ) throws(SettingFault) -> ConsolePortSettings {
+    var name = ""
+    if let given = members.last(where: { $0.name == "name" })?.value {
+      guard let text = given.stringValue, (1...128).contains(text.utf8.count),
+        text.utf8.allSatisfy({ $0 > 32 && $0 < 127 && $0 != UInt8(ascii: "/") })
+      else {
+        throw SettingFault("\(field).name", expected: "1 to 128 printable ASCII characters without /", not: given)
+      }
+      name = text
+    }
+    let isConsole = members.last { $0.name == "console" }?.value.boolValue ?? isFirst
+    var port = ConsolePortSettings(name: name, isConsole: isConsole)
+    try portOptions.apply(members, to: &port, field)
+    guard isConsole || !name.isEmpty else {
+      throw SettingFault(field: "\(field).name", reason: "expected a name, which a port that is not a console needs")
+    }
+    return port
+  }
+
+  private static func readSocket(_ given: GivenOption) throws(SettingFault) -> ConsolePortSettings.Socket {
+    let members = given.value.objectValue ?? []
+    guard members.count == 1, let member = members.first, member.name == "listen" || member.name == "connect" else {
+      throw SettingFault(
+        field: given.field,
+        reason: "expected an object with either \"listen\" or \"connect\", such as {\"listen\": PATH}")
+    }
+    // The address of a socket has no room for more.
+    let path = DeviceOption(name: member.name, kind: .path(limit: 107), help: "", fallback: nil)
+    guard path.allows(member.value) else {
+      throw SettingFault("\(given.field).\(member.name)", expected: path.expected, not: member.value)
+    }
+    let text = member.value.stringValue ?? ""
+    return member.name == "listen" ? .listen(text) : .connect(text)
+  }
+
+  private static func readLog(_ given: GivenOption) throws(SettingFault) -> ConsoleLogSettings {
+    let members = given.value.objectValue ?? []
+    var log = ConsoleLogSettings(path: "")
+    try logOptions.apply(members, to: &log, given.field)
+    guard !log.path.isEmpty else {
+      throw SettingFault(field: "\(given.field).path", reason: "expected the absolute path of a file")
+    }
+    return log
+  }
+}

@@ -1,0 +1,4 @@
+package import JSON
+
+/// Who speaks the control socket's protocol speaks JSON.
+package typealias JSONValue = JSON.JSONValue

@@ -1,0 +1,148 @@
+import ControlAPI
+import Devices
+import EventLoop
+import JSON
+import Lifecycle
+import SimulatedXen
+import TestSupport
+import Testing
+import Transport
+import Virtqueue
+import Xen
+
+@testable import Backends
+@testable import Supervisor
+
+/// Another type of device, which only these tests know: its own files, and one line in a list.
+@Suite struct DeviceTypeTests {
+  struct BeaconSettings: DeviceSettings {
+    static let type = VirtioType(name: "beacon", prefix: "beacon", number: 63)
+    static let options = OptionTable<BeaconSettings>(
+      [.number("brightness", 1...9, \.brightness, "how bright it is")] + commonRows)
+
+    var restart = RestartPolicy()
+    var limits = RateLimits()
+    var offered: FeatureBits?
+    var brightness = 3
+
+    init() {}
+
+    init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {
+      try Self.options.apply(members, to: &self, field)
+    }
+
+    var optionTexts: [(name: String, value: String)] { Self.options.texts(self) }
+
+    func start(
+      _ surroundings: DeviceBackend.Surroundings,
+      completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
+    ) -> [LoopThread] {
+      DeviceBackend.start(
+        name: surroundings.name, label: surroundings.label, threads: 1,
+        make: { threads throws(StartFault) in try BeaconBackend(self, surroundings, threads[0]) },
+        completion: { (result: Result<BeaconBackend, StartFault>) in completion(result.map { $0 }) })
+    }
+  }
+
+  /// Shines as entropy devices do.
+  final class BeaconBackend: DeviceBackend, @unchecked Sendable {
+    // Invariant behind @unchecked Sendable: immutable; see the superclass.
+    private let settings: BeaconSettings
+
+    init(_ settings: BeaconSettings, _ surroundings: Surroundings, _ thread: LoopThread) throws(StartFault) {
+      let profile = DeviceProfile(
+        deviceID: BeaconSettings.type.number, offeredFeatures: EntropyPump.features, queueSizes: [64])
+      let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
+      let counters = surroundings.account.queue(0).counters
+      let worker = try Self.make { () throws in
+        try DeviceWorker(
+          EntropyPump(source: surroundings.source, counters: counters, rate: surroundings.rate), index: 0,
+          queues: [.init(maximumSize: 64, counters: counters)], thread: thread, source: surroundings.source,
+          report: surroundings.report)
+      }
+      self.settings = settings
+      try super.init(
+        Parts(
+          profile: profile, configuration: ConfigurationSpace([]), mode: "a beacon", threads: [thread],
+          workers: [worker], routes: [Route(worker: 0, queue: 0)], rate: surroundings.rate, state: state,
+          counters: [counters]))
+    }
+
+    override var facts: @Sendable () -> [JSONValue.Member] {
+      let brightness = settings.brightness
+      return { [.init(name: "brightness", value: .count(brightness))] }
+    }
+  }
+
+  private static let types = DeviceTypes.all + [BeaconSettings.self]
+
+  private func profiles(_ text: String) throws -> Profiles {
+    try Profiles(JSONText.parse(Array(text.utf8)), types: Self.types)
+  }
+
+  @Test func newTypeIsDeclaredServedAndReportedLikeTheOthers() throws {
+    let world = try World()
+    defer { world.end() }
+    let declared = try profiles(
+      #"""
+      {"version": 1, "guests": [{"devices": [{"type": "beacon", "brightness": 7, "limits": {"readOps": 9}}, {"type": "entropy"}]}]}
+      """#)
+    try world.start {
+      $0.types = Self.types
+      $0.profiles = declared
+    }
+    let domain = try world.domain(5, name: "web1")
+    #expect(eventually { world.state("web1", "rng0") == "ready" && world.state("web1", "beacon0") == "ready" })
+    let device = world.device("web1", "beacon0")
+    #expect(device["type"] == "beacon" && device["kind"] == "beacon" && device["brightness"] == 7)
+    #expect(device["store"] == "a beacon" && device["limits"]?["readOps"] == 9)
+    // What comes from the toolstack is known by virtio's number.
+    try world.toolstack.attachGeneric(type: "virtio,device3f", device: 1, to: 5, options: #"{"brightness": 2}"#)
+    #expect(eventually { world.state("web1", "beacon1") == "ready" })
+    #expect(world.device("web1", "beacon1")["brightness"] == 2)
+    // A driver works, and operators see to it as to any other.
+    let registers = TrappedRegisters(domain: domain, base: SlotTable.slot(7).base, vcpu: 0)
+    let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
+    try driver.start(deviceID: 63, wanted: [.eventIndex], queueSize: 16)
+    #expect(eventually { world.state("web1", "beacon0") == "connected" })
+    #expect(world.call("device.link", ["guest": "web1", "device": "beacon0", "up": false])["code"] == -32006)
+    #expect(world.call("device.resize", ["guest": "web1", "device": "beacon0"])["code"] != nil)
+    #expect(world.call("device.pause", ["guest": "web1", "device": "beacon0"])["accepted"] == true)
+    #expect(eventually { world.state("web1", "beacon0") == "paused" })
+    #expect(world.call("device.resume", ["guest": "web1", "device": "beacon0"])["accepted"] == true)
+    #expect(eventually { world.state("web1", "beacon0") == "connected" })
+  }
+
+  @Test func mistakesInItsOptionsAreNamedLikeTheOthers() {
+    func message(_ device: String) -> String? {
+      do throws(SettingFault) {
+        _ = try Profiles(
+          (try? JSONText.parse(Array(#"{"version": 1, "guests": [{"devices": [\#(device)]}]}"#.utf8))) ?? .null,
+          types: Self.types)
+        return nil
+      } catch {
+        return error.message
+      }
+    }
+    #expect(message(#"{"type": "beacon", "brightness": 1}"#) == nil)
+    #expect(
+      message(#"{"type": "beacon", "brightness": 10}"#)
+        == "guests[0].devices[0].brightness: expected a whole number from 1 to 9, not 10")
+    #expect(
+      message(#"{"type": "beacon", "brightnes": 1}"#)?.hasPrefix(
+        #"guests[0].devices[0].brightnes: unknown option; did you mean "brightness"?"#) == true)
+    #expect(
+      message(#"{"type": "lamp"}"#)
+        == #"guests[0].devices[0].type: expected one of network, console, entropy, beacon, not "lamp""#)
+  }
+
+  /// vxctl names types by virtio's registry; everything that is served is in it, under the same number.
+  @Test func typesAreThoseOfTheRegistry() {
+    for type in DeviceTypes.all where type.canBeDeclared {
+      #expect(VirtioType.generic.contains(type.type))
+    }
+    #expect(Set(VirtioType.generic.map(\.prefix)).count == VirtioType.generic.count)
+    #expect(Set(VirtioType.generic.map(\.number)).count == VirtioType.generic.count)
+    #expect(VirtioType(name: "x", prefix: "x", number: 26).entryType == "virtio,device1a")
+  }
+}
