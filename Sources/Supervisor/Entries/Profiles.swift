@@ -31,6 +31,8 @@ package struct Profiles: Equatable, Sendable {
     var spareDisks = 0
     /// Network, console and entropy devices.
     var devices: [DeclaredDevice] = []
+    /// How the guest finds its devices.
+    var transport = GuestTransport.mmio
 
     static func options(_ types: [any DeviceSettings.Type]) -> OptionTable<GuestOptions> {
       OptionTable([
@@ -41,6 +43,10 @@ package struct Profiles: Equatable, Sendable {
         },
         .number(
           "spareDisks", 0...16, \.spareDisks, "placeholder disks of size 0 that vxctl attach fills (HVM guests)"),
+        .choice(
+          "transport", \.transport,
+          "how an HVM guest finds its devices: `mmio` (slots of an ACPI table) or `pci` (functions on its PCI bus); kept for the guest's life"
+        ),
         OptionRow(
           "devices", .array, "network, console and entropy devices; see below", default: "none", read: { _ in "" }
         ) { (guest: inout GuestOptions, given) throws(SettingFault) in

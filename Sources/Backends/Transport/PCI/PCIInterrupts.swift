@@ -1,4 +1,4 @@
-package import Synchronization
+import Synchronization
 
 /// Sends interrupts as messages. From any thread.
 package protocol MessageSender: AnyObject, Sendable {
@@ -18,8 +18,8 @@ package final class PCIInterrupts: Sendable {
   private let assignments: [Assignment]
   private let isEnabled = Atomic<Bool>(false)
   /// How often the guest was interrupted, and how often by a message.
-  package let raised = Atomic<UInt64>(0)
-  package let sent = Atomic<UInt64>(0)
+  private let raised = Atomic<UInt64>(0)
+  private let sent = Atomic<UInt64>(0)
 
   private final class Assignment: Sendable {
     let vector = Atomic<UInt16>(PCILayout.noVector)
@@ -31,6 +31,9 @@ package final class PCIInterrupts: Sendable {
     self.vectors = (0..<vectors).map { _ in MSIXVector() }
     assignments = (0...queues).map { _ in Assignment() }
   }
+
+  package var raisedCount: UInt64 { raised.load(ordering: .relaxed) }
+  package var sentCount: UInt64 { sent.load(ordering: .relaxed) }
 
   // MARK: Raising
 

@@ -88,7 +88,7 @@ package final class PCITransport: DeviceTransport {
     self.status.store(status.rawValue, ordering: .releasing)
   }
 
-  package var interruptCount: UInt64 { interrupts.raised.load(ordering: .relaxed) }
+  package var interruptCount: UInt64 { interrupts.raisedCount }
   package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
   /// The first address of the BAR; nil while it is not decoded. From any thread.
   package var base: UInt64? {
