@@ -85,6 +85,20 @@ final class EffectRunner {
     }
   }
 
+  /// Does what may wait for other programs, and what nobody waits for, on a thread of its own.
+  func aside(_ name: String, for supervisor: Supervisor, _ body: @escaping @Sendable () -> Void) {
+    do throws(Errno) {
+      let thread = try LoopThread(name: name)
+      thread.loop.enqueue {
+        body()
+        supervisor.onLoop { _ in thread.stopAndJoin() }
+      }
+    } catch {
+      // Without it traces stay until the next start.
+      herald.note("no thread for \(name): \(error)")
+    }
+  }
+
   // MARK: Backends
 
   private func start(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {

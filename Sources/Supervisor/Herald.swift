@@ -49,6 +49,9 @@ final class Herald {
     announce(SupervisorEvent(kind: .guestFailed, domain: domain, guest: "domain-\(domain)", reason: reason))
   }
 
+  /// Something of the daemon's own.
+  func note(_ words: String) { log.warning("\(words)") }
+
   /// A defect of vxd.
   func unexpected(_ words: String, _ guest: Guest) {
     log.critical("guest \(guest.name): internal: \(words)", metadata: ["GUEST": "\(guest.name)"])

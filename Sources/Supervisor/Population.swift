@@ -68,7 +68,7 @@ final class Population {
     hasSwept = true
     findGuests(supervisor)
     sweepSavedState(supervisor)
-    TapSweeper.remove { table.guests[$0] == nil }
+    removeOrphans(supervisor)
   }
 
   private func knownKeys(where isMeant: (DeviceKey) -> Bool) -> Set<DeviceKey> {
@@ -276,6 +276,15 @@ final class Population {
       }
     }
     for key in folder.contents.devices where table.known(key) == nil { folder.forget(key) }
+  }
+
+  /// What devices of guests that are no more have left on the host. Other programs may have to be waited for. A domain's number does not
+  /// come again before 32 thousand others, so that no guest can have appeared under one that had no guest a moment ago.
+  private func removeOrphans(_ supervisor: Supervisor) {
+    let (types, alive) = (settings.types, Set(table.guests.keys))
+    table.runner.aside("vxd-sweep", for: supervisor) {
+      for type in types { type.removeOrphans { !alive.contains($0) } }
+    }
   }
 
   // MARK: Entries that nobody else removes

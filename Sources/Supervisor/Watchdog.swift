@@ -30,12 +30,15 @@ struct Watchdog {
 
   /// - Returns: whether anything is to be published of the device.
   func look(at device: Device, of guest: Guest, _ now: UInt64, _ herald: Herald) -> Bool {
-    // A queue that is held waits for the operator, who has been told.
-    guard let backend = device.backend, guest.machine[device.key]?.phase == .connected else {
+    // A thread that hangs does so whatever the device's state is. What waits in a queue that is held waits for the operator, who has been
+    // told, and in one that no driver has, for nobody.
+    let isConnected = guest.machine[device.key]?.phase == .connected
+    let found = device.backend?.stuckRequest(at: now, threadsOnly: !isConnected)
+    guard device.stuck != nil || found != nil else { return false }
+    guard device.backend != nil else {
       device.stuck = nil
-      return false
+      return true
     }
-    let found = backend.stuckRequest(at: now)
     switch (device.stuck, found) {
     case (nil, .some(let stuck)):
       herald.tell(
@@ -52,7 +55,9 @@ struct Watchdog {
 
 extension DeviceBackend {
   /// The oldest request beyond the limit of the settings.
-  package func stuckRequest(at now: UInt64) -> StuckRequest? {
+  ///
+  /// - Parameter threadsOnly: look only at whether threads come back from their batches.
+  package func stuckRequest(at now: UInt64, threadsOnly: Bool = false) -> StuckRequest? {
     var worst: StuckRequest?
     for (index, counters) in counters.enumerated() {
       func consider(_ since: UInt64, _ layer: StuckRequest.Layer) {
@@ -63,7 +68,7 @@ extension DeviceBackend {
       }
       let waiting = counters.waiting.load(ordering: .relaxed)
       consider(counters.batchSince.load(ordering: .relaxed), .thread)
-      if worst?.queue != index {
+      if worst?.queue != index, !threadsOnly {
         consider(counters.oldestSince.load(ordering: .relaxed), waiting > 0 ? .retry : .engine)
       }
     }

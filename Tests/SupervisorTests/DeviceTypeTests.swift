@@ -4,6 +4,7 @@ import EventLoop
 import JSON
 import Lifecycle
 import SimulatedXen
+import Synchronization
 import TestSupport
 import Testing
 import Transport
@@ -134,6 +135,79 @@ import Xen
     #expect(
       message(#"{"type": "lamp"}"#)
         == #"guests[0].devices[0].type: expected one of network, console, entropy, beacon, not "lamp""#)
+  }
+
+  /// Stands for a device whose start and end wait for another program: entropy devices, and a gate at which everything waits that such
+  /// a program would hold up.
+  struct SlowSettings: DeviceSettings {
+    static let type = VirtioType(name: "slow", prefix: "slow", number: 62)
+    /// Closed where a latch stands in it. One test uses it.
+    static let gate = Mutex<Latch?>(nil)
+    /// What has been held up so far.
+    static let held = Mutex<[String]>([])
+
+    static func pass(_ what: String) {
+      held.withLock { $0.append(what) }
+      gate.withLock { $0 }?.wait()
+    }
+
+    var restart = RestartPolicy()
+    var limits = RateLimits()
+    var offered: FeatureBits?
+
+    init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {}
+    var optionTexts: [(name: String, value: String)] { [] }
+
+    func start(
+      _ surroundings: DeviceBackend.Surroundings,
+      completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
+    ) -> [LoopThread] {
+      DeviceBackend.start(
+        name: surroundings.name, label: surroundings.label, threads: 1,
+        make: { threads throws(StartFault) in
+          Self.pass("start")
+          return try BeaconBackend(BeaconSettings(), surroundings, threads[0])
+        }, completion: { (result: Result<BeaconBackend, StartFault>) in completion(result.map { $0 }) })
+    }
+
+    func removeTraces(_ device: DeviceTraces) { Self.pass("removeTraces") }
+    static func removeOrphans(where isOrphan: (DomainID) -> Bool) { pass("removeOrphans") }
+  }
+
+  /// Other programs (Open vSwitch's) are waited for as a device is opened, as what it leaves is removed, and as what an earlier daemon left is:
+  /// never by the supervisor's thread, which serves everybody.
+  @Test func supervisorWaitsForNoOtherProgram() throws {
+    let world = try World()
+    defer { world.end() }
+    let types = DeviceTypes.all + [SlowSettings.self]
+    let text = #"{"version": 1, "guests": [{"guest": "slow", "devices": [{"type": "slow"}]}]}"#
+    let declared = try Profiles(JSONText.parse(Array(text.utf8)), types: types)
+    /// While something waits at the gate, another guest comes and is served.
+    func whileHeldUp(_ what: String, _ disk: DomainID, _ cause: () throws -> Void) throws {
+      let gate = Latch()
+      SlowSettings.gate.withLock { $0 = gate }
+      defer {
+        SlowSettings.gate.withLock { $0 = nil }
+        gate.open()
+      }
+      try cause()
+      try #require(eventually { SlowSettings.held.withLock { $0.contains(what) } }, "\(what) does not happen")
+      _ = try world.domain(disk, name: "quick\(disk)")
+      try world.toolstack.attach(disk: "xvde", image: world.image("\(disk)"), to: disk)
+      #expect(
+        world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: disk), "\(what) holds the supervisor up")
+      #expect(world.state("quick\(disk)", "xvde") == "ready")
+    }
+    try whileHeldUp("removeOrphans", 10) {
+      try world.start {
+        $0.types = types
+        $0.profiles = declared
+      }
+    }
+    try whileHeldUp("start", 11) { _ = try world.domain(5, name: "slow") }
+    #expect(eventually { world.state("slow", "slow0") == "ready" })
+    try whileHeldUp("removeTraces", 12) { _ = try world.toolstack.destroy(5, disks: []) }
+    #expect(eventually { world.info("guests") == 3 })
   }
 
   /// vxctl names types by virtio's registry; everything that is served is in it, under the same number.

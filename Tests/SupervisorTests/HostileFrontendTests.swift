@@ -27,7 +27,8 @@ import Xen
   /// What is wrong with a setup page: a name, and where which bytes are put.
   private static let faults: [(name: String, offset: Int, value: UInt64, width: Int)] = [
     ("magic", 0, 0xdead_beef, 4), ("version", 4, 2, 2), ("no queues", 6, 0, 2), ("many queues", 6, 0xffff, 2),
-    ("features", 8, .max, 8), ("no features", 8, 0, 8), ("epoch", 0x10, 1, 4), ("read-only pages", 0x14, 1, 4),
+    ("features", 8, .max, 8), ("no features", 8, 0, 8),
+    ("CONFIG_WCE without FLUSH", 8, 0x3_0000_0800, 8), ("epoch", 0x10, 1, 4), ("read-only pages", 0x14, 1, 4),
     ("all pages read-only", 0x14, 0xffff_ffff, 4), ("no pages", 0x18, 0, 4),
     ("all pages", 0x18, 0xffff_ffff, 4), ("more pages than granted", 0x18, 32768, 4), ("no directories", 0x1c, 0, 4),
     ("many directories", 0x1c, 33, 4), ("directory", 0x20, 0xffff_fff0, 4), ("directory zero", 0x20, 0, 4),

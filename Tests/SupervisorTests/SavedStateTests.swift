@@ -39,6 +39,55 @@ import Xen
     #expect(eventually { TemporaryFolder.names(folder.path).isEmpty })
   }
 
+  /// The earlier server cannot be mapped for a moment: it is not gone, vCPUs wait for it, and it is adopted with the next try.
+  @Test(arguments: ["page", "range"]) func serverThatCannotBeAdoptedNowIsAdoptedLater(fails: String) throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    world.stop()
+    if fails == "page" {
+      domain.pageFailures.store(1, ordering: .relaxed)
+    } else {
+      domain.rangeFailures.store(1, ordering: .relaxed)
+    }
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.reasons(.guestFailed).contains { $0.contains("Cannot allocate memory") } })
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(domain.usage.ioreqServers == 1, "a second server would not answer who waits for the first")
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+    #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
+    #expect(eventually { domain.usage == .init() })
+  }
+
+  /// It cannot be adopted to the end: the guest's accesses must not wait for it for ever.
+  @Test func serverThatCannotBeAdoptedIsGivenBackWithItsGuest() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    _ = try world.boot(domain)
+    world.stop()
+    domain.pageFailures.store(.max, ordering: .relaxed)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "failed" })
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    #expect(eventually { domain.usage == .init() })
+  }
+
+  /// Somebody has destroyed it: a new one serves the guest as well.
+  @Test func serverThatIsGoneIsMadeAgain() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    let number = world.call("guest.list").arrayValue?.first?["ioreqServer"]?["id"]?.integerValue
+    world.stop()
+    try world.hypervisor.open(5).destroyIOReqServer(UInt16(try #require(number)))
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(domain.usage.ioreqServers == 1 && !world.eventKinds.contains(.guestFailed))
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+  }
+
   @Test func stateOfAnUnknownVersionMakesTheGuestResetItsDevice() throws {
     let (world, domain, folder) = try world()
     defer { world.end() }

@@ -32,6 +32,44 @@ import Xen
     #expect(eventually { world.eventKinds.contains(.deviceUnstuck) })
   }
 
+  /// A queue that is held waits for an operator, and so does what is in it; a thread that hangs beside it is another matter.
+  @Test func hangingThreadBesideAQueueThatIsHeldIsReported() throws {
+    let world = try World()
+    defer { world.end() }
+    let plan = FaultPlan()
+    let domain = try world.domain(5, name: "web1")
+    try world.start(
+      profiles: #"{"version": 1, "disks": [{"queues": 2, "threads": 2, "onError": "hold", "stuckSeconds": 1}]}"#
+    ) {
+      $0.decorate = { engine, _ in FaultyEngine(engine, plan) }
+    }
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    let guest = try world.boot(domain)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    plan.add(FaultPlan.Fault(result: -5))
+    guest.putHeader(at: 8 << 20, type: 1, sector: 0)
+    #expect(
+      guest.driver.add([
+        .init(8 << 20, 16, writable: false), .init(9 << 20, 512, writable: false), .init(10 << 20, 1, writable: true),
+      ]) != nil)
+    guest.driver.notify()
+    #expect(eventually { world.state("web1", "xvde") == "held" })
+    let device = try #require(world.board.current.guests[5]?.devices.first)
+    let counters = try #require(device.readings?.counters[1])
+    #expect(
+      eventually {
+        counters.batchSince.store(1, ordering: .relaxed)
+        return world.reasons(.deviceStuck).contains { $0.contains("data thread") }
+      })
+    // What waits in the queue that is held is not reported, however old it is.
+    #expect(world.reasons(.deviceStuck).count == 1)
+    #expect(world.device("web1", "xvde")["stuck"]?["queue"] == 1)
+    counters.batchSince.store(0, ordering: .relaxed)
+    #expect(eventually { world.eventKinds.contains(.deviceUnstuck) })
+    plan.clear()
+  }
+
   private func board(_ hanging: [Int]) -> StatusBoard {
     let board = StatusBoard()
     for (index, count) in hanging.enumerated() {

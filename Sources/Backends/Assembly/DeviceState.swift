@@ -236,7 +236,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     (memory + 256).assumingMemoryBound(to: Atomic<UInt32>.self)
   }
 
-  package func save(_ registers: MMIOTransport.Registers, _ status: DeviceStatus, configuration: [UInt8]) {
+  package func save(_ registers: DriverState, _ status: DeviceStatus, configuration: [UInt8]) {
     let next = 1 - (valid.pointee.load(ordering: .relaxed) & 1)
     let copy = memory + Self.registersOffset + Int(next) * Self.copyBytes
     for (index, value) in [
@@ -261,10 +261,10 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   }
 
   /// What was saved last.
-  package var saved: (registers: MMIOTransport.Registers, status: DeviceStatus, configuration: [UInt8]) {
+  package var saved: (registers: DriverState, status: DeviceStatus, configuration: [UInt8]) {
     let copy = memory + Self.registersOffset + Int(valid.pointee.load(ordering: .acquiring) & 1) * Self.copyBytes
     func word(_ index: Int) -> UInt32 { copy.load(fromByteOffset: 4 * index, as: UInt32.self) }
-    var registers = MMIOTransport.Registers()
+    var registers = DriverState()
     registers.deviceFeaturesSelect = word(1)
     registers.driverFeaturesSelect = word(2)
     registers.queueSelect = word(3)

@@ -25,11 +25,3 @@ package struct DeviceProfile: Equatable, Sendable {
       && zip(layouts, device.queueSizes).allSatisfy { ($0?.size ?? 0) <= $1 }
   }
 }
-
-/// Where a transport keeps what must outlive the process: called by the ioreq thread, before a device is started and after it has
-/// ended, so that an access which is answered once more after a restart finds its work done or not begun.
-package protocol TransportState: AnyObject, Sendable {
-  func save(_ registers: MMIOTransport.Registers, _ status: DeviceStatus, configuration: [UInt8])
-  /// The driver took a queue back while no backend was there to be told.
-  func endQueue(_ queue: Int)
-}

@@ -70,7 +70,9 @@ package struct XenbusSetup: Equatable, Sendable {
   package var directories: [UInt32]
   /// By number; nil where the driver uses none.
   package var queues: [Queue?]
+}
 
+extension XenbusSetup {
   package init(_ copy: UnsafeRawBufferPointer, _ offer: XenbusOffer) throws(SetupFault) {
     guard copy.count >= Self.bytes else { throw SetupFault("the setup page is cut") }
     func half(_ offset: Int) -> UInt16 {

@@ -1,26 +1,21 @@
 import Synchronization
-import Virtqueue
+package import Virtqueue
 
 /// The Xenbus transport of one device (deploy/guest-module/PROTOCOL.md): between what the supervisor reads from Xenstore and a
 /// `VirtioDevice`. Nothing here traps, waits for the guest, or is called per request.
 ///
 /// `connect`, `disconnect`, `plug`, `unplug` and `write` are called by one thread, the guest's. The device signals from its own.
 package final class XenbusTransport: DeviceTransport {
-  package let profile: DeviceProfile
   private let onStatus: @Sendable (DeviceStatus) -> Void
   /// Told that the configuration space or the status is to be published anew, from any thread.
   private let onConfiguration: @Sendable () -> Void
-  private let status = Atomic<UInt32>(0)
   private let interrupts = Atomic<UInt64>(0)
-  private let state: (any TransportState)?
+  private let session: DriverSession
   /// Confined to the guest's thread, see the type's comment.
-  nonisolated(unsafe) private var registers = MMIOTransport.Registers()
   nonisolated(unsafe) private var channels: [QueueSignals?] = [] {
     didSet { bound.store(channels.count { $0 != nil }, ordering: .relaxed) }
   }
   private let bound = Atomic<Int>(0)
-  nonisolated(unsafe) private var device: (any VirtioDevice)?
-  private let space: Mutex<ConfigurationSpace>
 
   /// - Parameters:
   ///   - state: keeps what a later process must know.
@@ -29,23 +24,20 @@ package final class XenbusTransport: DeviceTransport {
     device: any VirtioDevice, state: (any TransportState)?, onStatus: @escaping @Sendable (DeviceStatus) -> Void,
     onConfiguration: @escaping @Sendable () -> Void
   ) {
-    self.device = device
-    self.state = state
+    session = DriverSession(device, state)
     self.onStatus = onStatus
     self.onConfiguration = onConfiguration
-    profile = DeviceProfile(device)
-    space = Mutex(device.configuration)
   }
 
-  package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+  package var profile: DeviceProfile { session.profile }
+  package var currentStatus: DeviceStatus { session.currentStatus }
   /// Event channels that are bound.
   package var channelCount: Int { bound.load(ordering: .relaxed) }
   package var interruptCount: UInt64 { interrupts.load(ordering: .relaxed) }
-  private var configuration: ConfigurationSpace { space.withLock { $0 } }
 
   /// The `vx-config` node: generation, status and configuration space of one moment.
   package var configurationText: String {
-    let space = configuration
+    let space = session.configuration
     // The generation first: a change that comes in between makes another text behind this one.
     let generation = space.generation
     let digits = Array("0123456789abcdef")
@@ -61,70 +53,52 @@ package final class XenbusTransport: DeviceTransport {
 
   // MARK: The driver
 
+  /// Whether a driver may begin with these features; asked before `connect`.
+  package func accepts(_ features: FeatureBits) -> Bool { session.accepts(features) }
+
   /// The driver is ready: its queues are live from now on.
   ///
   /// - Parameters:
   ///   - doorbells: the channel of each queue that is set up.
-  ///   - adopts: this life of the device began with an earlier backend or process, and goes on.
+  ///   - adopts: this life of the device began with an earlier backend or process, and is resumed.
   package func connect(_ setup: XenbusSetup, epoch: UInt32, doorbells: [(any QueueDoorbell)?], adopts: Bool) {
-    registers.driverFeatures = setup.features.rawValue
-    registers.epoch = epoch
-    registers.queues = setup.queues.map { $0?.layout ?? QueueLayout() }
-    registers.ready = setup.queues.map { $0 != nil }
+    session.driver.driverFeatures = setup.features.rawValue
+    session.driver.epoch = epoch
+    session.driver.queues = setup.queues.map { $0?.layout ?? QueueLayout() }
+    session.driver.ready = setup.queues.map { $0 != nil }
     channels = doorbells.map { bell in bell.map { QueueSignals($0, self) } }
-    if !adopts { endJournals() }
+    if !adopts { session.endJournals() }
     let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK]
-    status.store(live.rawValue, ordering: .releasing)
-    save()
-    device?.activate(features: setup.features, layouts: registers.layouts, signals: self, adopts: adopts)
+    session.set(live)
+    session.save()
+    session.activate(self, adopts: adopts)
     onStatus(live)
   }
 
   /// The driver resets the device, or is gone: when this returns, nothing touches its memory.
   package func disconnect() {
-    device?.reset()
-    endJournals()
+    let old = session.reset()
     channels = []
-    registers = MMIOTransport.Registers()
-    let old = DeviceStatus(rawValue: status.exchange(0, ordering: .acquiringAndReleasing))
-    save()
     if !old.isEmpty { onStatus([]) }
   }
 
   /// The driver writes to the configuration space.
   package func write(offset: Int, bytes: [UInt8]) {
-    device?.configurationWritten(offset: offset, bytes: bytes)
-    save()
+    session.write(offset: offset, bytes: bytes)
     onConfiguration()
   }
-
-  private func endJournals() { for queue in registers.queues.indices { state?.endQueue(queue) } }
-
-  private func save() { state?.save(registers, currentStatus, configuration: configuration.bytes) }
 
   // MARK: Backends
 
   @discardableResult
   package func plug(_ device: any VirtioDevice) -> Bool {
-    let earlier = configuration
-    let old = earlier.bytes
-    if device.configuration !== earlier { device.configuration.follow(earlier) }
-    space.withLock { $0 = device.configuration }
-    self.device = device
-    defer { onConfiguration() }
-    guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
-    let features = FeatureBits(rawValue: registers.driverFeatures)
-    let layouts = registers.layouts
-    guard profile.goesOn(with: device, features: features, layouts: layouts) else {
-      needReset()
-      return false
-    }
-    device.activate(features: features, layouts: layouts, signals: self, adopts: true)
-    device.configurationWritten(offset: 0, bytes: old)
-    return true
+    let plugged = session.plug(device, self)
+    if plugged == .unfit { _ = session.needReset() }
+    onConfiguration()
+    return plugged != .unfit
   }
 
-  package func unplug() { device = nil }
+  package func unplug() { session.unplug() }
 
   /// Lets go of the channels without telling the driver: a later process binds them again. No backend is plugged in any more.
   package func leave() { channels = [] }
@@ -142,7 +116,7 @@ package final class XenbusTransport: DeviceTransport {
   package func interruptForConfiguration() { onConfiguration() }
 
   package func needReset() {
-    status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing)
+    _ = session.needReset()
     onConfiguration()
   }
 

@@ -33,7 +33,8 @@ package final class IOReqServer: EventSource {
   private var mapped: [ClosedRange<UInt64>] = []
   private let functions: PCIRoutes
   private var isClosed = false
-  private let isAdopted: Bool
+  /// Whether an earlier process made it.
+  package let isAdopted: Bool
 
   /// - Parameter ignoresInvalidations: corrupts data as soon as a guest balloons: for a test that shows it.
   ///   - earlier: the server of a process that is gone. It outlived it: its ranges are claimed, and vCPUs may be waiting in its slots, to
@@ -79,6 +80,10 @@ package final class IOReqServer: EventSource {
       throw error
     }
   }
+
+  /// Whether the failure of an adoption says that there is no such server of ours any more (Xen 4.17, xen/common/ioreq.c: ENOENT for a number
+  /// that nobody has, EPERM for another domain's), rather than that it cannot be reached now.
+  package static func isGone(_ error: XenError) -> Bool { [2, 1].contains(error.errno.code) }
 
   /// vCPUs of the guest.
   package var vcpuCount: Int { ports.count }

@@ -50,10 +50,11 @@ package final class SimulatedDomain: @unchecked Sendable {
   /// How often an interrupt line rose, and how often backends sent mapping calls.
   package let interrupts = Atomic<UInt64>(0)
   package let mapCalls = Atomic<UInt64>(0)
-  /// Faults: so many mapping calls fail for want of memory, so many ranges of addresses cannot be claimed, and so many events of vCPUs
-  /// get lost.
+  /// Faults: so many mapping calls fail for want of memory, so many ranges of addresses cannot be claimed, so many ioreq pages cannot be
+  /// mapped, and so many events of vCPUs get lost.
   package let mapFailures = Atomic<Int>(0)
   package let rangeFailures = Atomic<Int>(0)
+  package let pageFailures = Atomic<Int>(0)
   package let lostEvents = Atomic<Int>(0)
   /// Runs when a vCPU has selected its server and not yet written to its slot: where a test lets something happen in between.
   package let beforeSending = Mutex<(@Sendable () -> Void)?>(nil)

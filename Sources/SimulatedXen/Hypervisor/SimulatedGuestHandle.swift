@@ -170,6 +170,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   }
 
   func mapIOReqPage(_ server: UInt16) throws(XenError) -> UnsafeMutableRawPointer {
+    if SimulatedDomain.strikes(domain.pageFailures) { throw fault("map_resource", ENOMEM) }
     let page = try change("map_resource") { state in
       guard let found = state.servers[server] else { return .failure(Errno(ENOENT)) }
       state.usage.ioreqPages += 1

@@ -12,16 +12,7 @@ final class RegisterServer {
   let pool: ForeignMappingPool
   private let domain: DomainID
   private let host: BusHost
-  private let cell = Cell()
-  /// The ioreq server of an earlier daemon.
-  private var earlier: UInt16?
-
-  /// A place for the ioreq server on its thread.
-  private final class Cell: @unchecked Sendable {
-    // Invariant behind @unchecked Sendable: `server` is read and written on the guest's thread only; the rest is made for sharing.
-    var server: IOReqServer?
-    let report = Mutex<(report: StatusBoard.IOReqServerReport, vcpus: Int)?>(nil)
-  }
+  private let cell = ServerCell()
 
   init(_ domain: DomainID, _ host: BusHost) throws(XenError) {
     self.domain = domain
@@ -52,7 +43,7 @@ final class RegisterServer {
       folder.forgetAll(domain)
       return []
     }
-    earlier = saved.server
+    cell.earlier.withLock { $0 = saved.server }
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
@@ -70,12 +61,11 @@ final class RegisterServer {
     let (domain, folder, cell, handle, pool, loop) = (
       domain, host.settings.stateFolder, cell, handle, pool, thread.loop
     )
-    let earlier = earlier
     let ignoresInvalidations = host.settings.ignoresInvalidations
     return {
       do throws(XenError) {
-        let server = try Self.make(
-          handle, pool, loop, earlier: earlier, ignoresInvalidations: ignoresInvalidations
+        let server = try cell.makeServer(
+          handle, pool, loop, ignoresInvalidations: ignoresInvalidations
         ) { identifier in
           // Known to a later daemon before it can hold up a vCPU.
           try? folder?.save(StateFolder.Guest(server: identifier, uuid: uuid, transport: transport), of: domain)
@@ -90,27 +80,10 @@ final class RegisterServer {
         }
         return .serverStarted
       } catch {
-        cell.server?.close()
-        cell.server = nil
+        cell.giveUp()
         return .serverFailed("cannot create an ioreq server for the guest (\(error)); \(needs)")
       }
     }
-  }
-
-  private static func make(
-    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, earlier: UInt16?,
-    ignoresInvalidations: Bool, onCreated: (UInt16) -> Void
-  ) throws(XenError) -> IOReqServer {
-    if let earlier {
-      do throws(XenError) {
-        return try IOReqServer(
-          guest: handle, pool: pool, loop: loop, adopting: earlier, ignoresInvalidations: ignoresInvalidations)
-      } catch {
-        // It is gone, and with it whoever waited for it: a new one serves as well.
-      }
-    }
-    return try IOReqServer(
-      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
   }
 
   /// Lets go of the server, for a later daemon.
@@ -125,10 +98,12 @@ final class RegisterServer {
 
   /// Ends the server, and takes the guest's memory back.
   func close() -> BusJob {
-    let (cell, pool) = (cell, pool)
+    let (cell, pool, handle) = (cell, pool, handle)
     return {
       cell.server?.close()
       cell.server = nil
+      // One that could not be adopted would let the guest's accesses wait for ever.
+      if let earlier = cell.earlier.withLock({ $0.take() }) { try? handle.destroyIOReqServer(earlier) }
       cell.report.withLock { $0 = nil }
       pool.close()
       return .serverClosed
@@ -151,5 +126,48 @@ final class RegisterServer {
     guard key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else { return nil }
     return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
       + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
+  }
+}
+
+/// A place for the ioreq server on its thread.
+private final class ServerCell: @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: `server` is read and written on the guest's thread only; the rest is made for sharing.
+  var server: IOReqServer?
+  let report = Mutex<(report: StatusBoard.IOReqServerReport, vcpus: Int)?>(nil)
+  /// The server of an earlier daemon, until it is adopted or known to be gone.
+  let earlier = Mutex<UInt16?>(nil)
+
+  /// Makes the server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
+  func makeServer(
+    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, ignoresInvalidations: Bool,
+    onCreated: (UInt16) -> Void
+  ) throws(XenError) -> IOReqServer {
+    if let number = earlier.withLock({ $0 }) {
+      do throws(XenError) {
+        let server = try IOReqServer(
+          guest: handle, pool: pool, loop: loop, adopting: number, ignoresInvalidations: ignoresInvalidations)
+        earlier.withLock { $0 = nil }
+        return server
+      } catch {
+        // Anything else may be over soon. The guest's accesses wait for that server then, which another one would not answer.
+        guard IOReqServer.isGone(error) else { throw error }
+        // And with it whoever waited for it: a new one serves as well.
+        earlier.withLock { $0 = nil }
+      }
+    }
+    return try IOReqServer(
+      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
+  }
+
+  /// The server is there, and cannot be used: one that an earlier daemon has made is left for the next try, since vCPUs may wait for it.
+  func giveUp() {
+    guard let server else { return }
+    if server.isAdopted {
+      earlier.withLock { $0 = server.identifier }
+      server.leave()
+    } else {
+      server.close()
+    }
+    self.server = nil
   }
 }

@@ -31,7 +31,7 @@ final class XenbusBus: GuestBus {
     /// What `vx-config` says.
     var published = ""
     /// As an earlier daemon left them.
-    var registers: MMIOTransport.Registers?
+    var registers: DriverState?
 
     func offer(_ profile: DeviceProfile, configurationBytes: Int) -> XenbusOffer {
       XenbusOffer(
@@ -181,6 +181,10 @@ final class XenbusBus: GuestBus {
           pool.detach()
           throw .setup("the setup page is not what it was when the device was connected")
         }
+        guard transport.accepts(setup.features) else {
+          pool.detach()
+          throw .setup("the features that are accepted make no sense together")
+        }
         transport.connect(setup, epoch: epoch, doorbells: doorbells, adopts: adopts)
         result = .connected
       } catch {
@@ -194,7 +198,7 @@ final class XenbusBus: GuestBus {
   }
 
   /// Whether a setup page says what it did when the queues' journals began.
-  private static func fits(_ saved: MMIOTransport.Registers, _ setup: XenbusSetup) -> Bool {
+  private static func fits(_ saved: DriverState, _ setup: XenbusSetup) -> Bool {
     guard saved.driverFeatures == setup.features.rawValue, saved.queues.count == setup.queues.count else {
       return false
     }

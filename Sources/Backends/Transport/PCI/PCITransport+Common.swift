@@ -5,22 +5,23 @@ extension PCITransport {
   /// A word of the structure, by its number.
   func commonWord(_ index: Int) -> UInt32 {
     let queue = selected
-    let layout = queue.map { registers.queues[$0] }
+    let layout = queue.map { session.driver.queues[$0] }
     func low(_ address: UInt64?) -> UInt32 { UInt32(truncatingIfNeeded: address ?? 0) }
     func high(_ address: UInt64?) -> UInt32 { UInt32(truncatingIfNeeded: (address ?? 0) >> 32) }
     switch index * 4 {
-    case PCICommon.deviceFeatureSelect: return registers.deviceFeaturesSelect
-    case PCICommon.deviceFeature: return half(profile.offeredFeatures.rawValue, registers.deviceFeaturesSelect)
-    case PCICommon.driverFeatureSelect: return registers.driverFeaturesSelect
-    case PCICommon.driverFeature: return half(registers.driverFeatures, registers.driverFeaturesSelect)
+    case PCICommon.deviceFeatureSelect: return session.driver.deviceFeaturesSelect
+    case PCICommon.deviceFeature: return half(profile.offeredFeatures.rawValue, session.driver.deviceFeaturesSelect)
+    case PCICommon.driverFeatureSelect: return session.driver.driverFeaturesSelect
+    case PCICommon.driverFeature: return half(session.driver.driverFeatures, session.driver.driverFeaturesSelect)
     case PCICommon.configurationVector:
       return UInt32(pci.configurationVector) | UInt32(profile.queueSizes.count) << 16
     case PCICommon.status:
-      return currentStatus.rawValue & 0xff | (configuration.generation & 0xff) << 8 | registers.queueSelect << 16
+      return currentStatus.rawValue & 0xff | (session.configuration.generation & 0xff) << 8 | session.driver.queueSelect
+        << 16
     case PCICommon.queueSize:
       return UInt32(layout?.size ?? 0) | UInt32(queue.map { pci.queueVectors[$0] } ?? PCILayout.noVector) << 16
     case PCICommon.queueEnable:
-      return (queue.map { registers.ready[$0] } == true ? 1 : 0) | UInt32(queue ?? 0) << 16
+      return (queue.map { session.driver.ready[$0] } == true ? 1 : 0) | UInt32(queue ?? 0) << 16
     case PCICommon.queueDescriptors: return low(layout?.descriptorArea)
     case PCICommon.queueDescriptors + 4: return high(layout?.descriptorArea)
     case PCICommon.queueDriver: return low(layout?.driverArea)
@@ -39,30 +40,30 @@ extension PCITransport {
 
   /// The index of the selected queue, if there is one.
   private var selected: Int? {
-    let index = Int(registers.queueSelect)
-    return index < registers.queues.count ? index : nil
+    let index = Int(session.driver.queueSelect)
+    return index < session.driver.queues.count ? index : nil
   }
 
-  var negotiated: FeatureBits { FeatureBits(rawValue: registers.driverFeatures) }
+  private var negotiated: FeatureBits { session.driver.negotiated }
 
   /// Writes a field. Only accesses of a field's own width reach it (4.1.3.1); 64-bit fields are written whole or by halves.
   func writeCommon(_ offset: Int, _ width: Int, _ value: UInt64) {
     if width == 8, (PCICommon.queueDescriptors..<PCICommon.queueNotifyData).contains(offset), offset & 7 == 0 {
       writeAddress(offset, UInt32(truncatingIfNeeded: value))
       writeAddress(offset + 4, UInt32(truncatingIfNeeded: value >> 32))
-      return save()
+      return session.save()
     }
     let word = UInt32(truncatingIfNeeded: value)
     let small = UInt16(truncatingIfNeeded: value)
     switch (offset, width) {
     case (PCICommon.status, 1): return writeStatus(word & 0xff)
-    case (PCICommon.deviceFeatureSelect, 4): registers.deviceFeaturesSelect = word
-    case (PCICommon.driverFeatureSelect, 4): registers.driverFeaturesSelect = word
+    case (PCICommon.deviceFeatureSelect, 4): session.driver.deviceFeaturesSelect = word
+    case (PCICommon.driverFeatureSelect, 4): session.driver.driverFeaturesSelect = word
     case (PCICommon.driverFeature, 4): writeDriverFeatures(word)
     case (PCICommon.configurationVector, 2): assign { $0.configurationVector = $0.assignable(small) }
-    case (PCICommon.queueSelect, 2): registers.queueSelect = UInt32(small)
+    case (PCICommon.queueSelect, 2): session.driver.queueSelect = UInt32(small)
     case (PCICommon.queueSize, 2):
-      if let queue = selected, !registers.ready[queue] { registers.queues[queue].size = small }
+      if let queue = selected, !session.driver.ready[queue] { session.driver.queues[queue].size = small }
     case (PCICommon.queueVector, 2):
       if let queue = selected { assign { $0.queueVectors[queue] = $0.assignable(small) } }
     case (PCICommon.queueEnable, 2):
@@ -72,7 +73,7 @@ extension PCITransport {
     case (PCICommon.queueDescriptors..<PCICommon.queueNotifyData, 4): writeAddress(offset, word)
     default: return
     }
-    save()
+    session.save()
   }
 
   private func assign(_ change: (inout PCIRegisters) -> Void) {
@@ -84,54 +85,45 @@ extension PCITransport {
   private func writeDriverFeatures(_ word: UInt32) {
     // After FEATURES_OK the set is fixed (virtio 1.2, 2.2.1).
     guard !currentStatus.contains(.featuresOK) else { return }
-    switch registers.driverFeaturesSelect {
-    case 0: registers.driverFeatures = registers.driverFeatures & ~0xffff_ffff | UInt64(word)
-    case 1: registers.driverFeatures = registers.driverFeatures & 0xffff_ffff | UInt64(word) << 32
+    switch session.driver.driverFeaturesSelect {
+    case 0: session.driver.driverFeatures = session.driver.driverFeatures & ~0xffff_ffff | UInt64(word)
+    case 1: session.driver.driverFeatures = session.driver.driverFeatures & 0xffff_ffff | UInt64(word) << 32
     default: break
     }
   }
 
   private func writeAddress(_ offset: Int, _ word: UInt32) {
     // A queue that is enabled belongs to the device (4.1.4.3.2).
-    guard let queue = selected, !registers.ready[queue], offset & 3 == 0 else { return }
+    guard let queue = selected, !session.driver.ready[queue], offset & 3 == 0 else { return }
     func set(_ address: inout UInt64) {
       address =
         offset & 4 == 0 ? address & ~0xffff_ffff | UInt64(word) : address & 0xffff_ffff | UInt64(word) << 32
     }
     switch offset & ~7 {
-    case PCICommon.queueDescriptors: set(&registers.queues[queue].descriptorArea)
-    case PCICommon.queueDriver: set(&registers.queues[queue].driverArea)
-    case PCICommon.queueDevice: set(&registers.queues[queue].deviceArea)
+    case PCICommon.queueDescriptors: set(&session.driver.queues[queue].descriptorArea)
+    case PCICommon.queueDriver: set(&session.driver.queues[queue].driverArea)
+    case PCICommon.queueDevice: set(&session.driver.queues[queue].deviceArea)
     default: break
     }
   }
 
   private func enableQueue() {
-    guard let queue = selected, currentStatus.contains(.featuresOK), !registers.ready[queue] else { return }
+    guard let queue = selected, currentStatus.contains(.featuresOK), !session.driver.ready[queue] else { return }
     let isLive = currentStatus.contains(.driverOK)
     // While the device is live, only a queue that was reset may come (virtio 1.2, 2.6.1.2).
     guard !isLive || negotiated.contains(.ringReset) else { return }
-    do throws(VirtqueueFault) {
-      try registers.queues[queue].validate(
-        maximum: profile.queueSizes[queue], packed: negotiated.contains(.ringPacked))
-    } catch {
-      return
-    }
-    registers.ready[queue] = true
+    guard session.isValid(queue: queue) else { return }
+    session.driver.ready[queue] = true
     guard isLive else { return }
-    save()
-    device?.enableQueue(queue, layout: registers.queues[queue])
+    session.save()
+    session.device?.enableQueue(queue, layout: session.driver.queues[queue])
   }
 
   /// Done when the access is answered: queue_reset and queue_enable read 0 then, as after the end of the reset (virtio 1.2, 2.6.1.1).
   private func resetQueue() {
     guard negotiated.contains(.ringReset), let queue = selected else { return }
-    if registers.ready[queue] && currentStatus.contains(.driverOK) {
-      device?.resetQueue(queue)
-      state?.endQueue(queue)
-    }
-    registers.ready[queue] = false
-    registers.queues[queue] = Self.unusedQueue(profile.queueSizes[queue])
+    session.takeDown(queue)
+    session.driver.queues[queue] = Self.unusedQueue(profile.queueSizes[queue])
   }
 
   /// The size of a queue reads as the largest one until the driver has written another (4.1.4.3.1).
@@ -142,8 +134,8 @@ extension PCITransport {
   }
 
   func clearQueues() {
-    registers.queues = profile.queueSizes.map { Self.unusedQueue($0) }
-    registers.ready = Array(repeating: false, count: profile.queueSizes.count)
+    session.driver.queues = profile.queueSizes.map { Self.unusedQueue($0) }
+    session.save()
   }
 
   // MARK: Status
@@ -152,36 +144,23 @@ extension PCITransport {
     guard word != 0 else { return reset() }
     let old = currentStatus
     var new = DeviceStatus(rawValue: word).intersection(.driversBits).union(old)
-    if new.contains(.featuresOK), !old.contains(.featuresOK), !featuresAcceptable { new.remove(.featuresOK) }
+    if new.contains(.featuresOK), !old.contains(.featuresOK), !session.accepts(negotiated) { new.remove(.featuresOK) }
     if new.contains(.driverOK), !new.contains(.featuresOK) { new.remove(.driverOK) }
     let added = new.subtracting(old)
-    status.bitwiseOr(added.rawValue, ordering: .acquiringAndReleasing)
-    save()
-    if added.contains(.driverOK) {
-      device?.activate(features: negotiated, layouts: registers.layouts, signals: self, adopts: false)
-    }
+    session.add(added)
+    session.save()
+    if added.contains(.driverOK) { session.activate(self, adopts: false) }
     if !added.isEmpty { onStatus(currentStatus) }
-  }
-
-  private var featuresAcceptable: Bool {
-    // Not transitional: without VERSION_1 there is nothing to agree on.
-    negotiated.isSubset(of: profile.offeredFeatures) && negotiated.contains(.version1)
-      && device?.accepts(negotiated) != false
   }
 
   /// Everything but the configuration space and the MSI-X table, which are the bus driver's.
   private func reset() {
-    let old = currentStatus
-    device?.reset()
-    for queue in profile.queueSizes.indices { state?.endQueue(queue) }
+    let old = session.reset()
     interrupts.clear()
     pci.clearVectors()
-    registers = MMIOTransport.Registers()
-    clearQueues()
-    status.store(0, ordering: .releasing)
     interrupts.apply(pci)
     state?.save(pci)
-    save()
+    clearQueues()
     if !old.isEmpty { onStatus([]) }
   }
 }

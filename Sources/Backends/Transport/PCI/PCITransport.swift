@@ -22,20 +22,15 @@ package protocol PCITransportState: TransportState {
 /// Accesses, `plug`, `unplug` and `remove` come from one thread, the guest's ioreq thread. The device signals from its own. Whatever the
 /// guest writes, in whatever order and width, is answered; what makes no sense is ignored.
 package final class PCITransport: DeviceTransport {
-  package let profile: DeviceProfile
   package let interrupts: PCIInterrupts
   /// Told about each change of the status register, from the ioreq thread.
   let onStatus: @Sendable (DeviceStatus) -> Void
-  let status = Atomic<UInt32>(0)
+  let session: DriverSession
   /// For anybody: the BAR's base while it is decoded, or 0; and whether accesses to it come here.
   private let decoded = Atomic<UInt64>(0)
   private let claimed = Atomic<Bool>(false)
   // Confined to the ioreq thread, see the type's comment.
-  nonisolated(unsafe) var registers = MMIOTransport.Registers()
   nonisolated(unsafe) package internal(set) var pci: PCIRegisters
-  /// The backend; nil while none is there. Confined to the ioreq thread once the function is in its place.
-  nonisolated(unsafe) var device: (any VirtioDevice)?
-  nonisolated(unsafe) var configuration: ConfigurationSpace
   /// Set when the function is put in its place, on the ioreq thread.
   nonisolated(unsafe) package weak var decoder: (any PCIDecoder)?
   let state: (any PCITransportState)?
@@ -48,48 +43,40 @@ package final class PCITransport: DeviceTransport {
     state: (any PCITransportState)? = nil, needsReset: Bool = false,
     onStatus: @escaping @Sendable (DeviceStatus) -> Void
   ) {
-    self.device = device
+    session = DriverSession(device, state)
     self.onStatus = onStatus
     self.state = state
-    let profile = DeviceProfile(device)
-    self.profile = profile
-    configuration = device.configuration
+    let profile = session.profile
     pci = PCIRegisters(profile)
     interrupts = PCIInterrupts(
       line: line, sender: sender, vectors: PCIRegisters.vectors(profile), queues: profile.queueSizes.count)
-    clearQueues()
-    if needsReset {
-      let live: DeviceStatus = [.acknowledge, .driver, .featuresOK, .driverOK, .needsReset]
-      status.store(live.rawValue, ordering: .releasing)
-    }
+    if needsReset { session.add([.acknowledge, .driver, .featuresOK, .driverOK, .needsReset]) }
     interrupts.apply(pci)
     state?.save(pci)
-    save()
+    clearQueues()
   }
 
   /// A function as an earlier process left it, without a backend: registers are answered, queues wait.
   package init(
-    restoring profile: DeviceProfile, _ registers: MMIOTransport.Registers, _ status: DeviceStatus, _ pci: PCIRegisters,
+    restoring profile: DeviceProfile, _ driver: DriverState, _ status: DeviceStatus, _ pci: PCIRegisters,
     configuration: [UInt8], line: any InterruptLine, sender: any MessageSender, state: any PCITransportState,
     onStatus: @escaping @Sendable (DeviceStatus) -> Void
   ) {
-    self.profile = profile
+    session = DriverSession(restoring: profile, driver, status, configuration: configuration, state: state)
     self.onStatus = onStatus
     self.state = state
-    self.registers = registers
     self.pci = pci
-    self.configuration = ConfigurationSpace(configuration)
     interrupts = PCIInterrupts(
       line: line, sender: sender, vectors: PCIRegisters.vectors(profile), queues: profile.queueSizes.count)
     // The earlier process may have left it high, which nothing here would know.
     line.set(false)
     interrupts.apply(pci)
     decoded.store(pci.function.memory?.lowerBound ?? 0, ordering: .relaxed)
-    self.status.store(status.rawValue, ordering: .releasing)
   }
 
   package var interruptCount: UInt64 { interrupts.raisedCount }
-  package var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+  package var profile: DeviceProfile { session.profile }
+  package var currentStatus: DeviceStatus { session.currentStatus }
   /// The first address of the BAR; nil while it is not decoded. From any thread.
   package var base: UInt64? {
     let base = decoded.load(ordering: .relaxed)
@@ -137,7 +124,7 @@ package final class PCITransport: DeviceTransport {
     switch offset {
     case PCILayout.common: return PCIWords.read(offset, width) { commonWord($0) }
     case PCILayout.isr: return UInt64(interrupts.takeISR())
-    case PCILayout.device: return configuration.read(offset: offset - PCILayout.device.lowerBound, width: width)
+    case PCILayout.device: return session.configuration.read(offset: offset - PCILayout.device.lowerBound, width: width)
     case PCILayout.table: return pci.table.read(offset - PCILayout.table.lowerBound, width)
     case PCILayout.pending:
       return PCIWords.read(offset - PCILayout.pending.lowerBound, width) { interrupts.pendingBits($0) }
@@ -152,8 +139,7 @@ package final class PCITransport: DeviceTransport {
     case PCILayout.common: writeCommon(offset, width, value)
     case PCILayout.device:
       let bytes = (0..<min(max(width, 0), 8)).map { UInt8(truncatingIfNeeded: value >> (8 * UInt64($0))) }
-      device?.configurationWritten(offset: offset - PCILayout.device.lowerBound, bytes: bytes)
-      save()
+      session.write(offset: offset - PCILayout.device.lowerBound, bytes: bytes)
     case PCILayout.table:
       guard let entry = pci.table.write(offset - PCILayout.table.lowerBound, width, value) else { return }
       state?.save(pci)
@@ -163,41 +149,34 @@ package final class PCITransport: DeviceTransport {
   }
 
   private func notify(_ queue: Int) {
-    guard currentStatus.contains(.driverOK), queue < registers.ready.count, registers.ready[queue] else { return }
+    guard currentStatus.contains(.driverOK), queue < session.driver.ready.count, session.driver.ready[queue] else {
+      return
+    }
     // Without a backend: the next one looks at the queue in any case.
-    device?.notify(queue: queue)
+    session.device?.notify(queue: queue)
   }
-
-  func save() { state?.save(registers, currentStatus, configuration: configuration.bytes) }
 
   // MARK: Backends
 
   @discardableResult
   package func plug(_ device: any VirtioDevice) -> Bool {
-    let old = configuration.bytes
-    if device.configuration !== configuration { device.configuration.follow(configuration) }
-    configuration = device.configuration
-    self.device = device
-    guard currentStatus.contains(.driverOK), !currentStatus.contains(.needsReset) else { return true }
-    let layouts = registers.layouts
-    guard profile.goesOn(with: device, features: negotiated, layouts: layouts) else {
+    switch session.plug(device, self) {
+    case .idle: return true
+    case .resumed:
+      for queue in session.driver.ready.indices where session.driver.ready[queue] { interrupts.raise(queue: queue) }
+      interrupts.raiseConfiguration()
+      return true
+    case .unfit:
       needReset()
       return false
     }
-    device.activate(features: negotiated, layouts: layouts, signals: self, adopts: true)
-    // What the driver wrote into the space is the driver's choice, which the new backend has to know.
-    device.configurationWritten(offset: 0, bytes: old)
-    for queue in layouts.indices where layouts[queue] != nil { interrupts.raise(queue: queue) }
-    interrupts.raiseConfiguration()
-    return true
   }
 
-  package func unplug() { device = nil }
+  package func unplug() { session.unplug() }
 
   /// The function loses its device: as a reset, without the guest's asking.
   package func remove() {
-    device?.reset()
-    device = nil
+    session.remove()
     interrupts.clear()
     decoded.store(0, ordering: .relaxed)
   }
@@ -214,9 +193,7 @@ package final class PCITransport: DeviceTransport {
   package func interruptForConfiguration() { interrupts.raiseConfiguration() }
 
   package func needReset() {
-    let (old, _) = status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing)
-    guard DeviceStatus(rawValue: old).contains(.driverOK) else { return }
-    interrupts.raiseConfiguration()
+    if session.needReset() { interrupts.raiseConfiguration() }
   }
 
   /// One queue's signals: its vector for used buffers, the transport for the rest.

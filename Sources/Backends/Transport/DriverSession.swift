@@ -1,0 +1,153 @@
+import Synchronization
+import Virtqueue
+
+/// A device between its driver and its backends, whatever the driver reaches it by: what was negotiated, the status, which backend is
+/// there, and what a later process must know of it. A transport has one and adds how all that is said to the guest.
+///
+/// Called by one thread, the guest's, but for the status and the configuration space, which any thread may read.
+final class DriverSession: Sendable {
+  /// What became of a backend that was plugged in.
+  enum Plugged {
+    /// No driver is at work.
+    case idle
+    /// The driver's requests are served again.
+    case resumed
+    /// The backend cannot serve what was negotiated: the driver must reset the device.
+    case unfit
+  }
+
+  let profile: DeviceProfile
+  private let status = Atomic<UInt32>(0)
+  private let space: Mutex<ConfigurationSpace>
+  private let state: (any TransportState)?
+  /// Confined to the guest's thread, see the type's comment.
+  nonisolated(unsafe) var driver: DriverState
+  /// The backend; nil while none is there. Confined to the guest's thread once the transport is in its place.
+  nonisolated(unsafe) private(set) var device: (any VirtioDevice)?
+
+  /// A device that no driver has touched.
+  ///
+  /// - Parameter state: keeps what a later process must know.
+  init(_ device: any VirtioDevice, _ state: (any TransportState)?) {
+    self.device = device
+    self.state = state
+    profile = DeviceProfile(device)
+    space = Mutex(device.configuration)
+    driver = DriverState(queueCount: profile.queueSizes.count)
+  }
+
+  /// As an earlier process left it, without a backend.
+  init(
+    restoring profile: DeviceProfile, _ driver: DriverState, _ status: DeviceStatus, configuration: [UInt8],
+    state: any TransportState
+  ) {
+    self.profile = profile
+    self.driver = driver
+    self.state = state
+    space = Mutex(ConfigurationSpace(configuration))
+    self.status.store(status.rawValue, ordering: .releasing)
+  }
+
+  // MARK: What is known
+
+  var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
+  var configuration: ConfigurationSpace { space.withLock { $0 } }
+  private var isServed: Bool { currentStatus.contains(.driverOK) && !currentStatus.contains(.needsReset) }
+
+  /// Writes down what a later process must know.
+  func save() { state?.save(driver, currentStatus, configuration: configuration.bytes) }
+
+  // MARK: The driver
+
+  /// Whether a driver may begin with these features (virtio 1.2, 3.1.1): a part of what is offered, without the legacy interface, and a set
+  /// that makes sense to the device.
+  func accepts(_ features: FeatureBits) -> Bool {
+    features.isSubset(of: profile.offeredFeatures) && features.contains(.version1)
+      && device?.accepts(features) != false
+  }
+
+  /// Whether the queue may go live with the layout that it has.
+  func isValid(queue: Int) -> Bool {
+    do throws(VirtqueueFault) {
+      try driver.queues[queue].validate(
+        maximum: profile.queueSizes[queue], packed: driver.negotiated.contains(.ringPacked))
+      return true
+    } catch {
+      return false
+    }
+  }
+
+  /// Another life begins.
+  func set(_ new: DeviceStatus) { status.store(new.rawValue, ordering: .releasing) }
+
+  func add(_ bits: DeviceStatus) { status.bitwiseOr(bits.rawValue, ordering: .acquiringAndReleasing) }
+
+  /// DRIVER_OK: the queues that are ready are live from now on.
+  func activate(_ signals: any TransportSignals, adopts: Bool) {
+    device?.activate(features: driver.negotiated, layouts: driver.layouts, signals: signals, adopts: adopts)
+  }
+
+  /// The driver writes to the configuration space.
+  func write(offset: Int, bytes: [UInt8]) {
+    device?.configurationWritten(offset: offset, bytes: bytes)
+    save()
+  }
+
+  /// The driver takes one queue down; when this returns, its memory is not touched any more.
+  func takeDown(_ queue: Int) {
+    if driver.ready[queue], currentStatus.contains(.driverOK) {
+      device?.resetQueue(queue)
+      state?.endQueue(queue)
+    }
+    driver.ready[queue] = false
+  }
+
+  /// What queues have in their journals is of another life.
+  func endJournals() { for queue in profile.queueSizes.indices { state?.endQueue(queue) } }
+
+  /// The driver resets the device, or is gone: when this returns, nothing touches its memory.
+  ///
+  /// - Returns: the status before.
+  func reset() -> DeviceStatus {
+    device?.reset()
+    endJournals()
+    driver = DriverState(queueCount: profile.queueSizes.count)
+    let old = status.exchange(0, ordering: .acquiringAndReleasing)
+    save()
+    return DeviceStatus(rawValue: old)
+  }
+
+  /// Sets DEVICE_NEEDS_RESET, on any thread.
+  ///
+  /// - Returns: whether a driver is at work, which is to be told.
+  func needReset() -> Bool {
+    let (old, _) = status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing)
+    return DeviceStatus(rawValue: old).contains(.driverOK)
+  }
+
+  // MARK: Backends
+
+  /// Puts a backend behind the transport; a device that the driver has started is resumed at once.
+  func plug(_ device: any VirtioDevice, _ signals: any TransportSignals) -> Plugged {
+    let earlier = configuration
+    let old = earlier.bytes
+    if device.configuration !== earlier { device.configuration.follow(earlier) }
+    space.withLock { $0 = device.configuration }
+    self.device = device
+    guard isServed else { return .idle }
+    guard profile.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else { return .unfit }
+    activate(signals, adopts: true)
+    // What the driver wrote into the space is the driver's choice, which the new backend has to know.
+    device.configurationWritten(offset: 0, bytes: old)
+    return .resumed
+  }
+
+  /// Takes the backend away: it is not called any more, and the driver's requests wait for the next.
+  func unplug() { device = nil }
+
+  /// The place loses its device: as a reset, without the guest's asking.
+  func remove() {
+    device?.reset()
+    device = nil
+  }
+}
