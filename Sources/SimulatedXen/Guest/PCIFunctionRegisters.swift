@@ -109,7 +109,7 @@ package final class PCIFunctionRegisters: RegisterAccess {
 
   /// What a vector of this function sends.
   package func message(_ vector: Int) -> MSIMessage {
-    MSIMessage(address: 0xfee0_1000, data: UInt32(function.device) << 8 | UInt32(vector))
+    MSIMessage(address: 0xfee0_1000, data: UInt32(function.device) << 8 | UInt32(0x20 + vector))
   }
 
   private func setUpMessages() {

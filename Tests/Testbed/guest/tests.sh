@@ -206,6 +206,11 @@ test_pci() {
   wait_for_disks "${vx_disks:-2}"
   describe_functions
   describe_disks
+  if [ -e /sys/class/net/eth0 ]; then
+    { ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up; } || say "FAIL the network device"
+    say "RANDOM $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)"
+    echo "written to hvc1" >/dev/hvc1
+  fi
   check_filesystem vdb
   verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
   before=$(interrupts_of "$(number_of vdb)")

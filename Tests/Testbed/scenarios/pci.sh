@@ -1,14 +1,20 @@
 # takes: 150 s
 # limit: 1100 s
+# also on: trixie
 # processors: 6
 # Functions on a guest's PCI bus: an unmodified guest whose only disks are there, without an ACPI table, is booted from one by its firmware,
-# finds them with MSI-X, and vxd is killed while the boot loader reads and under verified I/O.
+# finds them, a network device, a console and an entropy device with MSI-X, and vxd is killed while the boot loader reads and under verified I/O.
+load_modules llc stp bridge tun
+brctl addbr br0
+ip addr add 10.9.0.1/24 dev br0
+ip link set br0 up
 make_disk /disks/first.img 48
 make_disk /disks/second.img 48
 # The boot loader reads slowly enough for vxd to be killed meanwhile.
 printf '{"version": 1, "disks": [{"guest": "alpha", "device": "xvdg", "queues": 2, "threads": 2},
     {"guest": "alpha", "device": "xvde", "limits": {"readOps": 60}}],
-  "guests": [{"guest": "*", "transport": "pci", "devices": [{"type": "entropy"}]}]}\n' >/etc/vxd/profiles.json
+  "guests": [{"guest": "*", "transport": "pci", "devices": [{"type": "network", "bridge": "br0", "queues": 2},
+    {"type": "console", "log": {"path": "/var/log/alpha-console.log"}}, {"type": "entropy"}]}]}\n' >/etc/vxd/profiles.json
 # What hvmloader and the firmware say.
 xl set-parameters guest_loglvl=all
 start_vxd
@@ -39,13 +45,19 @@ check "the limit is lifted" vxctl limit alpha/xvde --read-ops 0
 check "the guest boots from the disk" wait_console alpha "GUEST UP" 400
 
 step "what the guest's kernel finds"
-check "the guest's kernel finds the disks" wait_console alpha "GUEST DISK vdc" 200
+check "the guest's kernel finds the disks" wait_console alpha "GUEST RANDOM" 200
 grep 'GUEST FUNCTION' "$(console_of alpha)" | sed 's/^/| /'
 check "the first disk is function 10.0 with MSI-X" console_says alpha \
   "GUEST FUNCTION 0000:00:10.0 id=0x1042 class=0x010000 bar=.* driver=virtio-pci messages=2 "
 check "the third disk has a vector for each queue" console_says alpha \
   "GUEST FUNCTION 0000:00:12.0 id=0x1042 class=0x010000 bar=.* driver=virtio-pci messages=3 "
-check "the entropy device is function 1f.0" console_says alpha "GUEST FUNCTION 0000:00:1f.0 id=0x1044 class=0x00ff00"
+check "two pairs of queues, their control queue and the configuration of the network device have a vector each" console_says alpha \
+  "GUEST FUNCTION 0000:00:1f.0 id=0x1041 class=0x020000 bar=.* driver=virtio-pci messages=6 "
+check "the console is function 1e.0" console_says alpha "GUEST FUNCTION 0000:00:1e.0 id=0x1043 class=0x078000"
+check "the entropy device is function 1d.0" console_says alpha "GUEST FUNCTION 0000:00:1d.0 id=0x1044 class=0x00ff00"
+check "random numbers" console_says alpha "GUEST RANDOM 64"
+check "what the guest writes to its console" wait_until 20 grep -q 'written to hvc1' /var/log/alpha-console.log
+for size in 0 20000; do check "ping, $size bytes" ping -c 2 -W 5 -s $size 10.9.0.2; done
 check "their capabilities are those of virtio 1.2" console_says alpha "capabilities=msix,virtio1,virtio3,virtio4,virtio2,virtio5"
 check "equal checksums from a file system" wait_console alpha "GUEST CHECKSUMS vdb 5 equal" 400
 check "fio verifies" wait_console alpha "GUEST VERIFIED vdb" 200
@@ -70,13 +82,27 @@ for turn in 1 2; do
   check "the disks are served again" wait_until 60 device_state_is alpha/xvdg connected
   check "the guest goes on" guest_goes_on
 done
+check "the network is reached again" wait_until 30 ping -c 1 -W 1 10.9.0.2
 check "one ioreq server is there: the old one" equal "$(status_field ioreqServers)" 1
 step "vxd is ended in good order and started again"
 stop_vxd
 start_vxd
 check "the guest goes on" guest_goes_on
 check "the guest shuts down" xl shutdown alpha
+grep 'GUEST IRQ' "$(console_of alpha)" | tail -n 20 | sed 's/^/| /'
 check "the guest is content" guest_says_nothing_bad alpha
 check "the guest powers off and is gone" wait_gone alpha 200
+no_trace_left
+
+step "a guest whose kernel is told not to use MSI"
+write_config beta "pci=nomsi vx.bus=pci vx.test=fs vx.disks=2" "$(disk xvde /disks/boot-beta.img)" "$(disk xvdf /disks/first.img)"
+sed -i -e '/acpi_firmware/d' -e '/device_model_args_hvm/,/\]$/d' /root/beta.cfg
+echo 'boot = "c"' >>/root/beta.cfg
+check "xl create succeeds" create beta
+check "equal checksums with interrupts by pin" wait_console beta "GUEST CHECKSUMS vdb 5 equal" 400
+grep 'GUEST INTERRUPTS' "$(console_of beta)" | tr ';' '\n' | sed 's/^/| /'
+check "no message was sent" sh -c "grep 'GUEST INTERRUPTS' $(console_of beta) | grep -q -v -i msi"
+check "the guest is content" guest_says_nothing_bad beta
+check "the guest powers off and is gone" wait_gone beta 200
 no_trace_left
 stop_vxd

@@ -8,14 +8,22 @@ package struct MSIMessage: Hashable, Sendable {
     self.address = address
     self.data = data
   }
+
+  /// Whether it stands for an event channel of a driver that runs on Xen: vector 0, and the number of a pirq in place of a processor's
+  /// (xen: arch/x86/hvm/irq.c, hvm_inject_msi). Such a vector is masked by its event channel and not by its table entry, whose mask
+  /// bit the driver leaves as it was (Linux: arch/x86/pci/xen.c, pci_msi_ignore_mask; so does QEMU, hw/pci/msix.c).
+  var isEventChannel: Bool { data & 0xff == 0 && (address >> 32 & 0xffff_ff00 | address >> 12 & 0xff) != 0 }
 }
 
 /// An MSI-X table as the driver writes it, as a value (PCI Local Bus Specification 3.0, 6.8.2.6 to 6.8.2.9).
 struct MSIXTable: Equatable, Sendable {
   struct Entry: Equatable, Sendable {
     var message = MSIMessage(address: 0, data: 0)
-    /// Vectors are masked until the driver says otherwise.
+    /// The mask bit: set until the driver says otherwise.
     var isMasked = true
+
+    /// Whether messages have to wait.
+    var holdsBack: Bool { isMasked && !message.isEventChannel }
   }
 
   static let entryBytes = 16

@@ -52,7 +52,7 @@ final class MSIXVector: Sendable {
     // Releasing: whoever sees a part of the new message sees the vector masked, or the next version of the word.
     address.store(entry.message.address, ordering: .releasing)
     data.store(entry.message.data, ordering: .releasing)
-    let flags = (isMasked || entry.isMasked ? Self.masked : 0) | (isOff ? Self.off : 0)
+    let flags = (isMasked || entry.holdsBack ? Self.masked : 0) | (isOff ? Self.off : 0)
     while true {
       let isDue = flags == 0 && current & Self.pending != 0
       let version = (current & ~(Self.change - 1)) &+ Self.change
