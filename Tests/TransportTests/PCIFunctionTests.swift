@@ -9,7 +9,7 @@ import Testing
   private func read(_ offset: Int, _ width: Int = 4) -> UInt64 { function.read(offset, width, isPending: false) }
 
   @Test(arguments: [
-    (1, 0x1041, 0x02_0000), (2, 0x1042, 0x01_0000), (3, 0x1043, 0x07_8000), (4, 0x1044, 0xff_0000),
+    (1, 0x1041, 0x02_0000), (2, 0x1042, 0x01_0000), (3, 0x1043, 0x07_8000), (4, 0x1044, 0x00_ff00),
   ]) func everyTypeHasItsNumberAndClass(type: Int, number: Int, code: Int) {
     let function = PCIFunction(deviceID: UInt32(type), vectors: 2)
     func read(_ offset: Int, _ width: Int) -> Int { Int(function.read(offset, width, isPending: false)) }

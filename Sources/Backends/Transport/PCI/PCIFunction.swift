@@ -123,7 +123,7 @@ package struct PCIFunction: Equatable, Sendable {
     case 1: 0x02_0000  // Ethernet
     case 2: 0x01_0000  // SCSI storage
     case 3: 0x07_8000  // communication, other
-    default: 0xff_0000
+    default: 0x00_ff00
     }
   }
 
