@@ -46,9 +46,9 @@ let package = Package(
       name: "Xen", dependencies: ["Virtqueue", "Transport", "EventLoop", "CXen", "CLinux"],
       path: "Sources/Backends/Xen", swiftSettings: house),
     .target(
-      name: "Backends",
+      name: "DeviceHost",
       dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle", "JSON"],
-      path: "Sources/Backends/Assembly", swiftSettings: house),
+      path: "Sources/Backends/DeviceHost", swiftSettings: house),
 
     // An in-process Xen with guests that play the virtio driver's side.
     .target(
@@ -66,7 +66,7 @@ let package = Package(
     .target(
       name: "Supervisor",
       dependencies: [
-        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "JSON",
+        "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "Xen", "EventLoop", "ControlAPI", "JSON",
         "Lifecycle",
         "CSystemd", "CLinux", log,
       ],
@@ -74,7 +74,7 @@ let package = Package(
 
     .executableTarget(
       name: "vxd",
-      dependencies: ["Supervisor", "Backends", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
+      dependencies: ["Supervisor", "DeviceHost", "SimulatedXen", "ControlAPI", "EventLoop", "Xen", "CLinux", log],
       swiftSettings: house),
     .executableTarget(
       name: "vxctl", dependencies: ["ControlAPI", "ConsoleLink", "EventLoop", "Xen", "CLinux", arguments],
@@ -82,7 +82,7 @@ let package = Package(
     .executableTarget(
       name: "vxd-bench",
       dependencies: [
-        "Backends", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
+        "DeviceHost", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
       ],
       path: "Benchmarks", exclude: ["profile"], swiftSettings: house),
 
@@ -90,7 +90,7 @@ let package = Package(
     .target(
       name: "TestSupport",
       dependencies: [
-        "Backends", "Virtqueue", "Transport", "Devices", "Engines", "EventLoop", "SimulatedXen", "Xen",
+        "DeviceHost", "Virtqueue", "Transport", "Devices", "Engines", "EventLoop", "SimulatedXen", "Xen",
         "CThreadSanitizer",
       ],
       path: "Tests/TestSupport", swiftSettings: house),
@@ -100,7 +100,7 @@ let package = Package(
     .testTarget(
       name: "BackendsTests",
       dependencies: [
-        "Backends", "Engines", "Devices", "Lifecycle", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport",
+        "DeviceHost", "Engines", "Devices", "Lifecycle", "Transport", "Virtqueue", "EventLoop", "Xen", "TestSupport",
         "SimulatedXen",
         "Supervisor", "ConsoleLink", "CLinux",
       ],
@@ -115,7 +115,7 @@ let package = Package(
     .testTarget(
       name: "SupervisorTests",
       dependencies: [
-        "Supervisor", "SimulatedXen", "Xen", "Backends", "Devices", "ControlAPI", "JSON", "EventLoop", "Lifecycle",
+        "Supervisor", "SimulatedXen", "Xen", "DeviceHost", "Devices", "ControlAPI", "JSON", "EventLoop", "Lifecycle",
         "Transport",
         "Virtqueue", "TestSupport", "CLinux", log, "vxd", "vxctl",
       ],
@@ -131,7 +131,7 @@ if Context.environment["VXD_FUZZ"] != nil {
     .executableTarget(
       name: "vxd-fuzz",
       dependencies: [
-        "Backends", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
+        "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
         "ControlAPI", "TestSupport",
       ],
       path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))

@@ -180,8 +180,8 @@ extension DeviceMachine {
       effects.append(.tell(.deviceHeld, reason))
     case .resumed(let queue):
       if hold(queue, nil) { effects.append(.tell(.deviceResumed, nil)) }
-    case .lost(let reason): effects.append(.tell(.deviceStoreLost, reason))
-    case .back: effects.append(.tell(.deviceStoreBack, nil))
+    case .lost(let reason): effects.append(.tell(.deviceStorageLost, reason))
+    case .back: effects.append(.tell(.deviceStorageBack, nil))
     case .ports(let words): effects.append(.tell(.devicePorts, words))
     }
   }

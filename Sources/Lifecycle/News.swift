@@ -12,8 +12,8 @@ package enum News: String, CaseIterable, Sendable {
   /// A queue stopped at an error of the storage; the guest waits for `device.resume`.
   case deviceHeld = "device.held"
   case deviceResumed = "device.resumed"
-  case deviceStoreLost = "device.storeLost"
-  case deviceStoreBack = "device.storeBack"
+  case deviceStorageLost = "device.storeLost"
+  case deviceStorageBack = "device.storeBack"
   case deviceRestarting = "device.restarting"
   case deviceRestarted = "device.restarted"
   case deviceQuarantined = "device.quarantined"
@@ -43,7 +43,8 @@ package enum News: String, CaseIterable, Sendable {
     case .guestAppeared, .guestGone, .deviceReady, .deviceConnected, .deviceReset, .deviceFaulted, .devicePorts,
       .deviceClosing, .deviceGone:
       true
-    case .guestFailed, .guestRenamed, .deviceFailed, .deviceHeld, .deviceResumed, .deviceStoreLost, .deviceStoreBack,
+    case .guestFailed, .guestRenamed, .deviceFailed, .deviceHeld, .deviceResumed, .deviceStorageLost,
+      .deviceStorageBack,
       .deviceRestarting, .deviceRestarted, .deviceQuarantined, .devicePaused, .deviceAdopted, .deviceLimited,
       .deviceAttached, .deviceNotAttached, .deviceDetached, .deviceStuck, .deviceUnstuck, .deviceResized,
       .deviceNotResized, .deviceLinkChanged, .deviceLinkNotChanged, .deviceClosesSlowly:
@@ -54,12 +55,12 @@ package enum News: String, CaseIterable, Sendable {
   /// Whether it deserves an operator's attention.
   package var isTrouble: Bool {
     switch self {
-    case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStoreLost, .deviceStuck, .deviceNotResized,
+    case .guestFailed, .deviceFailed, .deviceFaulted, .deviceHeld, .deviceStorageLost, .deviceStuck, .deviceNotResized,
       .deviceLinkNotChanged,
       .deviceRestarting, .deviceQuarantined, .deviceNotAttached, .deviceClosesSlowly:
       true
     case .guestAppeared, .guestGone, .guestRenamed, .deviceReady, .deviceConnected, .deviceReset, .deviceResumed,
-      .deviceStoreBack, .deviceRestarted, .devicePaused, .deviceAdopted, .deviceLimited, .deviceAttached,
+      .deviceStorageBack, .deviceRestarted, .devicePaused, .deviceAdopted, .deviceLimited, .deviceAttached,
       .deviceDetached, .deviceUnstuck, .deviceResized, .deviceLinkChanged, .devicePorts, .deviceClosing, .deviceGone:
       false
     }

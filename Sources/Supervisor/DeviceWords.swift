@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
@@ -8,14 +8,14 @@ extension DeviceEvent.Report {
   init(_ report: DeviceReport, of backend: DeviceBackend?) {
     switch report {
     case .fault(let fault): self = .fault(fault.message)
-    case .storeGone(let result): self = .gone("the store is gone (\(Errno(Int32(clamping: -result))))")
+    case .storageGone(let result): self = .gone("the storage is gone (\(Errno(Int32(clamping: -result))))")
     case .held(let queue, let result):
       self = .held(
         queue: queue,
-        "queue \(queue): the store fails (\(Errno(Int32(clamping: -result)))); the guest waits for 'vxctl resume'")
+        "queue \(queue): the storage fails (\(Errno(Int32(clamping: -result)))); the guest waits for 'vxctl resume'")
     case .resumed(let queue): self = .resumed(queue: queue)
-    case .storeLost(let reason): self = .lost(reason)
-    case .storeBack: self = .back
+    case .storageLost(let reason): self = .lost(reason)
+    case .storageBack: self = .back
     case .portsOpen(let mask):
       let open = (backend?.ports ?? []).enumerated().filter { ConsolePortBoard.bit(mask, $0.offset) }
       let names = open.map { $0.element.name.isEmpty ? "\($0.offset)" : $0.element.name }

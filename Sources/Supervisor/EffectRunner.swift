@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import Engines
 import EventLoop
@@ -214,7 +214,7 @@ final class EffectRunner {
         guard known.shape.slotCount == shape.slotCount, known.shape.chainLimit == shape.chainLimit,
           known.shape.profile.queueSizes == shape.profile.queueSizes
         else {
-          throw .state("the store now gives \(shape.profile.queueSizes.count) queues, the guest uses others")
+          throw .state("the storage now gives \(shape.profile.queueSizes.count) queues, the guest uses others")
         }
         return known
       }

@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import Lifecycle
 import Xen
@@ -61,6 +61,7 @@ final class Guest {
     let type = type(of: bus)
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
+      channels: facts.channels,
       server: facts.server, mappings: facts.mappings, facts: facts.rows, guestNeeds: type.guestNeeds, note: type.note,
       limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: type.name) })

@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import Lifecycle
 import Transport
@@ -94,7 +94,7 @@ package enum Metrics {
     gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
     gauge(
       "vxd_event_channels", "Event channels bound to ioreq servers and to queues of Xenbus devices.",
-      "\(guests.reduce(0) { $0 + ($1.server == nil ? 0 : $1.vcpus) + $1.devices.reduce(0) { $0 + $1.channels() } })")
+      "\(guests.reduce(0) { $0 + $1.channels + $1.devices.reduce(0) { $0 + $1.channels() } })")
     gauge(
       "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
     gauge(
@@ -181,7 +181,7 @@ package enum Metrics {
       "vxd_device_errors", "Requests that failed, by kind.", "kind",
       [("io", { $0.failed.value }), ("unsupported", { $0.unsupported.value })])
     split(
-      "vxd_device_retries", "Steps tried again after the store had failed them.", "layer",
+      "vxd_device_retries", "Steps tried again after the storage had failed them.", "layer",
       [("engine", { $0.retries.value })])
     split("vxd_device_throttled", "Requests that waited for their rate.", "layer", [("budget", { $0.throttled.value })])
     split(

@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import Lifecycle
 import Synchronization
@@ -52,6 +52,8 @@ package final class StatusBoard: Sendable {
     var phase: String
     var reason: String?
     var vcpus: Int
+    /// Event channels that are bound for it, beside those of its devices.
+    var channels = 0
     var server: IOReqServerReport?
     /// Pages of the guest that are mapped; nil where they are granted for each device.
     var mappings: (@Sendable () -> PoolStatistics)?

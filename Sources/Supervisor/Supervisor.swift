@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 package import EventLoop
 import Lifecycle
@@ -20,7 +20,7 @@ package actor Supervisor {
   let table: GuestTable
   private let population: Population
   let orders: Orders
-  private var storeToken: EventLoop.Token?
+  private var xenstoreToken: EventLoop.Token?
   private var watchdog = Watchdog()
   private var onStopped: (@Sendable () -> Void)?
   /// No device is started any more.
@@ -112,7 +112,7 @@ package actor Supervisor {
   package func start() throws(XenError) {
     try connect()
     log.info("watching Xenstore for virtio devices (\(board.current.hypervisor))")
-    checkStoreLater()
+    checkXenstoreLater()
     guard let crashes = settings.crashes else { return }
     if let death = crashes.lastDeath {
       log.error(
@@ -126,8 +126,8 @@ package actor Supervisor {
     try reader.connect { log.info("\($0)") }
     guard let connection = reader.connection else { return }
     do throws(Errno) {
-      storeToken = try loop.onReadable(connection.eventDescriptor) { [unowned self] in
-        assumeIsolated { $0.storeEvents() }
+      xenstoreToken = try loop.onReadable(connection.eventDescriptor) { [unowned self] in
+        assumeIsolated { $0.xenstoreEvents() }
       }
     } catch {
       throw XenError("epoll of xenstore's descriptor", error)
@@ -142,18 +142,18 @@ package actor Supervisor {
   }
 
   private func disconnect() {
-    if let storeToken { loop.remove(storeToken) }
-    storeToken = nil
+    if let xenstoreToken { loop.remove(xenstoreToken) }
+    xenstoreToken = nil
     reader.disconnect()
   }
 
-  private func checkStoreLater() { later(settings.storeCheckMilliseconds) { $0.checkStore() } }
+  private func checkXenstoreLater() { later(settings.xenstoreCheckMilliseconds) { $0.checkXenstore() } }
 
   /// Guests go on without xenstored; what starts and ends them does not. A new one is connected to as soon as it is there, and
   /// its watches bring everything in line that changed meanwhile.
-  private func checkStore() {
+  private func checkXenstore() {
     guard !isStopping else { return }
-    defer { checkStoreLater() }
+    defer { checkXenstoreLater() }
     guard !reader.isAlive else { return }
     if reader.connection != nil {
       log.error("xenstored does not answer any more: devices go on, new ones wait until it is back")
@@ -192,7 +192,7 @@ package actor Supervisor {
 
   // MARK: Xenstore's events
 
-  private func storeEvents() {
+  private func xenstoreEvents() {
     guard !isStopping else { return }
     population.follow(reader.changes(), for: self)
     revisit()

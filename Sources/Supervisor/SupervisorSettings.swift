@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 package import Devices
 package import Lifecycle
 import Xen
@@ -16,7 +16,7 @@ package struct SupervisorSettings: Sendable {
   /// Granted pages that are kept mapped at most, of all guests together.
   package var grantBudget = 1 << 17
   /// Milliseconds between two checks that xenstored is there.
-  package var storeCheckMilliseconds: UInt64 = 5000
+  package var xenstoreCheckMilliseconds: UInt64 = 5000
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
   package var stateFolder: StateFolder?
   /// Who is behind deaths of the daemon; nil where nothing is kept of them.

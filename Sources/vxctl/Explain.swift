@@ -113,11 +113,11 @@ struct Explain: ParsableCommand {
     }
   }
 
-  private func openStore() -> XenStore? { try? XenStore() }
+  private func openXenstore() -> XenStore? { try? XenStore() }
 
   /// The guest's domain as Xenstore has it; nil where domains cannot be read, as in a driver domain.
   private func findDomain(_ guest: GuestName, _ report: Report) throws(Wrong) -> DomainID? {
-    guard let store = openStore(), store.list("/local/domain")?.isEmpty == false else { return nil }
+    guard let store = openXenstore(), store.list("/local/domain")?.isEmpty == false else { return nil }
     do throws(ToolstackDevice.Fault) {
       let domain = try guest.domain(in: store)
       report.add(.good, "the guest runs as domain \(domain)")
@@ -131,7 +131,7 @@ struct Explain: ParsableCommand {
   ///
   /// - Returns: how many there are.
   private func checkEntries(_ domain: DomainID, _ report: Report) throws(Wrong) -> Int {
-    guard let store = openStore() else {
+    guard let store = openXenstore() else {
       report.add(.note, "Xenstore is not readable here: entries are not checked")
       return 0
     }

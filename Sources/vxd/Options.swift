@@ -1,6 +1,6 @@
-import Backends
 import CLinux
 import ControlAPI
+import DeviceHost
 import EventLoop
 import Glibc
 import Supervisor

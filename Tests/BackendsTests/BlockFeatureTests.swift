@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import Engines
 import EventLoop

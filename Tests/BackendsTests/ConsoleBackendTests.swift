@@ -1,5 +1,5 @@
-import Backends
 import ConsoleLink
+import DeviceHost
 import Devices
 import Engines
 import EventLoop

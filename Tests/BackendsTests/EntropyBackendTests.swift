@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import EventLoop
 import SimulatedXen

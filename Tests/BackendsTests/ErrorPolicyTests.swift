@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import Devices
 import EventLoop
 import SimulatedXen
@@ -8,7 +8,7 @@ import TestSupport
 import Testing
 import Virtqueue
 
-/// What guest and operator see when the store fails.
+/// What guest and operator see when the storage fails.
 @Suite struct ErrorPolicyTests {
   private static let inputOutput = -5  // EIO
   private static let noSpace = -28  // ENOSPC
@@ -26,10 +26,10 @@ import Virtqueue
         case .fault(let fault): "fault \(fault.message)"
         case .held(let queue, let result): "held \(queue) \(result)"
         case .resumed(let queue): "resumed \(queue)"
-        case .storeLost(let reason): "lost \(reason)"
+        case .storageLost(let reason): "lost \(reason)"
         case .portsOpen(let mask): "ports \(mask)"
-        case .storeBack: "back"
-        case .storeGone(let result): "gone \(result)"
+        case .storageBack: "back"
+        case .storageGone(let result): "gone \(result)"
         }
       all.withLock { $0.append(text) }
     }

@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import Engines
 import Supervisor
 import Xen

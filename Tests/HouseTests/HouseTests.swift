@@ -8,7 +8,7 @@ import Testing
     "Backends/Virtqueue": [], "Backends/Transport": [], "Backends/Devices": ["Glibc"],
     "Backends/EventLoop": ["CLinux", "Glibc"], "Backends/ConsoleLink": [],
     "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
-    "Backends/Xen": ["CXen", "Glibc"], "Backends/Assembly": ["Glibc"],
+    "Backends/Xen": ["CXen", "Glibc"], "Backends/DeviceHost": ["Glibc"],
     "SimulatedXen": ["CLinux", "Glibc"], "ControlAPI": ["CJSON", "CLinux", "Glibc"],
     "Lifecycle": [], "Supervisor": ["CLinux", "CSystemd", "Glibc"],
     "vxd": ["CLinux", "Glibc"], "vxctl": ["CLinux", "Glibc"],

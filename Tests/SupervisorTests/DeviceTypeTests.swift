@@ -11,7 +11,7 @@ import Transport
 import Virtqueue
 import Xen
 
-@testable import Backends
+@testable import DeviceHost
 @testable import Supervisor
 
 /// Another type of device, which only these tests know: its own files, and one line in a list.

@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import Glibc
 import Supervisor
 import Testing

@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import EventLoop
 import Lifecycle
 import Synchronization
@@ -138,7 +138,7 @@ import Xen
     let wire = try #require(Self.wires.withLock { $0[key] })
     wire.drive([.acknowledge, .driver, .featuresOK, .driverOK])
     #expect(world.toolstack.wait(for: "4", of: "state", disk: "xvde", domain: 77))
-    #expect(world.state("wired", "xvde") == "connected")
+    #expect(eventually { world.state("wired", "xvde") == "connected" })
     // Operators see to it as to any other.
     #expect(world.call("device.pause", ["guest": "wired", "device": "xvde"])["accepted"] == true)
     #expect(eventually { world.state("wired", "xvde") == "paused" && !wire.isPlugged })

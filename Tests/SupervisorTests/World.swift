@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import EventLoop
 import Glibc
 import Logging
@@ -47,7 +47,7 @@ final class World: @unchecked Sendable {
     settings.xenstoreSocket = server.path
     settings.slots = slots
     settings.bucketShift = 16
-    settings.storeCheckMilliseconds = 50
+    settings.xenstoreCheckMilliseconds = 50
     if let profiles { settings.profiles = try Profiles(try JSONText.parse(Array(profiles.utf8))) }
     settings.startRetry.firstPause = 20
     change(&settings)

@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import Devices
 import EventLoop
 import Glibc

@@ -1,4 +1,4 @@
-package import Backends
+package import DeviceHost
 package import Devices
 import EventLoop
 package import SimulatedXen

@@ -30,7 +30,7 @@ package final class AIOEngine: BlockEngine {
   private let early: UnsafeMutablePointer<EngineCompletion>
   private var earlyCount = 0
   private var outstanding = 0
-  private var worker: StoreWorker?
+  private var worker: StorageWorker?
   private var workerOutstanding = 0
   private var flushesByWorker = false
 
@@ -197,7 +197,7 @@ package final class AIOEngine: BlockEngine {
   }
 
   private func startOnWorker(_ request: EngineRequest) {
-    if worker == nil { worker = try? StoreWorker(image: image, wakeUp: ready.raw) }
+    if worker == nil { worker = try? StorageWorker(image: image, wakeUp: ready.raw) }
     guard let worker else {
       early[earlyCount] = EngineCompletion(tag: request.tag, result: -Int(EAGAIN))
       earlyCount &+= 1

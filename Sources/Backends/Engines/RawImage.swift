@@ -53,7 +53,7 @@ package final class RawImage: @unchecked Sendable {
       guard size == 0 else { throw .host(what: "cannot read the size of '\(path)'", Errno(size)) }
       (secureErase, lifetime) = (
         !readOnly && clinux_block_device_can_secure_erase(raw) != 0,
-        StoreLifetime.read(deviceNumber: UInt64(status.st_rdev))
+        StorageLifetime.read(deviceNumber: UInt64(status.st_rdev))
       )
       let blocks = clinux_block_device_blocks(raw, &logical, &physical)
       guard blocks == 0 else { throw .host(what: "cannot read the block size of '\(path)'", Errno(blocks)) }

@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import EventLoop
 import Lifecycle
 import Transport
@@ -157,6 +157,8 @@ struct BusFacts: Sendable {
   /// In words, for `vxctl explain`.
   var rows: [Fact] = []
   var vcpus = 0
+  /// Event channels that are bound for the guest, beside those of its devices.
+  var channels = 0
   var server: StatusBoard.IOReqServerReport?
   var mappings: (@Sendable () -> PoolStatistics)?
 }

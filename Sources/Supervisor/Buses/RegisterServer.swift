@@ -1,4 +1,4 @@
-import Backends
+import DeviceHost
 import EventLoop
 import Synchronization
 import Virtqueue
@@ -32,7 +32,7 @@ final class RegisterServer {
     let server = cell.report.withLock { $0 }
     let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
     return BusFacts(
-      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, server: server?.report,
+      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, channels: server?.vcpus ?? 0, server: server?.report,
       mappings: { [pool] in pool.statistics })
   }
 

@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import Xen
 
 /// A device as a profile declares it for a guest:

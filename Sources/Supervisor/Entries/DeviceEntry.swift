@@ -1,4 +1,4 @@
-package import Backends
+package import DeviceHost
 import Devices
 import Engines
 package import Xen

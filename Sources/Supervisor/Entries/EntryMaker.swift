@@ -1,5 +1,5 @@
-import Backends
 import ControlAPI
+import DeviceHost
 import Devices
 import Lifecycle
 import Xen
@@ -32,7 +32,7 @@ struct EntryMaker {
     var disk = disk
     disk.direct = settings.direct
     profiles.apply(to: &disk, guest: guest.name, uuid: guest.uuid, device: name, number: key.device)
-    disk.stopsWhenStoreIsGone = disk.restart.mode != .never
+    disk.stopsWhenStorageIsGone = disk.restart.mode != .never
     return disk
   }
 

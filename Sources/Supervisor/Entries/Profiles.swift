@@ -1,5 +1,5 @@
-package import Backends
 package import ControlAPI
+package import DeviceHost
 import Devices
 import EventLoop
 import Glibc

@@ -61,11 +61,17 @@ for size in 0 20000; do check "ping, $size bytes" ping -c 2 -W 5 -s $size 10.9.0
 check "their capabilities are those of virtio 1.2" console_says alpha "capabilities=msix,virtio1,virtio3,virtio4,virtio2,virtio5"
 check "equal checksums from a file system" wait_console alpha "GUEST CHECKSUMS vdb 5 equal" 400
 check "fio verifies" wait_console alpha "GUEST VERIFIED vdb" 200
-traps() { status_field accesses; }
+traps() { echo $(($(status_field accesses) - $(status_field invalidations))); }
+counts() {
+  echo "| accesses $(status_field accesses), of them invalidations $(status_field invalidations), strays $(status_field strays)"
+  for device in xvde xvdf xvdg net0 console0 rng0; do echo "| $device: $(device_field alpha/$device notifications) notifications, $(device_field alpha/$device interrupts) interrupts"; done
+}
 check "the guest is ready to be counted" wait_console alpha "GUEST COUNTING" 200
 before=$(traps)
+counts
 check "interrupts are counted" wait_console alpha "GUEST COUNTED" 200
 after=$(traps)
+counts
 echo "| traps of a hundred requests: $((after - before))"
 check "a hundred requests one by one cost a hundred traps and few more" test $((after - before)) -ge 95 -a $((after - before)) -le 140
 check "the first disk is found again" wait_console alpha "GUEST RESCANNED" 200

@@ -52,7 +52,7 @@ package final class QueueCounters: Sendable {
   package let writtenBytes = Counter()
   package let failed = Counter()
   package let unsupported = Counter()
-  /// Steps that were tried again after the store had failed them.
+  /// Steps that were tried again after the storage had failed them.
   package let retries = Counter()
   /// Requests that had to wait for their rate, and chains that were taken over from an earlier owner of the queue.
   package let throttled = Counter()

@@ -73,7 +73,7 @@ package struct BlockPumpSettings: Sendable {
   package var cache = BlockCacheMode.writeback
   package var errors = BlockErrorPolicy()
   /// A store that is gone stops the queue, with its requests in the journal, instead of failing them.
-  package var stopsWhenStoreIsGone = false
+  package var stopsWhenStorageIsGone = false
 
   package init() {}
 }

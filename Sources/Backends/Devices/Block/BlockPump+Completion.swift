@@ -1,7 +1,7 @@
 import Transport
 import Virtqueue
 
-/// From the engine's answers to the guest's, and what happens in between when the store fails.
+/// From the engine's answers to the guest's, and what happens in between when the storage fails.
 extension BlockPump {
   private static var shortTransfer: Int { -5 }  // EIO
   private static var noSpace: Int { -28 }  // ENOSPC
@@ -141,7 +141,7 @@ extension BlockPump {
 
   /// The store failed a step: its request is answered, or waits for another try, as the policy says.
   private mutating func failStep(_ slot: Int, _ result: Int) {
-    if settings.stopsWhenStoreIsGone, BlockErrorPolicy.meansGone(result) {
+    if settings.stopsWhenStorageIsGone, BlockErrorPolicy.meansGone(result) {
       goneResult = result
       return
     }

@@ -3,7 +3,7 @@ package import Virtqueue
 
 /// What a device type is to the common skeleton: the data path of some of its virtqueues, on one thread.
 ///
-/// The skeleton (`DeviceWorker` in Assembly) owns the thread, the wake-ups, the timer, the channels and the life cycle, and calls this.
+/// The skeleton (`DeviceWorker` in DeviceHost) owns the thread, the wake-ups, the timer, the channels and the life cycle, and calls this.
 /// Queues are numbered from 0 within the pump. Everything here is called on the data thread.
 package protocol DevicePump: ~Copyable, SendableMetatype {
   /// Descriptors that wake the pump besides the driver's notifications: an engine's completions, a tap. They stay the same.

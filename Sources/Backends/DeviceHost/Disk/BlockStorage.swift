@@ -3,7 +3,7 @@ import Engines
 import EventLoop
 
 /// What a block backend stores its data with: an image that all queues share, or a connection to a server for each queue.
-enum BlockStore {
+enum BlockStorage {
   case raw(RawImage)
   /// A disk of no size, to be filled later.
   case empty
@@ -13,7 +13,7 @@ enum BlockStore {
   ///
   /// - Parameter name: the device, for whoever finds the image in use.
   static func open(_ settings: BlockSettings, name: String, notice: @escaping NBDEngine.Notice) throws(ImageFault)
-    -> BlockStore
+    -> BlockStorage
   {
     if settings.path.isEmpty { return .empty }
     guard NBDAddress.isAddress(settings.path) else {

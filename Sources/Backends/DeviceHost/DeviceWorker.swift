@@ -187,7 +187,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
       case .gone(let result):
         rest()
         signals = queues.map { _ in Silence.shared }
-        return report(.storeGone(result))
+        return report(.storageGone(result))
       }
     }
   }

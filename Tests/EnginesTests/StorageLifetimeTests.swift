@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 
 /// A folder that looks like sysfs of a machine with an eMMC.
-@Suite struct StoreLifetimeTests {
+@Suite struct StorageLifetimeTests {
   private let folder = TemporaryFolder()
   private static let device: UInt64 = 179 << 8  // 179:0, mmcblk0
 
@@ -27,7 +27,7 @@ import Testing
     write("pre_eol_info", "0x02\n")
     defer { clear() }
     #expect(
-      StoreLifetime.read(deviceNumber: Self.device, root: folder.path)
+      StorageLifetime.read(deviceNumber: Self.device, root: folder.path)
         == BlockLifetime(preEndOfLife: 2, typicalA: 1, typicalB: 11))
   }
 
@@ -35,10 +35,10 @@ import Testing
     write("life_time", text)
     write("pre_eol_info", "0x01\n")
     defer { clear() }
-    #expect(StoreLifetime.read(deviceNumber: Self.device, root: folder.path) == nil)
+    #expect(StorageLifetime.read(deviceNumber: Self.device, root: folder.path) == nil)
   }
 
   @Test func deviceWithoutItTellsNothing() {
-    #expect(StoreLifetime.read(deviceNumber: Self.device, root: folder.path) == nil)
+    #expect(StorageLifetime.read(deviceNumber: Self.device, root: folder.path) == nil)
   }
 }

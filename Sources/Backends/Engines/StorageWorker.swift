@@ -7,7 +7,7 @@ import Synchronization
 /// A thread for what libaio cannot do: discard, write zeroes, and flush on kernels without asynchronous fdatasync.
 ///
 /// These are rare. The thread is started by the first of them and ends with the engine.
-final class StoreWorker: Sendable {
+final class StorageWorker: Sendable {
   private let image: RawImage
   private let thread: LoopThread
   private let wakeUp: Int32
@@ -17,7 +17,7 @@ final class StoreWorker: Sendable {
   init(image: RawImage, wakeUp: Int32) throws(Errno) {
     self.image = image
     self.wakeUp = wakeUp
-    thread = try LoopThread(name: "vxd-store")
+    thread = try LoopThread(name: "vxd-storage")
   }
 
   func stop() { thread.stopAndJoin() }

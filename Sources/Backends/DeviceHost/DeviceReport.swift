@@ -10,11 +10,11 @@ package enum DeviceReport: Sendable {
   case held(queue: Int, Int)
   case resumed(queue: Int)
   /// The server of the store is out of reach; requests wait.
-  case storeLost(String)
-  case storeBack
+  case storageLost(String)
+  case storageBack
   /// What the device works with (an image, a tap) is gone for good (a negated errno): it has stopped, and what it had waits in the
   /// guest's queues.
-  case storeGone(Int)
+  case storageGone(Int)
   /// Which ports of a console device the guest has open now: bit n is port n.
   case portsOpen(UInt64)
 }

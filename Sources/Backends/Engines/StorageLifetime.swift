@@ -4,7 +4,7 @@ import Glibc
 
 /// Wear of an eMMC device as Linux shows it in sysfs (linux: Documentation/driver-api/mmc/mmc-dev-attrs.rst): `life_time` has
 /// two numbers, `pre_eol_info` one, hexadecimal as in the device's EXT_CSD register.
-package enum StoreLifetime {
+package enum StorageLifetime {
   /// - Parameter root: where sysfs is mounted.
   /// - Returns: nil for a device that tells nothing, as most do.
   package static func read(deviceNumber: UInt64, root: String = "/sys") -> BlockLifetime? {

@@ -43,7 +43,7 @@ package struct BlockSettings: DeviceSettings {
   /// Age of a request from which on the watchdog reports it, in milliseconds.
   package var stuckMilliseconds: UInt64 = 30_000
   /// A store that is gone (its device was removed) stops the device until it is restarted, instead of failing requests.
-  package var stopsWhenStoreIsGone = false
+  package var stopsWhenStorageIsGone = false
   /// Offer exactly these features: what the driver of a running device knows. What the store cannot do of them fails as unsupported.
   package var offered: FeatureBits?
   /// What its supervisor does when the backend fails.
@@ -78,7 +78,7 @@ package struct BlockSettings: DeviceSettings {
     settings.copiesAlways = copiesAlways
     settings.cache = cache
     settings.errors = errors
-    settings.stopsWhenStoreIsGone = stopsWhenStoreIsGone
+    settings.stopsWhenStorageIsGone = stopsWhenStorageIsGone
     return settings
   }
 

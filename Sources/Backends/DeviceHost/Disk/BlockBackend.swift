@@ -7,7 +7,7 @@ import Synchronization
 import Transport
 package import Virtqueue
 
-/// A running block device: its store, and for each queue an engine and a pump.
+/// A running block device: its storage, and for each queue an engine and a pump.
 package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: immutable, or made for sharing; see the superclass.
 
@@ -19,11 +19,11 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   /// The histograms of each queue.
   package let latencies: [QueueLatencies]
   private let queues: [DeviceWorker<BlockPump>]
-  private let store: BlockStore
+  private let storage: BlockStorage
   private let bytes: Atomic<UInt64>
   private let writeback: WritebackSwitch
 
-  /// Opens the store and builds the device on threads of its own, see `DeviceBackend.start`.
+  /// Opens the storage and builds the device on threads of its own, see `DeviceBackend.start`.
   ///
   /// - Parameter decorate: puts something between a queue and its engine: faults in tests.
   package static func start(
@@ -42,11 +42,11 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     _ decorate: (any BlockEngine, Int) -> any BlockEngine
   ) throws(StartFault) {
     let report = surroundings.report
-    let notice: NBDEngine.Notice = { report($0.map(DeviceReport.storeLost) ?? .storeBack) }
+    let notice: NBDEngine.Notice = { report($0.map(DeviceReport.storageLost) ?? .storageBack) }
     var engines: [any BlockEngine] = []
-    let opened: BlockStore
+    let opened: BlockStorage
     do throws(ImageFault) {
-      opened = try BlockStore.open(settings, name: surroundings.name, notice: notice)
+      opened = try BlockStorage.open(settings, name: surroundings.name, notice: notice)
       for index in 0..<opened.queueCount(settings) {
         engines.append(decorate(try opened.engine(queue: index, settings, notice: notice), index))
       }
@@ -72,7 +72,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
         try Self.makeQueue(
           index, engine, settings, surroundings, threads[index % threads.count], writeback, storage, accounts[index]))
     }
-    store = opened
+    storage = opened
     isDirect = opened.isDirect
     self.geometry = geometry
     self.settings = settings
@@ -157,13 +157,13 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
 
   package override func resume() { for queue in queues { queue.change(runs: true) { $0.resume() } } }
 
-  /// Follows the store's size, or grows a regular file first, and tells the driver.
+  /// Follows the storage's size, or grows a regular file first, and tells the driver.
   ///
   /// - Parameter completion: called on the device's first thread.
   package func resize(to bytes: UInt64?, completion: @escaping @Sendable (Result<UInt64, ImageFault>) -> Void) {
     queues[0].thread.loop.enqueue { [self] in
       do throws(ImageFault) {
-        let size = try store.resize(to: bytes)
+        let size = try storage.resize(to: bytes)
         let last = Countdown(left: queues.count) { [self] in
           announce(size)
           completion(.success(size))
