@@ -15,7 +15,7 @@ help:
 	@echo 'make unit     the fast lane: unit tests only'
 	@echo 'make testbed  the scenarios on real Xen only (SCENARIO=name for one; make shell for a console)'
 	@echo 'make asan     the unit tests under AddressSanitizer; make tsan under ThreadSanitizer'
-	@echo 'make fuzz     coverage-guided fuzzing of thirteen targets (SECONDS=n each, two at a time; TARGET=name for one; KEEP=1 keeps what is found)'
+	@echo 'make fuzz     coverage-guided fuzzing of fourteen targets (SECONDS=n each, two at a time; TARGET=name for one; KEEP=1 keeps what is found)'
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'

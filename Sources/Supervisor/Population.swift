@@ -125,7 +125,7 @@ final class Population {
 
   private func style(of domain: DomainID) -> BusStyle {
     if let guest = table.guests[domain] { return type(of: guest.bus).style }
-    return settings.bus(for: reader.facts(domain))?.style ?? .registers
+    return settings.bus(for: facts(domain))?.style ?? .registers
   }
 
   private func tell(_ key: DeviceKey, _ event: DeviceEvent, _ supervisor: Supervisor) {
@@ -181,12 +181,24 @@ final class Population {
     }
   }
 
+  /// What decides by which bus a guest has its devices. A guest keeps the transport that it began with: another profile is for its next life.
+  private func facts(_ domain: DomainID) -> GuestFacts {
+    var facts = reader.facts(domain)
+    let uuid = reader.uuid(domain)
+    if let saved = settings.stateFolder?.guest(domain), saved.uuid == uuid {
+      facts.transport = saved.transport
+    } else {
+      facts.transport = entries.profiles.options(guest: reader.name(domain) ?? "", uuid: uuid).transport
+    }
+    return facts
+  }
+
   /// The guest of a domain, made when its first device appears.
   ///
   /// - Parameter key: a device of it, if it has an entry.
   private func guest(_ domain: DomainID, _ key: DeviceKey? = nil, _ supervisor: Supervisor) throws(XenError) -> Guest {
     if let known = table.guests[domain] { return known }
-    let facts = reader.facts(domain)
+    let facts = facts(domain)
     guard let type = settings.bus(for: facts) else {
       throw XenError("no transport serves the guest", Errno(95) /* EOPNOTSUPP */)
     }
@@ -255,7 +267,7 @@ final class Population {
 
   private func declaresDevices(_ domain: DomainID) -> Bool {
     guard table.guests[domain] == nil, let name = reader.name(domain),
-      settings.bus(for: reader.facts(domain))?.hasServer == true
+      settings.bus(for: facts(domain))?.hasServer == true
     else { return false }
     return entries.profiles.options(guest: name, uuid: reader.uuid(domain)).devices.contains(where: \.isCreated)
   }

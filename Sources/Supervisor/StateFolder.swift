@@ -14,6 +14,7 @@ package struct StateFolder: Sendable {
   struct Guest: Equatable {
     var server: UInt16
     var uuid: String?
+    var transport = GuestTransport.mmio
   }
 
   /// Makes the folder when it is not there.
@@ -31,6 +32,7 @@ package struct StateFolder: Sendable {
   func save(_ guest: Guest, of domain: DomainID) throws(Errno) {
     let text = JSONText.text([
       "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
+      "transport": .string(guest.transport.rawValue),
     ])
     try Self.write(text, to: guestPath(domain))
   }
@@ -40,7 +42,9 @@ package struct StateFolder: Sendable {
     guard let value = Self.read(guestPath(domain)),
       let server = value["server"]?.integerValue.flatMap(UInt16.init(exactly:))
     else { return nil }
-    return Guest(server: server, uuid: value["uuid"]?.stringValue)
+    // Earlier versions knew one transport, and did not name it.
+    let transport = value["transport"]?.stringValue.flatMap(GuestTransport.init(rawValue:)) ?? .mmio
+    return Guest(server: server, uuid: value["uuid"]?.stringValue, transport: transport)
   }
 
   // MARK: Contents

@@ -12,6 +12,8 @@ struct Explain: ParsableCommand {
   @OptionGroup var connection: ConnectionOptions
   @Argument(help: "GUEST or GUEST/DEVICE.")
   var target: String
+  @Option(help: .hidden)
+  var qemuFolder = QEMUBus.folder
 
   /// The first problem.
   private struct Wrong: Error {
@@ -180,6 +182,17 @@ struct Explain: ParsableCommand {
     }
   }
 
+  /// Looks whether QEMU has a device in the place of a function on the PCI bus.
+  private func checkCollision(_ name: String, _ device: JSONValue) throws(Wrong) {
+    let function = device["facts"]?.arrayValue?.first { $0["name"] == "function" }?["value"]?.stringValue
+    guard let function, let domain = device["domain"]?.integerValue.flatMap({ DomainID(exactly: $0) }),
+      let others = QEMUBus.functions(of: domain, folder: qemuFolder), others.contains(function)
+    else { return }
+    throw Wrong(
+      words: "\(name): QEMU has a device at PCI function \(function) too, and the guest finds only one of them",
+      remedy: "move QEMU's: look for pci= with '@' and for addr= in the guest's configuration; 10 to 1f are vxd's")
+  }
+
   private static let remedies = [
     "failed": "fix the cause; vxd retries automatically",
     "faulted": "the guest's driver must reset the device: unbind and bind it, or restart the guest",
@@ -205,6 +218,7 @@ struct Explain: ParsableCommand {
     let what = full["image"]?.stringValue ?? full.cell("type")
     let place = (full["facts"]?.arrayValue ?? []).map { "; \($0.cell("name")) \($0.cell("value"))" }.joined()
     good("\(name): \(what) is open (\(full.cell("store")))\(place)")
+    try checkCollision(name, full)
     guard state == "connected" else {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(

@@ -13,7 +13,8 @@ public func fuzzOneInput(_ data: UnsafePointer<UInt8>?, _ count: Int) -> Int32 {
 /// Every target by its name; `Tests/Fuzz/run` lists the same ones.
 private let targets: [String: @Sendable (UnsafeBufferPointer<UInt8>) -> Void] = [
   "split-ring": RingTarget.split, "packed-ring": RingTarget.packed, "in-flight": InFlightTarget.run,
-  "mmio": RegisterTarget.run, "blk": BlockTarget.run, "net": NetTarget.run, "source-lock": SourceLockTarget.run,
+  "mmio": RegisterTarget.run, "pci": PCITarget.run, "blk": BlockTarget.run, "net": NetTarget.run,
+  "source-lock": SourceLockTarget.run,
   "console": ConsoleTarget.run, "nbd": NBDTarget.run, "xenstore": EntryTarget.run, "xenbus": SetupTarget.run,
   "json-rpc": ControlTarget.run, "control": ConnectionTarget.run,
 ]

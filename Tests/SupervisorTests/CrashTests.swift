@@ -19,15 +19,17 @@ import Xen
 
   /// Runs a checking guest on a thread of its own.
   private func start(
-    _ load: Load, _ domain: SimulatedDomain, slot: Int, features: FeatureBits, seed: UInt64
+    _ load: Load, _ domain: SimulatedDomain, slot: Int, isPCI: Bool = false, features: FeatureBits, seed: UInt64
   ) throws -> LoopThread {
     let thread = try LoopThread(name: "guest")
     thread.loop.enqueue {
       defer { load.ended.open() }
       do {
-        let driver = SimulatedDriver(
-          registers: TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base), memory: domain.memory,
-          area: 1 << 20)
+        let registers: any RegisterAccess =
+          isPCI
+          ? try PCIFunctionRegisters(domain: domain, function: PCIAddress(device: UInt8(16 + slot)))
+          : TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base)
+        let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
         try driver.start(wanted: features, queueSize: 128)
         let guest = CheckingGuest(
           domain: domain, driver: driver, depth: 24, blocks: 512, area: driver.areaEnd, seed: seed)
@@ -48,6 +50,7 @@ import Xen
     var features: FeatureBits
     var profile: String
     var kills: Int
+    var isPCI = false
     var description: String { name }
   }
 
@@ -63,15 +66,20 @@ import Xen
     Form(
       name: "in order", features: [.inOrder, .indirectDescriptors, .eventIndex, .blockFlush],
       profile: #", "inOrder": true"#, kills: 30),
+    Form(
+      name: "PCI", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: "", kills: 60, isPCI: true),
   ]
 
   @Test(arguments: forms) func guestNoticesAPauseWhenTheDaemonIsKilled(form: Form) throws {
     var random = SeededGenerator(seed: UInt64(form.kills))
     let seed = random.next()
-    let stage = try DaemonStage(profiles: #"{"version": 1, "disks": [{"guest": "*"\#(form.profile)}]}"#)
+    let guests = #"[{"guest": "*", "transport": "\#(form.isPCI ? "pci" : "mmio")"}]"#
+    let stage = try DaemonStage(
+      profiles: #"{"version": 1, "disks": [{"guest": "*"\#(form.profile)}], "guests": \#(guests)}"#)
     let domain = try stage.guest(1, name: "alpha", disks: ["xvde"])
     let load = Load()
-    let thread = try start(load, domain, slot: 0, features: form.features, seed: seed)
+    let thread = try start(
+      load, domain, slot: 0, isPCI: form.isPCI, features: form.features, seed: seed)
     let kills = testsAreSlow ? 5 : form.kills
     for round in 0..<kills {
       // Sometimes in the middle of the start, sometimes after some work.

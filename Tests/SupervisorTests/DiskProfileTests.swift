@@ -75,7 +75,7 @@ import Testing
     ),
     (
       #"{"version": 1, "guests": [{"spareDisk": 5}]}"#,
-      #"guests[0].spareDisk: unknown option; did you mean "spareDisks"? (expected one of guest, limits, spareDisks, spareImages, devices)"#
+      #"guests[0].spareDisk: unknown option; did you mean "spareDisks"? (expected one of guest, limits, spareDisks, transport, spareImages, devices)"#
     ),
   ]
 

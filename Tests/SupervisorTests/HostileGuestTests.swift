@@ -58,6 +58,62 @@ import Xen
     #expect(eventually { hostile.usage == .init() && honest.usage == .init() }, "seed \(seed): \(hostile.usage)")
   }
 
+  /// The same on the PCI bus: BARs go anywhere, decoding is toggled and vectors are rewritten by one vCPU while the other drives the device.
+  @Test(arguments: UInt64(1)...30) func neighboursOfAHostileGuestOnThePCIBusNeverNotice(seed: UInt64) throws {
+    let world = try World()
+    defer { world.end() }
+    let hostile = try world.domain(5, name: "hostile", vcpus: 2)
+    let honest = try world.domain(6, name: "honest")
+    try world.toolstack.attach(disk: "xvde", image: world.image("hostile.img"), to: 5)
+    try world.toolstack.attach(disk: "xvde", image: world.image("honest.img"), to: 6)
+    try world.start(
+      profiles: #"""
+        {"version": 1, "disks": [{"guest": "hostile", "queues": 2, "threads": 2}],
+         "guests": [{"guest": "*", "transport": "pci"}]}
+        """#)
+    #expect(eventually { world.state("hostile", "xvde") == "ready" && world.state("honest", "xvde") == "ready" })
+    let place = PCIAddress(device: 16)
+    func boot(_ domain: SimulatedDomain, area: UInt64) throws -> SimulatedBlockGuest {
+      let registers = try PCIFunctionRegisters(domain: domain, function: place)
+      let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: area)
+      try driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)
+      return SimulatedBlockGuest(domain: domain, driver: driver)
+    }
+    let neighbour = try boot(honest, area: 1 << 20)
+    // Both vCPUs know where the function is before either of them begins.
+    let functions = try (0..<2).map { try PCIFunctionRegisters(domain: hostile, function: place, vcpu: $0) }
+    let vcpus = try (0..<2).map { try LoopThread(name: "vcpu\($0)") }
+    let done = [Latch(), Latch()]
+    for vcpu in 0..<2 {
+      let latch = done[vcpu]
+      // Each is used by one thread.
+      nonisolated(unsafe) let function = functions[vcpu]
+      vcpus[vcpu].loop.enqueue {
+        let guest = HostileGuest(
+          domain: hostile, function: function, vcpu: vcpu, area: 4 << 20, seed: seed &* 2 &+ UInt64(vcpu))
+        for _ in 0..<60 { guest.act() }
+        latch.open()
+      }
+    }
+    for round in 0..<10 {
+      let byte = UInt8(truncatingIfNeeded: seed &+ UInt64(round))
+      #expect(try neighbour.write(block(byte), sector: UInt64(round) * 8) == 0, "seed \(seed)")
+      #expect(try neighbour.read(sector: UInt64(round) * 8, count: 4096).bytes == block(byte), "seed \(seed)")
+    }
+    for vcpu in 0..<2 {
+      #expect(done[vcpu].wait(seconds: 60), "seed \(seed)")
+      vcpus[vcpu].stopAndJoin()
+    }
+    #expect(eventually { world.state("honest", "xvde") == "connected" }, "seed \(seed)")
+    let reformed = try boot(hostile, area: 8 << 20)
+    #expect(try reformed.write(block(1), sector: 0) == 0, "seed \(seed)")
+    #expect(eventually { world.state("hostile", "xvde") == "connected" }, "seed \(seed)")
+    #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
+    #expect(try world.toolstack.destroy(6, disks: ["xvde"]))
+    #expect(eventually { world.info("guests") == 0 })
+    #expect(eventually { hostile.usage == .init() && honest.usage == .init() }, "seed \(seed): \(hostile.usage)")
+  }
+
   /// In a process of its own, in which nothing else has threads and descriptors.
   @Test func descriptorsAndThreadsReturnToTheStartValue() throws {
     let stage = try DaemonStage()

@@ -87,7 +87,7 @@ import Xen
     let number = try dead.createIOReqServer()
     let page = IOReqPage(try dead.mapIOReqPage(number))
     try dead.setIOReqServer(number, enabled: true)
-    try dead.mapMMIO(number, first: SlotTable.firstBase, last: SlotTable.firstBase + 0x7fff)
+    try dead.claim(.memory(SlotTable.firstBase...SlotTable.firstBase + 0x7fff), for: number)
     startAccess()
     #expect(eventually { page.stateByte(1).pointee.load(ordering: .acquiring) & 0xf == IOReqPage.State.ready })
     if progress != .notBegun { #expect(page.take(1) != nil) }

@@ -31,13 +31,16 @@ package enum StateFault: Error {
 ///     320   two copies: status, selectors, features, epoch, configuration space (128 bytes at most), queues (64 x 32 bytes)
 ///     4864  what the device's type must remember of its driver's choices (3328 bytes, `notes`)
 ///     8192  the journals, each page aligned (`QueueJournal`)
-package final class DeviceState: TransportState, @unchecked Sendable {
+///     behind them, of a PCI function only: a page with two copies of its own registers, and at 4092 which of them is valid
+package final class DeviceState: PCITransportState, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: the mapping never changes; the registers' part is written by the ioreq thread alone, each
   // journal by its data thread (or by the ioreq thread while that thread does not exist).
 
   package static let version: UInt32 = 1
   /// Of files whose registers are those of a Xenbus device: an older vxd must not take them for virtio-mmio's.
   private static let xenbusVersion: UInt32 = 2
+  /// Of files of PCI functions.
+  private static let pciVersion: UInt32 = 3
   private static let magic: UInt64 = 0x4554_4154_5344_5856  // "VXDSTATE"
   private static let registersOffset = 320
   private static let copyBytes = 64 + 128 + 64 * 32
@@ -67,8 +70,16 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     package var sharedInterrupt: UInt32
     /// No place at all: the device is reached over Xenbus.
     package var isXenbus: Bool
+    /// The device's number on the PCI bus; nil for one that is elsewhere.
+    package var pciDevice: UInt8?
 
     package static let xenbus = Place(base: 0, index: 0, sharedInterrupt: 0, isXenbus: true)
+
+    /// A function of a PCI device.
+    package init(pciDevice: UInt8) {
+      self.init(base: 0, index: 0, sharedInterrupt: 0)
+      self.pciDevice = pciDevice
+    }
 
     package init(base: UInt64, index: Int, sharedInterrupt: UInt32, isXenbus: Bool = false) {
       self.isXenbus = isXenbus
@@ -87,12 +98,16 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     (QueueJournal.bytes(slotCount: shape.slotCount, chainLimit: shape.chainLimit) + 4095) & ~4095
   }
 
+  private static func bytes(_ shape: Shape, _ place: Place) -> Int {
+    journalsOffset + shape.profile.queueSizes.count * journalBytes(shape) + (place.pciDevice == nil ? 0 : 4096)
+  }
+
   /// Makes a file, complete before it has its name.
   package init(path: String, shape: Shape, place: Place) throws(Errno) {
     self.shape = shape
     self.place = place
     let queues = shape.profile.queueSizes.count
-    length = Self.journalsOffset + queues * Self.journalBytes(shape)
+    length = Self.bytes(shape, place)
     let temporary = path + ".new"
     unlink(temporary)
     let descriptor = OwnedDescriptor(
@@ -106,7 +121,8 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     memory = try Self.map(descriptor.raw, length)
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
-      place.isXenbus ? Self.xenbusVersion : Self.version, UInt32(clamping: length >> 12), shape.profile.deviceID,
+      place.isXenbus ? Self.xenbusVersion : place.pciDevice != nil ? Self.pciVersion : Self.version,
+      UInt32(clamping: length >> 12), shape.profile.deviceID,
       UInt32(queues), UInt32(shape.slotCount),
       UInt32(shape.chainLimit),
     ].enumerated() {
@@ -114,7 +130,8 @@ package final class DeviceState: TransportState, @unchecked Sendable {
     }
     memory.storeBytes(of: shape.profile.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
     memory.storeBytes(of: place.base, toByteOffset: 72, as: UInt64.self)
-    memory.storeBytes(of: UInt32(truncatingIfNeeded: place.index), toByteOffset: 80, as: UInt32.self)
+    memory.storeBytes(
+      of: UInt32(truncatingIfNeeded: place.pciDevice.map { Int($0) } ?? place.index), toByteOffset: 80, as: UInt32.self)
     memory.storeBytes(of: place.sharedInterrupt, toByteOffset: 84, as: UInt32.self)
     for (index, size) in shape.profile.queueSizes.enumerated() {
       memory.storeBytes(of: size, toByteOffset: 96 + 2 * index, as: UInt16.self)
@@ -130,7 +147,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
   package init(shape: Shape, place: Place) throws(Errno) {
     self.shape = shape
     self.place = place
-    length = Self.journalsOffset + shape.profile.queueSizes.count * Self.journalBytes(shape)
+    length = Self.bytes(shape, place)
     let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     guard let start, start != MAP_FAILED else { throw Errno.last }
     memory = start
@@ -172,7 +189,7 @@ package final class DeviceState: TransportState, @unchecked Sendable {
   private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (Shape, Place) {
     func word(_ offset: Int) -> UInt32 { memory.load(fromByteOffset: offset, as: UInt32.self) }
     guard memory.load(as: UInt64.self) == magic else { throw .damaged("it does not begin as such a file does") }
-    guard word(8) == version || word(8) == xenbusVersion else { throw .version(word(8)) }
+    guard [version, xenbusVersion, pciVersion].contains(word(8)) else { throw .version(word(8)) }
     let (queues, slots, chains) = (Int(word(20)), Int(word(24)), Int(word(28)))
     guard (1...queueLimit).contains(queues), (1...32768).contains(slots), (1...32768).contains(chains) else {
       throw .damaged("\(queues) queues of \(slots) slots")
@@ -182,14 +199,15 @@ package final class DeviceState: TransportState, @unchecked Sendable {
       profile: DeviceProfile(
         deviceID: word(16), offeredFeatures: FeatureBits(rawValue: memory.load(fromByteOffset: 64, as: UInt64.self)),
         queueSizes: sizes), slotCount: slots, chainLimit: chains)
-    guard length == journalsOffset + queues * journalBytes(shape), word(256) <= 1 else {
-      throw .damaged("it has \(length) bytes")
-    }
-    guard word(8) == version else { return (shape, .xenbus) }
-    return (
-      shape,
-      Place(base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
-    )
+    let place: Place =
+      switch word(8) {
+      case xenbusVersion: .xenbus
+      case pciVersion: Place(pciDevice: UInt8(truncatingIfNeeded: word(80) & 31))
+      default:
+        Place(base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
+      }
+    guard length == bytes(shape, place), word(256) <= 1 else { throw .damaged("it has \(length) bytes") }
+    return (shape, place)
   }
 
   // MARK: Queues
@@ -271,5 +289,29 @@ package final class DeviceState: TransportState, @unchecked Sendable {
       registers.ready.append(queue.load(fromByteOffset: 2, as: UInt8.self) == 1)
     }
     return (registers, DeviceStatus(rawValue: word(0) & 0xff), configuration)
+  }
+
+  // MARK: Registers of a PCI function
+
+  /// The page of the function; nil where the device is none.
+  private var functionPage: UnsafeMutableRawPointer? { place.pciDevice == nil ? nil : memory + length - 4096 }
+
+  private func validFunction(_ page: UnsafeMutableRawPointer) -> UnsafeMutablePointer<Atomic<UInt32>> {
+    (page + 4092).assumingMemoryBound(to: Atomic<UInt32>.self)
+  }
+
+  package func save(_ registers: PCIRegisters) {
+    guard let page = functionPage else { return }
+    let valid = validFunction(page)
+    let next = 1 - (valid.pointee.load(ordering: .relaxed) & 1)
+    registers.encode(to: page + Int(next) * PCIRegisters.bytes)
+    valid.pointee.store(next, ordering: .releasing)
+  }
+
+  /// What was saved last of a PCI function.
+  package var savedFunction: PCIRegisters {
+    guard let page = functionPage else { return PCIRegisters(shape.profile) }
+    let copy = Int(validFunction(page).pointee.load(ordering: .acquiring) & 1)
+    return PCIRegisters(shape.profile, decoding: page + copy * PCIRegisters.bytes)
   }
 }

@@ -29,6 +29,7 @@ package final class InterruptState: Sendable {
   private static let high: UInt32 = 1 << 8
   private static let busy: UInt32 = 1 << 9
   private static let again: UInt32 = 1 << 10
+  private static let disabled: UInt32 = 1 << 11
 
   private let word = Atomic<UInt32>(0)
   private let line: any InterruptLine
@@ -64,10 +65,20 @@ package final class InterruptState: Sendable {
     drive()
   }
 
+  /// Lets the line follow the causes, or keeps it low whatever they are: for devices that have another way to interrupt.
+  package func set(enabled: Bool) {
+    if enabled {
+      word.bitwiseAnd(~Self.disabled, ordering: .acquiringAndReleasing)
+    } else {
+      word.bitwiseOr(Self.disabled, ordering: .acquiringAndReleasing)
+    }
+    drive()
+  }
+
   private func drive() {
     var current = word.load(ordering: .acquiring)
     while true {
-      let want = current & Self.causes != 0
+      let want = current & Self.causes != 0 && current & Self.disabled == 0
       let isHigh = current & Self.high != 0
       let edge = current & Self.again != 0 && want
       guard current & Self.busy == 0, want != isHigh || edge else { return }

@@ -17,9 +17,10 @@ package protocol GuestHandle: AnyObject, Sendable {
   func createIOReqServer() throws(XenError) -> UInt16
   func destroyIOReqServer(_ server: UInt16) throws(XenError)
   func setIOReqServer(_ server: UInt16, enabled: Bool) throws(XenError)
-  /// Ends are inclusive.
-  func mapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError)
-  func unmapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError)
+  /// Has the guest's accesses to a range answered by the server. EEXIST when a part of it is the server's already; that another server
+  /// has it is not noticed, and then the server that was made last is asked.
+  func claim(_ range: AccessRange, for server: UInt16) throws(XenError)
+  func release(_ range: AccessRange, from server: UInt16) throws(XenError)
   /// Maps the page with the synchronous slots; it must be mapped before the server is enabled, or the slots get no ports.
   func mapIOReqPage(_ server: UInt16) throws(XenError) -> UnsafeMutableRawPointer
   func unmapIOReqPage()
@@ -40,6 +41,8 @@ package protocol GuestHandle: AnyObject, Sendable {
   func setPCIIntx(device: UInt8, pin: UInt8, high: Bool)
   /// Arm: level of a shared peripheral interrupt.
   func setIRQ(_ irq: UInt32, high: Bool)
+  /// x86: sends a message-signalled interrupt; false when Xen does not accept it.
+  func injectMSI(address: UInt64, data: UInt32) -> Bool
 
   // Memory
   /// Maps frames read-write and contiguously. A frame that cannot be mapped has its errno in `errors`.

@@ -30,7 +30,8 @@ package final class IOReqServer: EventSource {
   private var ports: [UInt32] = []
   /// Windows that are answered, by slot; nil where a slot is empty.
   private var windows: [(slot: DeviceSlot, transport: MMIOTransport?)] = []
-  private var mapped: [(first: UInt64, last: UInt64)] = []
+  private var mapped: [ClosedRange<UInt64>] = []
+  private let functions: PCIRoutes
   private var isClosed = false
   /// Whether an earlier process made it.
   package let isAdopted: Bool
@@ -57,6 +58,7 @@ package final class IOReqServer: EventSource {
       identifier = try guest.createIOReqServer()
       onCreated(identifier)
     }
+    functions = PCIRoutes(guest: guest, server: identifier, isAdopted: isAdopted)
     do throws(XenError) {
       page = IOReqPage(try guest.mapIOReqPage(identifier))
       try guest.setIOReqServer(identifier, enabled: true)
@@ -91,18 +93,19 @@ package final class IOReqServer: EventSource {
   /// Claims a run of addresses of the guest for this server. Ends are inclusive.
   package func claim(first: UInt64, last: UInt64) throws(XenError) {
     do throws(XenError) {
-      try guest.mapMMIO(identifier, first: first, last: last)
+      try guest.claim(.memory(first...last), for: identifier)
     } catch {
       // An adopted server has its ranges already.
       guard isAdopted, error.errno.code == 17 /* EEXIST */ else { throw error }
     }
-    mapped.append((first, last))
+    mapped.append(first...last)
   }
 
   /// Puts a device into a slot; one that is claimed already (x86), or claims the slot's window (Arm).
   package func attach(_ transport: MMIOTransport, to slot: DeviceSlot) throws(XenError) {
-    if !mapped.contains(where: { $0.first <= slot.base && slot.base &+ (MMIOTransport.windowSize - 1) <= $0.last }) {
-      try claim(first: slot.base, last: slot.base &+ (MMIOTransport.windowSize - 1))
+    let last = slot.base &+ (MMIOTransport.windowSize - 1)
+    if !mapped.contains(where: { $0.lowerBound <= slot.base && last <= $0.upperBound }) {
+      try claim(first: slot.base, last: last)
     }
     windows.removeAll { $0.slot.base == slot.base }
     windows.append((slot, transport))
@@ -115,6 +118,14 @@ package final class IOReqServer: EventSource {
       windows[index].transport = nil
     }
   }
+
+  /// Puts a function on the guest's PCI bus.
+  package func attach(_ transport: PCITransport, at address: PCIAddress) throws(XenError) {
+    try functions.attach(transport, at: address)
+  }
+
+  /// Takes a function off the guest's PCI bus.
+  package func detach(_ address: PCIAddress) { functions.detach(address) }
 
   // MARK: Events
 
@@ -147,19 +158,26 @@ package final class IOReqServer: EventSource {
       counters.invalidations.wrappingAdd(1, ordering: .relaxed)
       if !ignoresInvalidations { pool.invalidate() }
       return request.data
-    case .memory:
+    case .memory, .pciConfiguration:
+      let space = request.kind == .memory ? Space.memory : .pciConfiguration
       if request.dataIsPointer {
-        repeatAccess(request)
+        repeatAccess(request, space)
         return request.data
       }
       let width = Int(clamping: min(request.size, 8))
-      if request.isRead { return read(request.address, width) }
-      write(request.address, width, request.data)
+      if request.isRead { return read(space, request.address, width) }
+      write(space, request.address, width, request.data)
       return request.data
-    case .portIO, .pciConfiguration, .timeOffset, nil:
+    case .portIO, .timeOffset, nil:
       counters.strays.wrappingAdd(1, ordering: .relaxed)
       return request.isRead ? .max : request.data
     }
+  }
+
+  /// What an address is in.
+  private enum Space {
+    case memory
+    case pciConfiguration
   }
 
   private func transport(at address: UInt64) -> (transport: MMIOTransport?, offset: UInt64)? {
@@ -170,9 +188,12 @@ package final class IOReqServer: EventSource {
     return nil
   }
 
-  private func read(_ address: UInt64, _ width: Int) -> UInt64 {
+  private func read(_ space: Space, _ address: UInt64, _ width: Int) -> UInt64 {
+    if space == .pciConfiguration { return functions.readConfiguration(address, width) }
+    if let (function, offset) = functions.target(at: address) { return function.read(offset: offset, width: width) }
     guard let (transport, offset) = transport(at: address), let transport else {
-      return Self.emptySlot(address, width)
+      // A BAR may have moved between the access and its answer.
+      return mapped.contains { $0.contains(address) } ? Self.emptySlot(address, width) : .max
     }
     return transport.read(offset: offset, width: width)
   }
@@ -187,30 +208,36 @@ package final class IOReqServer: EventSource {
     }
   }
 
-  private func write(_ address: UInt64, _ width: Int, _ value: UInt64) {
+  private func write(_ space: Space, _ address: UInt64, _ width: Int, _ value: UInt64) {
+    if space == .pciConfiguration { return functions.writeConfiguration(address, width, value) }
+    if let (function, offset) = functions.target(at: address) {
+      return function.write(offset: offset, width: width, value: value)
+    }
     guard let (transport, offset) = transport(at: address) else { return }
     transport?.write(offset: offset, width: width, value: value)
   }
 
   /// REP MOVS and the like on the window: the data is in guest memory, `count` elements of `size` bytes. Xen keeps one request
-  /// within a page; a count beyond that is cut.
-  private func repeatAccess(_ request: IOReq) {
+  /// within a page; a count beyond that is cut. Accesses to the configuration space (REP INS and OUTS on its port) stay at one register.
+  private func repeatAccess(_ request: IOReq, _ space: Space) {
     let size = UInt64(min(max(request.size, 1), 8))
     let count = min(UInt64(request.count), 4096 / size)
     _ = memory.enter()
     defer { memory.leave() }
     for step in 0..<count {
       let distance = size &* step
-      let address = request.stepsDown ? request.address &- distance : request.address &+ distance
+      let address =
+        space == .pciConfiguration
+        ? request.address : request.stepsDown ? request.address &- distance : request.address &+ distance
       let buffer = request.stepsDown ? request.data &- distance : request.data &+ distance
       var value: UInt64 = 0
       do throws(GuestMemoryFault) {
         if request.isRead {
-          value = read(address, Int(size))
+          value = read(space, address, Int(size))
           try memory.copyOut(from: &value, to: buffer, count: Int(size))
         } else {
           try memory.copyIn(from: buffer, to: &value, count: Int(size))
-          write(address, Int(size), value)
+          write(space, address, Int(size), value)
         }
       } catch {
         return
@@ -238,10 +265,12 @@ package final class IOReqServer: EventSource {
     isClosed = true
     for window in windows { window.transport?.remove() }
     windows = []
+    functions.removeAll()
     try? guest.setIOReqServer(identifier, enabled: false)
     // Whoever got in before the server was disabled waits for an answer; destroying the server would not wake it.
     for vcpu in ports.indices { serve(vcpu) }
-    for range in mapped { try? guest.unmapMMIO(identifier, first: range.first, last: range.last) }
+    for range in mapped { try? guest.release(.memory(range), from: identifier) }
+    functions.close()
     if let token { loop.remove(token) }
     for port in ports { guest.unbind(port) }
     guest.unmapIOReqPage()

@@ -1,3 +1,4 @@
+package import Synchronization
 package import Transport
 
 /// The interrupt line of an x86 slot: level-triggered, so it follows InterruptStatus.
@@ -30,6 +31,19 @@ package final class SPILine: InterruptLine {
   package var isLevel: Bool { false }
 
   package func set(_ high: Bool) { guest.setIRQ(irq, high: high) }
+}
+
+/// Message-signalled interrupts of an x86 guest.
+package final class GuestMessages: MessageSender {
+  private let guest: any GuestHandle
+  /// Messages that Xen did not accept: a delivery mode or a processor that does not exist. The driver's mistake, and its loss.
+  package let refused = Atomic<UInt64>(0)
+
+  package init(guest: any GuestHandle) { self.guest = guest }
+
+  package func send(_ message: MSIMessage) {
+    if !guest.injectMSI(address: message.address, data: message.data) { refused.wrappingAdd(1, ordering: .relaxed) }
+  }
 }
 
 extension DeviceSlot {

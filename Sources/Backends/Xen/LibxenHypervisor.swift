@@ -88,14 +88,36 @@ final class LibxenGuest: GuestHandle, @unchecked Sendable {
       "set_ioreq_server_state", xendevicemodel_set_ioreq_server_state(deviceModel, domain, server, enabled ? 1 : 0))
   }
 
-  func mapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
-    try check(
-      "map_io_range", xendevicemodel_map_io_range_to_ioreq_server(deviceModel, domain, server, 1, first, last))
+  func claim(_ range: AccessRange, for server: UInt16) throws(XenError) {
+    let result =
+      switch range {
+      case .memory(let range):
+        xendevicemodel_map_io_range_to_ioreq_server(
+          deviceModel, domain, server, 1, range.lowerBound, range.upperBound)
+      case .ports(let range):
+        xendevicemodel_map_io_range_to_ioreq_server(
+          deviceModel, domain, server, 0, range.lowerBound, range.upperBound)
+      case .configuration(let address):
+        xendevicemodel_map_pcidev_to_ioreq_server(
+          deviceModel, domain, server, 0, 0, address.device, address.function)
+      }
+    try check("claim of \(range)", result)
   }
 
-  func unmapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
-    try check(
-      "unmap_io_range", xendevicemodel_unmap_io_range_from_ioreq_server(deviceModel, domain, server, 1, first, last))
+  func release(_ range: AccessRange, from server: UInt16) throws(XenError) {
+    let result =
+      switch range {
+      case .memory(let range):
+        xendevicemodel_unmap_io_range_from_ioreq_server(
+          deviceModel, domain, server, 1, range.lowerBound, range.upperBound)
+      case .ports(let range):
+        xendevicemodel_unmap_io_range_from_ioreq_server(
+          deviceModel, domain, server, 0, range.lowerBound, range.upperBound)
+      case .configuration(let address):
+        xendevicemodel_unmap_pcidev_from_ioreq_server(
+          deviceModel, domain, server, 0, 0, address.device, address.function)
+      }
+    try check("release of \(range)", result)
   }
 
   func mapIOReqPage(_ server: UInt16) throws(XenError) -> UnsafeMutableRawPointer {
@@ -140,6 +162,10 @@ final class LibxenGuest: GuestHandle, @unchecked Sendable {
 
   func setIRQ(_ irq: UInt32, high: Bool) {
     xendevicemodel_set_irq_level(deviceModel, domain, irq, high ? 1 : 0)
+  }
+
+  func injectMSI(address: UInt64, data: UInt32) -> Bool {
+    xendevicemodel_inject_msi(deviceModel, domain, address, data) >= 0
   }
 
   func map(

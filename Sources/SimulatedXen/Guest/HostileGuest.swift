@@ -19,7 +19,9 @@ package final class HostileGuest {
   }
 
   private let domain: SimulatedDomain
-  private let registers: TrappedRegisters
+  private let registers: any RegisterAccess
+  /// The device as a function on the guest's PCI bus; nil for one in a slot.
+  private let function: PCIFunctionRegisters?
   private let vcpu: Int
   private let base: UInt64
   /// Where the rings are: the same place for each of the vCPUs.
@@ -36,6 +38,20 @@ package final class HostileGuest {
     base = slot.base
     random = Numbers(state: seed &* 0x9e37_79b9_7f4a_7c15 | 1)
     registers = TrappedRegisters(domain: domain, base: slot.base, vcpu: vcpu)
+    function = nil
+  }
+
+  /// - Parameter function: where the device is on the guest's PCI bus; `area` as above.
+  package init(
+    domain: SimulatedDomain, function: PCIFunctionRegisters, vcpu: Int, area: UInt64, seed: UInt64
+  ) {
+    self.domain = domain
+    self.vcpu = vcpu
+    self.area = area
+    base = function.base
+    random = Numbers(state: seed &* 0x9e37_79b9_7f4a_7c15 | 1)
+    registers = function
+    self.function = function
   }
 
   /// Does one thing.
@@ -48,7 +64,12 @@ package final class HostileGuest {
       ("reset storm", resetStorm), ("queue reset", queueReset), ("move the rings", moveRings), ("balloon", balloon),
       ("repeated access", repeatedAccess),
     ]
-    let choice = choices[below(choices.count)]
+    let onPCI: [(String, () -> Void)] = [
+      ("any access to the function", anyFunctionAccess), ("any access to the function", anyFunctionAccess),
+      ("vectors", rewriteVectors), ("move the BAR", moveBAR), ("decoding", toggleDecoding),
+    ]
+    let all = function == nil ? choices : choices + onPCI
+    let choice = all[below(all.count)]
     actions.append(choice.0)
     choice.1()
   }
@@ -144,6 +165,46 @@ package final class HostileGuest {
     _ = domain.access(
       vcpu: vcpu, address: base + UInt64(below(0x200)), size: [1, 2, 4, 8][below(4)], write: coin() ? 0 : nil,
       count: UInt32(truncatingIfNeeded: number()), buffer: number(), stepsDown: coin())
+  }
+
+  // MARK: The function on the PCI bus
+
+  private func anyFunctionAccess() {
+    guard let function else { return }
+    for _ in 0..<below(30) {
+      let size = [1, 2, 4][below(3)]
+      switch below(4) {
+      case 0: _ = function.configuration(below(256), size)
+      case 1: function.setConfiguration(below(256), size, number())
+      case 2: _ = function.get(UInt64(below(0x5000)), size)
+      default: function.put(UInt64(below(0x5000)), size, number())
+      }
+    }
+    function.move(to: base)
+  }
+
+  /// Messages to anywhere, masked and unmasked, also of vectors that are not there, while the device interrupts by them.
+  private func rewriteVectors() {
+    guard let function else { return }
+    for _ in 0..<below(20) {
+      function.set(
+        below(function.vectorCount + 1), MSIMessage(address: number(), data: UInt32(truncatingIfNeeded: number())),
+        isMasked: coin())
+      if below(4) == 0 { function.control(enabled: coin(), masked: coin()) }
+    }
+    function.control(enabled: true, masked: false)
+  }
+
+  private func moveBAR() {
+    guard let function else { return }
+    for _ in 0..<below(6) { function.move(to: coin() ? number() & 0xffff_c000 : base &+ UInt64(below(4)) << 14) }
+    function.move(to: base)
+  }
+
+  private func toggleDecoding() {
+    guard let function else { return }
+    for _ in 0..<below(12) { function.setConfiguration(4, coin() ? 2 : 1, UInt64(below(8))) }
+    function.setConfiguration(4, 2, 0x406)
   }
 
   // MARK: Memory

@@ -99,12 +99,27 @@ final class RemoteGuestHandle: GuestHandle, @unchecked Sendable {
     _ = try call("set_ioreq_server_state", RemotePacket(.enable, server: server, first: enabled ? 1 : 0))
   }
 
-  func mapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
-    _ = try call("map_io_range", RemotePacket(.mapRange, server: server, first: first, second: last))
+  func claim(_ range: AccessRange, for server: UInt16) throws(XenError) {
+    switch range {
+    case .memory(let range): try change(.claimMemory, server, range)
+    case .ports(let range): try change(.claimPorts, server, range)
+    case .configuration(let address): try change(.claimFunction, server, UInt64(address.number)...UInt64.max)
+    }
   }
 
-  func unmapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
-    _ = try call("unmap_io_range", RemotePacket(.unmapRange, server: server, first: first, second: last))
+  func release(_ range: AccessRange, from server: UInt16) throws(XenError) {
+    switch range {
+    case .memory(let range): try change(.releaseMemory, server, range)
+    case .ports(let range): try change(.releasePorts, server, range)
+    case .configuration(let address): try change(.releaseFunction, server, UInt64(address.number)...UInt64.max)
+    }
+  }
+
+  private func change(
+    _ operation: RemoteOperation, _ server: UInt16, _ range: ClosedRange<UInt64>
+  ) throws(XenError) {
+    _ = try call(
+      "io_range", RemotePacket(operation, server: server, first: range.lowerBound, second: range.upperBound))
   }
 
   func mapIOReqPage(_ server: UInt16) throws(XenError) -> UnsafeMutableRawPointer {
@@ -160,6 +175,11 @@ final class RemoteGuestHandle: GuestHandle, @unchecked Sendable {
 
   func setIRQ(_ irq: UInt32, high: Bool) {
     send(RemotePacket(.interrupt, first: 1000 + UInt64(irq), second: high ? 1 : 0))
+  }
+
+  func injectMSI(address: UInt64, data: UInt32) -> Bool {
+    send(RemotePacket(.message, first: address, second: UInt64(data)))
+    return true
   }
 
   func map(

@@ -5,9 +5,11 @@ import Glibc
 /// Unix socket, one connection for each guest.
 enum RemoteOperation: UInt32 {
   // Calls, each with a reply.
-  case open, create, destroy, enable, mapRange, unmapRange, mapPage, bind, errors
+  case open, create, destroy, enable, claimMemory, releaseMemory, claimPorts, releasePorts, claimFunction,
+    releaseFunction, mapPage, bind,
+    errors
   // Without one.
-  case unmapPage, unbind, notify, unmask, interrupt, mapped, unmapped
+  case unmapPage, unbind, notify, unmask, interrupt, message, mapped, unmapped
   // From the simulator.
   case reply, event
 }

@@ -1,6 +1,7 @@
 package import EventLoop
 import Glibc
 package import Synchronization
+package import Transport
 package import Xen
 
 /// A simulated guest as the hypervisor sees it: memory, vCPUs, ioreq servers, interrupt lines, and what backends have mapped.
@@ -27,7 +28,7 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   struct Server {
     var isEnabled = false
-    var ranges: [(first: UInt64, last: UInt64)] = []
+    var ranges: [AccessRange] = []
     let page: UnsafeMutableRawPointer
     /// Our end's channel of each vCPU, once bound.
     var channels: [Int: SimulatedChannel] = [:]
@@ -36,6 +37,8 @@ package final class SimulatedDomain: @unchecked Sendable {
   struct State {
     var servers: [UInt16: Server] = [:]
     var levels: [UInt32: Bool] = [:]
+    /// How often each message was sent, and those that nobody has waited for yet.
+    var messages: [MSIMessage: UInt64] = [:]
     var usage = Usage()
     var isDestroyed = false
   }
@@ -117,17 +120,50 @@ package final class SimulatedDomain: @unchecked Sendable {
     stepsDown: Bool = false
   ) -> UInt64 {
     let last = address &+ UInt64(size - 1)
-    let found = state.withLock { state in
-      // From the highest number down, as Xen selects. A server whose process is gone is waited for all the same.
-      state.servers.sorted { $0.key > $1.key }.first { _, server in
-        server.isEnabled && server.ranges.contains { $0.first <= address && last <= $0.last }
-      }?.key
-    }
-    guard let found else { return .max }
+    guard let found = server(where: { $0.covers(address, last) }) else { return .max }
     return exchange(
       found, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size), count: count,
       isRead: value == nil, isPointer: buffer != nil, stepsDown: stepsDown)
   }
+
+  /// The server that an access goes to.
+  private func server(where isMeant: (AccessRange) -> Bool) -> UInt16? {
+    let servers = state.withLock { state in
+      state.servers.filter(\.value.isEnabled).map { (number: $0.key, ranges: $0.value.ranges) }
+    }
+    // From the highest number down, as Xen selects. A server whose process is gone is waited for all the same.
+    return servers.sorted { $0.number > $1.number }.first { $0.ranges.contains(where: isMeant) }?.number
+  }
+
+  /// An access of a vCPU to a PCI function's configuration space, by the ports 0xcf8 and 0xcfc. What nobody claims reads as ones.
+  package func configurationAccess(
+    vcpu: Int, _ function: PCIAddress, register: Int, size: Int, write value: UInt64? = nil
+  ) -> UInt64 {
+    guard let found = server(where: { $0 == .configuration(function) }) else { return .max }
+    return exchange(
+      found, vcpu, kind: .pciConfiguration,
+      address: UInt64(function.number) << 32 | UInt64(truncatingIfNeeded: register & 0xff), data: value ?? 0,
+      size: UInt32(size), count: 1, isRead: value == nil, isPointer: false, stepsDown: false)
+  }
+
+  /// Addresses of the guest's that servers have claimed, in order.
+  package var claimedMemory: [ClosedRange<UInt64>] {
+    state.withLock { state in
+      state.servers.values.flatMap(\.ranges).compactMap { if case .memory(let range) = $0 { range } else { nil } }
+        .sorted { $0.lowerBound < $1.lowerBound }
+    }
+  }
+
+  // MARK: Messages
+
+  func deliver(_ message: MSIMessage) {
+    state.withLock { $0.messages[message, default: 0] += 1 }
+    interrupts.wrappingAdd(1, ordering: .relaxed)
+    interruptGate.open()
+  }
+
+  /// How often each message was sent.
+  package var messages: [MSIMessage: UInt64] { state.withLock { $0.messages } }
 
   /// What Xen sends after a guest gave pages back; returns when every server has answered.
   package func sendInvalidate(vcpu: Int = 0) {
@@ -175,5 +211,20 @@ package final class SimulatedDomain: @unchecked Sendable {
     let answer = (page + vcpu * IOReqPage.slotBytes).load(fromByteOffset: 8, as: UInt64.self)
     stateByte.pointee.store(flags | IOReqPage.State.none, ordering: .releasing)
     return answer
+  }
+}
+
+extension AccessRange {
+  /// Whether a memory access is in the range.
+  func covers(_ first: UInt64, _ last: UInt64) -> Bool {
+    if case .memory(let range) = self { range.lowerBound <= first && last <= range.upperBound } else { false }
+  }
+
+  func overlaps(_ other: AccessRange) -> Bool {
+    switch (self, other) {
+    case (.memory(let left), .memory(let right)), (.ports(let left), .ports(let right)): left.overlaps(right)
+    case (.configuration(let left), .configuration(let right)): left == right
+    default: false
+    }
   }
 }

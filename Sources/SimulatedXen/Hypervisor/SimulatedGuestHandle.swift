@@ -1,6 +1,7 @@
 import EventLoop
 import Glibc
 import Synchronization
+import Transport
 import Xen
 
 /// An event channel between a vCPU and an ioreq server, as one of the server's ports.
@@ -150,21 +151,20 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
     }
   }
 
-  func mapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
+  func claim(_ range: AccessRange, for server: UInt16) throws(XenError) {
     if SimulatedDomain.strikes(domain.rangeFailures) { throw XenError("map_io_range", Errno(ENOMEM)) }
     _ = try change("map_io_range") { state in
-      guard let found = state.servers[server], first <= last else { return .failure(Errno(EINVAL)) }
-      guard !found.ranges.contains(where: { $0.first <= last && first <= $0.last }) else {
-        return .failure(Errno(EEXIST))
-      }
-      state.servers[server]?.ranges.append((first, last))
+      guard let found = state.servers[server] else { return .failure(Errno(EINVAL)) }
+      guard !found.ranges.contains(where: { $0.overlaps(range) }) else { return .failure(Errno(EEXIST)) }
+      state.servers[server]?.ranges.append(range)
       return .success(0)
     }
   }
 
-  func unmapMMIO(_ server: UInt16, first: UInt64, last: UInt64) throws(XenError) {
+  func release(_ range: AccessRange, from server: UInt16) throws(XenError) {
     _ = try change("unmap_io_range") { state in
-      state.servers[server]?.ranges.removeAll { $0.first == first && $0.last == last }
+      guard state.servers[server]?.ranges.contains(range) == true else { return .failure(Errno(ENOENT)) }
+      state.servers[server]?.ranges.removeAll { $0 == range }
       return .success(0)
     }
   }
@@ -241,6 +241,11 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   func setPCIIntx(device: UInt8, pin: UInt8, high: Bool) { domain.setLevel(UInt32(device) * 4 + UInt32(pin), high) }
 
   func setIRQ(_ irq: UInt32, high: Bool) { domain.setLevel(1000 + irq, high) }
+
+  func injectMSI(address: UInt64, data: UInt32) -> Bool {
+    domain.deliver(MSIMessage(address: address, data: data))
+    return true
+  }
 
   func map(
     frames: UnsafePointer<UInt64>, count: Int, errors: UnsafeMutablePointer<Int32>

@@ -1,6 +1,7 @@
 import CLinux
 package import EventLoop
 import Glibc
+import Transport
 import Xen
 
 /// Lets a vxd in another process use the simulated Xen of this one. When that process dies, its guests see what Xen would show them:
@@ -108,11 +109,11 @@ package final class SimulatorServer: @unchecked Sendable {
     case .enable:
       try handle.setIOReqServer(server, enabled: packet.first == 1)
       reply(connection)
-    case .mapRange:
-      try handle.mapMMIO(server, first: packet.first, last: packet.second)
+    case .claimMemory, .claimPorts, .claimFunction:
+      try handle.claim(try Self.range(packet), for: server)
       reply(connection)
-    case .unmapRange:
-      try handle.unmapMMIO(server, first: packet.first, last: packet.second)
+    case .releaseMemory, .releasePorts, .releaseFunction:
+      try handle.release(try Self.range(packet), from: server)
       reply(connection)
     case .mapPage:
       _ = try handle.mapIOReqPage(server)
@@ -126,11 +127,26 @@ package final class SimulatorServer: @unchecked Sendable {
     case .notify: handle.notify(port)
     case .unmask: handle.unmask(port)
     case .interrupt: domain.setLevel(port, packet.second == 1)
+    case .message:
+      domain.deliver(MSIMessage(address: packet.first, data: UInt32(truncatingIfNeeded: packet.second)))
     case .mapped, .unmapped:
       let change = kind == .mapped ? 1 : -1
       connection.mappings += change
       domain.state.withLock { $0.usage.mappings += change }
     case .open, .reply, .event: break
+    }
+  }
+
+  private static func range(_ packet: RemotePacket) throws(XenError) -> AccessRange {
+    switch packet.kind {
+    case .claimFunction, .releaseFunction:
+      return .configuration(
+        PCIAddress(
+          device: UInt8(truncatingIfNeeded: packet.first >> 3), function: UInt8(truncatingIfNeeded: packet.first)))
+    case let kind:
+      guard packet.first <= packet.second else { throw XenError("io_range", Errno(EINVAL)) }
+      let range = packet.first...packet.second
+      return kind == .claimMemory || kind == .releaseMemory ? .memory(range) : .ports(range)
     }
   }
 

@@ -13,6 +13,14 @@ struct GuestFacts: Sendable {
   var isDriverDomain: Bool
   /// libxl's type of the guest: hvm, pv, pvh; nil where nobody says.
   var type: String?
+  /// What the profile says, or what the guest has had since an earlier daemon.
+  var transport = GuestTransport.mmio
+}
+
+/// How the registers of an HVM guest's devices are found by it.
+enum GuestTransport: String, CaseIterable, Sendable {
+  case mmio
+  case pci
 }
 
 /// What of the host a bus needs.
@@ -135,7 +143,7 @@ extension GuestBus {
 
 enum GuestBuses {
   /// Every transport, in the order in which they are asked.
-  static let all: [any GuestBus.Type] = [XenbusBus.self, MMIOBus.self]
+  static let all: [any GuestBus.Type] = [XenbusBus.self, PCIBus.self, MMIOBus.self]
 }
 
 /// One thing to know.

@@ -2,7 +2,6 @@ import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
-import Synchronization
 import Transport
 import Virtqueue
 import Xen
@@ -29,12 +28,9 @@ final class MMIOBus: GuestBus {
     var restored: DeviceState?
   }
 
-  let thread: LoopThread
   private let domain: DomainID
   private let host: BusHost
-  private let handle: any GuestHandle
-  private let pool: ForeignMappingPool
-  private let cell = ServerCell()
+  private let server: RegisterServer
   private var seats: [DeviceKey: Seat] = [:]
   /// Devices whose saved state cannot be used, and why.
   private var lost: [DeviceKey: String] = [:]
@@ -42,38 +38,18 @@ final class MMIOBus: GuestBus {
   init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
     domain = facts.domain
     self.host = host
-    handle = try host.hypervisor.open(facts.domain)
-    pool = ForeignMappingPool(
-      guest: handle, bucketShift: host.settings.bucketShift, budgetBytes: host.settings.mappingBudget)
-    do throws(Errno) {
-      thread = try LoopThread(name: "vxd-ioreq-\(facts.domain)")
-      thread.label("\(facts.domain)")
-    } catch {
-      throw XenError("start of the ioreq thread", error)
-    }
+    server = try RegisterServer(facts.domain, host)
   }
 
-  var facts: BusFacts {
-    let server = cell.report.withLock { $0 }
-    let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
-    return BusFacts(
-      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, channels: server?.vcpus ?? 0, server: server?.report,
-      mappings: { [pool] in pool.statistics })
-  }
+  var thread: LoopThread { server.thread }
+  var facts: BusFacts { server.facts }
 
   // MARK: What an earlier daemon left
 
   /// Puts the devices that an earlier daemon served back into the guest's slots, without backends: registers are answered at once, so no
   /// vCPU waits for an image to be opened.
   func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] {
-    guard let saved = folder.guest(domain) else { return [] }
-    guard saved.uuid == uuid else {
-      // Domain numbers come again.
-      folder.forgetAll(domain)
-      return []
-    }
-    cell.earlier.withLock { $0 = saved.server }
-    for key in folder.contents.devices where key.domain == domain { restore(key, folder) }
+    for key in server.earlierDevices(folder, uuid: uuid) { restore(key, folder) }
     return lost.map { ($0.key, $0.value) }
   }
 
@@ -87,7 +63,7 @@ final class MMIOBus: GuestBus {
       return
     }
     let place = state.place
-    guard !place.isXenbus else { return folder.forget(key) }
+    guard !place.isXenbus, place.pciDevice == nil else { return folder.forget(key) }
     let slot =
       place.sharedInterrupt == 0
       ? SlotTable.slot(min(max(place.index, 0), SlotTable.maximumCount - 1))
@@ -95,7 +71,7 @@ final class MMIOBus: GuestBus {
     let saved = state.saved
     let transport = MMIOTransport(
       restoring: state.shape.profile, saved.registers, saved.status, configuration: saved.configuration,
-      line: slot.line(of: handle), state: state, onStatus: statusReporter(key))
+      line: slot.line(of: server.handle), state: state, onStatus: statusReporter(key))
     seats[key] = Seat(slot: slot, transport: transport, restored: state)
   }
 
@@ -122,10 +98,6 @@ final class MMIOBus: GuestBus {
   // MARK: The server
 
   func startServer(uuid: String?) -> BusJob {
-    let (domain, folder, cell, handle, pool, loop) = (
-      domain, host.settings.stateFolder, cell, handle, pool, thread.loop
-    )
-    let ignoresInvalidations = host.settings.ignoresInvalidations
     let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.slot) } }
     #if arch(x86_64)
       let window: (UInt64, UInt64)? = (
@@ -134,53 +106,16 @@ final class MMIOBus: GuestBus {
     #else
       let window: (UInt64, UInt64)? = nil
     #endif
-    return {
-      do throws(XenError) {
-        let server = try cell.makeServer(
-          handle, pool, loop, ignoresInvalidations: ignoresInvalidations
-        ) { identifier in
-          // Known to a later daemon before it can hold up a vCPU.
-          try? folder?.save(StateFolder.Guest(server: identifier, uuid: uuid), of: domain)
-        }
-        cell.server = server
-        if let window { try server.claim(first: window.0, last: window.1) }
-        for (transport, slot) in restored { try server.attach(transport, to: slot) }
-        server.serveAll()
-        cell.report.withLock {
-          $0 = (
-            StatusBoard.IOReqServerReport(identifier: server.identifier, counters: server.counters), server.vcpuCount
-          )
-        }
-        return .serverStarted
-      } catch {
-        cell.giveUp()
-        return .serverFailed(
-          "cannot create an ioreq server for the guest (\(error)); virtio-mmio needs an HVM guest and, on x86, dom0")
-      }
+    return server.start(
+      uuid: uuid, transport: .mmio, needs: "virtio-mmio needs an HVM guest and, on x86, dom0"
+    ) { server throws(XenError) in
+      if let window { try server.claim(first: window.0, last: window.1) }
+      for (transport, slot) in restored { try server.attach(transport, to: slot) }
     }
   }
 
-  func leaveServer() -> BusJob {
-    let cell = cell
-    return {
-      cell.server?.leave()
-      cell.server = nil
-      return nil
-    }
-  }
-
-  func closeServer() -> BusJob {
-    let (cell, pool, handle) = (cell, pool, handle)
-    return {
-      cell.server?.close()
-      cell.server = nil
-      // One that could not be adopted would let the guest's accesses wait for ever.
-      if let earlier = cell.earlier.withLock({ $0.take() }) { try? handle.destroyIOReqServer(earlier) }
-      cell.report.withLock { $0 = nil }
-      pool.close()
-      return .serverClosed
-    }
-  }
+  func leaveServer() -> BusJob { server.leave() }
+  func closeServer() -> BusJob { server.close() }
 
   // MARK: Devices
 
@@ -202,7 +137,7 @@ final class MMIOBus: GuestBus {
   func vacate(_ key: DeviceKey) { seats[key] = nil }
   func forget(_ key: DeviceKey) { seats[key] = nil }
 
-  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { pool }
+  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
   func place(of key: DeviceKey) -> DeviceState.Place {
     guard let slot = seats[key]?.slot else { return DeviceState.Place(base: 0, index: 0, sharedInterrupt: 0) }
@@ -216,14 +151,7 @@ final class MMIOBus: GuestBus {
   func facts(of key: DeviceKey) -> DeviceFacts {
     let slot = seats[key]?.slot
     let row = slot.map { Fact(name: "slot", value: "\($0.index) at 0x\(String($0.base, radix: 16))") }
-    return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: Self.warning(key), slot: slot)
-  }
-
-  /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image.
-  private static func warning(_ key: DeviceKey) -> String? {
-    guard key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else { return nil }
-    return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
-      + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
+    return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: RegisterServer.warning(key), slot: slot)
   }
 
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
@@ -231,14 +159,13 @@ final class MMIOBus: GuestBus {
       return { .device(key, .insertFailed(id, "base: the device has no slot")) }
     }
     let transport = MMIOTransport(
-      device: backend, line: slot.line(of: handle), state: backend.state, needsReset: needsReset,
+      device: backend, line: slot.line(of: server.handle), state: backend.state, needsReset: needsReset,
       onStatus: statusReporter(key))
     seats[key]?.transport = transport
-    let cell = cell
+    let attach = server.use { server throws(XenError) in try server.attach(transport, to: slot) }
     return {
       do throws(XenError) {
-        guard let server = cell.server else { throw XenError("ioreq server", Errno(3) /* ESRCH */) }
-        try server.attach(transport, to: slot)
+        try attach()
       } catch {
         return .device(key, .insertFailed(id, "base: \(error)"))
       }
@@ -256,53 +183,11 @@ final class MMIOBus: GuestBus {
   }
 
   func discard(_ key: DeviceKey) -> BusJob {
-    let (cell, slot) = (cell, seats[key]?.slot)
+    guard let slot = seats[key]?.slot else { return { nil } }
+    let detach = server.use { $0.detach(slot) }
     return {
-      if let slot { cell.server?.detach(slot) }
+      try? detach()
       return nil
     }
-  }
-}
-
-/// A place for the ioreq server on its thread.
-private final class ServerCell: @unchecked Sendable {
-  // Invariant behind @unchecked Sendable: `server` is read and written on the guest's thread only; the rest is made for sharing.
-  var server: IOReqServer?
-  let report = Mutex<(report: StatusBoard.IOReqServerReport, vcpus: Int)?>(nil)
-  /// The server of an earlier daemon, until it is adopted or known to be gone.
-  let earlier = Mutex<UInt16?>(nil)
-
-  /// Makes the server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
-  func makeServer(
-    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, ignoresInvalidations: Bool,
-    onCreated: (UInt16) -> Void
-  ) throws(XenError) -> IOReqServer {
-    if let number = earlier.withLock({ $0 }) {
-      do throws(XenError) {
-        let server = try IOReqServer(
-          guest: handle, pool: pool, loop: loop, adopting: number, ignoresInvalidations: ignoresInvalidations)
-        earlier.withLock { $0 = nil }
-        return server
-      } catch {
-        // Anything else may be over soon. The guest's accesses wait for that server then, which another one would not answer.
-        guard IOReqServer.isGone(error) else { throw error }
-        // And with it whoever waited for it: a new one serves as well.
-        earlier.withLock { $0 = nil }
-      }
-    }
-    return try IOReqServer(
-      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
-  }
-
-  /// The server is there, and cannot be used: one that an earlier daemon has made is left for the next try, since vCPUs may wait for it.
-  func giveUp() {
-    guard let server else { return }
-    if server.isAdopted {
-      earlier.withLock { $0 = server.identifier }
-      server.leave()
-    } else {
-      server.close()
-    }
-    self.server = nil
   }
 }

@@ -33,6 +33,8 @@ package struct Profiles: Equatable, Sendable {
     var spareImages = SpareImages()
     /// Network, console and entropy devices.
     var devices: [DeclaredDevice] = []
+    /// How the guest finds its devices.
+    var transport = GuestTransport.mmio
 
     static func options(_ types: [any DeviceSettings.Type]) -> OptionTable<GuestOptions> {
       OptionTable([
@@ -43,6 +45,10 @@ package struct Profiles: Equatable, Sendable {
         },
         .number(
           "spareDisks", 0...16, \.spareDisks, "placeholder disks of size 0 that vxctl attach fills (HVM guests)"),
+        .choice(
+          "transport", \.transport,
+          "how an HVM guest finds its devices: `mmio` (slots of an ACPI table) or `pci` (functions on its PCI bus); kept for the guest's life"
+        ),
         OptionRow(
           "spareImages", .array, "images that operators (role operate) may attach there and grow; see below", default: "none",
           read: { _ in "" }

@@ -167,6 +167,75 @@ test_crash() {
   done
 }
 
+# What the kernel knows of virtio functions on the PCI bus: as lspci shows it, from the same files.
+describe_functions() {
+  for function in /sys/bus/pci/devices/*; do
+    [ "$(cat "$function/vendor")" = 0x1af4 ] || continue
+    say "FUNCTION ${function##*/} id=$(cat "$function/device") class=$(cat "$function/class")" \
+      "bar=$(head -n 1 "$function/resource" | cut -d' ' -f1,2 | tr ' ' -)" \
+      "driver=$(basename "$(readlink "$function/driver" 2>/dev/null)")" \
+      "messages=$(ls "$function/msi_irqs" 2>/dev/null | wc -l)" "capabilities=$(capabilities "$function/config")"
+  done
+}
+
+byte() { dd if="$1" bs=1 skip="$2" count=1 2>/dev/null | od -An -tu1 | tr -d ' '; }
+capabilities() { # CONFIG-SPACE : the list, with the type of each one of virtio's
+  local place count=0 out=
+  place=$(byte "$1" 52)
+  while [ "${place:-0}" != 0 ] && [ $count -lt 32 ]; do
+    case $(byte "$1" "$place") in
+      17) out="$out,msix" ;;
+      9) out="$out,virtio$(byte "$1" $((place + 3)))" ;;
+      *) out="$out,other" ;;
+    esac
+    place=$(byte "$1" $((place + 1)))
+    count=$((count + 1))
+  done
+  echo "${out#,}"
+}
+
+# Interrupts of a disk's queues so far, and how they come.
+interrupts_of() { # NUMBER-OF-virtioN
+  grep "virtio$1-req" /proc/interrupts | awk '{for (i = 2; i <= NF; i++) if ($i ~ /^[0-9]+$/) n += $i; else break} END {print n + 0}'
+}
+number_of() { basename "$(readlink -f "/sys/block/$1/device")" | sed 's/virtio//'; }
+
+# Functions on the PCI bus, of which vda is what the guest was booted from: what they are, verified I/O with its interrupts counted, a BAR that
+# moves, then verified rounds until somebody ends the guest.
+test_pci() {
+  wait_for_disks "${vx_disks:-2}"
+  describe_functions
+  describe_disks
+  if [ -e /sys/class/net/eth0 ]; then
+    { ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up; } || say "FAIL the network device"
+    say "RANDOM $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)"
+    echo "written to hvc1" >/dev/hvc1
+  fi
+  check_filesystem vdb
+  verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
+  before=$(interrupts_of "$(number_of vdb)")
+  # The scenario counts the traps between the two words.
+  say "COUNTING"
+  sleep 4
+  run_fio counted --filename=/dev/vdb --ioengine=libaio --direct=1 --rw=randread --bs=4k --iodepth=1 --size=4m --number_ios=100 ||
+    show_fio FAIL counted
+  sleep 4
+  say "COUNTED interrupts=$(($(interrupts_of "$(number_of vdb)") - before))"
+  grep 'virtio' /proc/interrupts | tr -s ' ' | while read -r line; do say "IRQ $line"; done
+  function=$(readlink -f "$(readlink -f /sys/block/vdb/device)/..")
+  old=$(head -n 1 "$function/resource")
+  # Where the kernel would not have put it by itself.
+  echo "20@${function##*/}" >/sys/bus/pci/resource_alignment
+  echo 1 >"$function/remove"
+  [ ! -e /sys/block/vdb ] || say "FAIL the disk is still there"
+  echo 1 >/sys/bus/pci/rescan
+  wait_for_disks "${vx_disks:-2}"
+  function=$(readlink -f "$(readlink -f /sys/block/vdb/device)/..")
+  say "RESCANNED $(head -n 1 "$function/resource" | cut -d' ' -f1), was ${old%% *}"
+  verified_io vdb-again --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
+  test_crash
+}
+
 # Verified I/O in rounds through pages that come and go, while the toolstack takes memory away and gives it back.
 test_balloon() {
   wait_for_disks 1

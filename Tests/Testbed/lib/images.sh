@@ -89,7 +89,7 @@ build_guest_image() { # ARCHIVE
   base_image "$image"
   copy_with_libraries "$image" "$PACKAGES_ROOT/sbin/mke2fs" /sbin/mkfs.ext4
   install -m 755 "$FIO" "$image/bin/fio"
-  copy_modules "$image" virtio_ring virtio virtio_mmio virtio_blk crc16 mbcache jbd2 crc32c_generic libcrc32c ext4 \
+  copy_modules "$image" virtio_ring virtio virtio_mmio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk crc16 mbcache jbd2 crc32c_generic libcrc32c ext4 \
     failover net_failover virtio_net virtio_console virtio-rng garp mrp llc stp 8021q
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/sbin/qemu-ga" /bin/qemu-ga

@@ -9,7 +9,7 @@ extension BlockSettings {
       .number("threads", 1...64, \.threads, "threads that serve them"),
       .number(
         "queueSize", 1...32768, \.queueSize, "maximum entries of each queue; a power of two, unless `packed` is true"),
-      .flag("packed", \.packed, "offer the packed ring format (virtio-mmio only)"),
+      .flag("packed", \.packed, "offer the packed ring format (not over Xenbus)"),
       .flag("inOrder", \.inOrder, "offer in-order use of buffers"),
       .flag("direct", \.direct, "try O_DIRECT"),
       .choice(

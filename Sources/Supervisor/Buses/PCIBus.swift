@@ -1,0 +1,217 @@
+import DeviceHost
+import Devices
+import EventLoop
+import Lifecycle
+import Transport
+import Virtqueue
+import Xen
+
+/// Devices as functions on an HVM guest's PCI bus, which every operating system and its firmware look through: an ioreq server answers
+/// for their configuration spaces and BARs, foreign mappings reach the guest's memory. For guests of dom0 whose profile says so.
+final class PCIBus: GuestBus {
+  static let name = "pci"
+  static let style = BusStyle.registers
+  static let hasServer = true
+  static let hostNodes = ["evtchn", "privcmd"]
+  static let guestNeeds = "virtio_pci and the device's driver"
+  static let note: String? =
+    "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
+
+  static func serves(_ facts: GuestFacts) -> Bool {
+    #if arch(x86_64)
+      facts.transport == .pci && !facts.isDriverDomain
+    #else
+      false
+    #endif
+  }
+
+  /// Device numbers on the bus that are ours. QEMU fills the bus from below: its chipset is 0 and 1, the Xen platform device, graphics,
+  /// network cards and passed-through devices follow.
+  static let devices: ClosedRange<UInt8> = 16...31
+
+  /// Where a device is, and with what the guest's thread answers for it.
+  private struct Seat {
+    var address: PCIAddress
+    var transport: PCITransport?
+    /// Of an earlier daemon, until its entry asks for it.
+    var restored: DeviceState?
+  }
+
+  private let host: BusHost
+  private let server: RegisterServer
+  private let messages: GuestMessages
+  private var seats: [DeviceKey: Seat] = [:]
+  /// Devices whose saved state cannot be used, and why.
+  private var lost: [DeviceKey: String] = [:]
+
+  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
+    self.host = host
+    server = try RegisterServer(facts.domain, host)
+    messages = GuestMessages(guest: server.handle)
+  }
+
+  var thread: LoopThread { server.thread }
+
+  var facts: BusFacts {
+    var facts = server.facts
+    let refused = messages.refused.load(ordering: .relaxed)
+    if refused > 0 { facts.rows.append(Fact(name: "interrupts that Xen refused", value: "\(refused)")) }
+    return facts
+  }
+
+  // MARK: What an earlier daemon left
+
+  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] {
+    for key in server.earlierDevices(folder, uuid: uuid) { restore(key, folder) }
+    return lost.map { ($0.key, $0.value) }
+  }
+
+  private func restore(_ key: DeviceKey, _ folder: StateFolder) {
+    let state: DeviceState
+    do throws(StateFault) {
+      state = try DeviceState(path: folder.devicePath(key))
+    } catch {
+      folder.forget(key)
+      lost[key] = error.message
+      return
+    }
+    guard let device = state.place.pciDevice else { return folder.forget(key) }
+    let address = PCIAddress(device: device)
+    let saved = state.saved
+    let transport = PCITransport(
+      restoring: state.shape.profile, saved.registers, saved.status, state.savedFunction,
+      configuration: saved.configuration, line: line(address), sender: messages, state: state,
+      onStatus: statusReporter(key))
+    seats[key] = Seat(address: address, transport: transport, restored: state)
+  }
+
+  private func line(_ address: PCIAddress) -> any InterruptLine {
+    IntxLine(guest: server.handle, device: address.device, pin: 0)
+  }
+
+  var unclaimed: [DeviceKey] { seats.filter { $0.value.restored != nil }.map(\.key) }
+
+  func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
+    if let seat = seats[key], let state = seat.restored {
+      seats[key]?.restored = nil
+      return (.adoptable(seat.transport.map { Driver($0.currentStatus) } ?? .absent), state)
+    }
+    if let reason = lost.removeValue(forKey: key) { return (.lost(reason), nil) }
+    if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
+      return (.lost("no saved state for a device in use: the guest must look for its devices again"), nil)
+    }
+    return (.nothing, nil)
+  }
+
+  /// What a device's transport calls at each change of its status.
+  private func statusReporter(_ key: DeviceKey) -> @Sendable (DeviceStatus) -> Void {
+    let (relay, report) = (StatusRelay(), host.report)
+    return { status in if relay.put(status) { report(.driver(key, relay)) } }
+  }
+
+  // MARK: The server
+
+  func startServer(uuid: String?) -> BusJob {
+    let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.address) } }
+    return server.start(uuid: uuid, transport: .pci, needs: "virtio-pci needs an HVM guest and dom0") {
+      server throws(XenError) in
+      for (transport, address) in restored { try server.attach(transport, at: address) }
+    }
+  }
+
+  func leaveServer() -> BusJob { server.leave() }
+  func closeServer() -> BusJob { server.close() }
+
+  // MARK: Devices
+
+  /// xvde is device 16, xvdf 17, and so on, so that the guest finds its disks in the order of their names; what the toolstack does not
+  /// know of comes from 31 down.
+  func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
+    guard seats[key] == nil else { return }
+    let taken = Set(seats.values.map(\.address.device))
+    guard let device = Self.place(key, taken: taken) else {
+      throw EntryFault(
+        key.kind.isInXenstore ? "params" : "devices",
+        "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use")
+    }
+    seats[key] = Seat(address: PCIAddress(device: device))
+  }
+
+  /// The device number for a device; nil when all are taken.
+  static func place(_ key: DeviceKey, taken: Set<UInt8>) -> UInt8? {
+    let free = devices.filter { !taken.contains($0) }
+    guard key.kind.isInXenstore else { return free.last }
+    if key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index >= 4,
+      let wanted = UInt8(exactly: Int(devices.lowerBound) + index - 4), free.contains(wanted)
+    {
+      return wanted
+    }
+    return free.first
+  }
+
+  func vacate(_ key: DeviceKey) { seats[key] = nil }
+  func forget(_ key: DeviceKey) { seats[key] = nil }
+
+  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
+
+  func place(of key: DeviceKey) -> DeviceState.Place {
+    DeviceState.Place(pciDevice: seats[key]?.address.device ?? Self.devices.lowerBound)
+  }
+
+  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
+
+  func facts(of key: DeviceKey) -> DeviceFacts {
+    guard let seat = seats[key] else { return DeviceFacts() }
+    let (address, transport) = (seat.address, seat.transport)
+    return DeviceFacts(
+      rows: {
+        var rows = [Fact(name: "function", value: "\(address)")]
+        guard let transport else { return rows }
+        let base = transport.base.map { "0x\(String($0, radix: 16))" }
+        rows.append(
+          Fact(
+            name: "BAR",
+            value: base.map { transport.isClaimed ? $0 : "\($0), which the guest may not use for it" } ?? "not enabled")
+        )
+        rows.append(Fact(name: "vectors", value: "\(transport.vectorCount), \(transport.interrupts.sentCount) sent"))
+        return rows
+      }, warning: RegisterServer.warning(key))
+  }
+
+  func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
+    guard let address = seats[key]?.address else {
+      return { .device(key, .insertFailed(id, "the device has no place on the PCI bus")) }
+    }
+    let transport = PCITransport(
+      device: backend, line: line(address), sender: messages, state: backend.state, needsReset: needsReset,
+      onStatus: statusReporter(key))
+    seats[key]?.transport = transport
+    let attach = server.use { server throws(XenError) in try server.attach(transport, at: address) }
+    return {
+      do throws(XenError) {
+        try attach()
+      } catch {
+        return .device(key, .insertFailed(id, "PCI function \(address): \(error)"))
+      }
+      if needsReset { transport.interruptForConfiguration() }
+      return .device(key, .plugged(id, Driver(transport.currentStatus)))
+    }
+  }
+
+  func remove(_ key: DeviceKey) -> BusJob {
+    let discard = discard(key)
+    return {
+      _ = discard()
+      return .device(key, .removed)
+    }
+  }
+
+  func discard(_ key: DeviceKey) -> BusJob {
+    guard let address = seats[key]?.address else { return { nil } }
+    let detach = server.use { $0.detach(address) }
+    return {
+      try? detach()
+      return nil
+    }
+  }
+}
