@@ -214,13 +214,13 @@ test_pci() {
   check_filesystem vdb
   verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
   before=$(interrupts_of "$(number_of vdb)")
-  # The scenario counts the traps between the two words.
+  # The scenario counts the traps between the two words, and looks when nothing else happens.
   say "COUNTING"
-  sleep 4
+  sleep 8
   run_fio counted --filename=/dev/vdb --ioengine=libaio --direct=1 --rw=randread --bs=4k --iodepth=1 --size=4m --number_ios=100 ||
     show_fio FAIL counted
-  sleep 4
   say "COUNTED interrupts=$(($(interrupts_of "$(number_of vdb)") - before))"
+  sleep 8
   grep 'virtio' /proc/interrupts | tr -s ' ' | while read -r line; do say "IRQ $line"; done
   function=$(readlink -f "$(readlink -f /sys/block/vdb/device)/..")
   old=$(head -n 1 "$function/resource")

@@ -1,4 +1,4 @@
-# takes: 150 s
+# takes: 100 s
 # limit: 1100 s
 # also on: trixie
 # processors: 6
