@@ -7,7 +7,7 @@ PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb deb-trixie
+.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -19,7 +19,7 @@ help:
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
-	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb; make deb-trixie those for Debian 13'
+	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
 	@echo 'make install  the same files below DESTDIR (default /)'
 
 deps:
@@ -121,11 +121,6 @@ deb: build
 	@deploy/build/install-dependencies debhelper dh-dkms lintian
 	deploy/debian/build
 	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file build/deb/*.deb
-
-# The same for Debian 13, in a chroot of it.
-deb-trixie:
-	@deploy/build/install-dependencies debootstrap
-	deploy/debian/build-for trixie
 
 clean:
 	rm -rf .build build
