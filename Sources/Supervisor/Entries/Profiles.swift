@@ -50,13 +50,14 @@ package struct Profiles: Equatable, Sendable {
           "how an HVM guest finds its devices: `mmio` (slots of an ACPI table) or `pci` (functions on its PCI bus); kept for the guest's life"
         ),
         OptionRow(
-          "spareImages", .array, "images that operators (role operate) may attach there and grow; see below", default: "none",
-          read: { _ in "" }
+          "spareImages", .array, "images that operators (role operate) may attach there and grow; see below",
+          default: "none", read: { _ in "" }
         ) { (guest: inout GuestOptions, given) throws(SettingFault) in
           guest.spareImages = try SpareImages(given.value.arrayValue ?? [], given.field)
         },
         OptionRow(
-          "devices", .array, "up to 64 network, console and entropy devices; see below", default: "none", read: { _ in "" }
+          "devices", .array, "up to 64 network, console and entropy devices; see below", default: "none",
+          read: { _ in "" }
         ) { (guest: inout GuestOptions, given) throws(SettingFault) in
           for (index, value) in (given.value.arrayValue ?? []).enumerated() {
             guard index < deviceLimit else {
