@@ -196,7 +196,7 @@ import Xen
       try world.toolstack.attach(disk: "xvde", image: world.image("\(disk)"), to: disk)
       #expect(
         world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: disk), "\(what) holds the supervisor up")
-      #expect(world.state("quick\(disk)", "xvde") == "ready")
+      #expect(eventually { world.state("quick\(disk)", "xvde") == "ready" })
     }
     try whileHeldUp("removeOrphans", 10) {
       try world.start {
