@@ -81,7 +81,7 @@ enum SourceLockTarget {
       guard number(packet + 6, 1) == 58 else { return }
       let type = number(packet + 40, 1)
       precondition(rules.mayServe || type != 134 && type != 137, "a router's word")
-      if type == 136 {
+      if type == 136, rules.addresses != nil {
         let target = InternetAddress(version6: number(packet + 48, 8), number(packet + 56, 8))
         precondition(target.high == 0xfe80 << 48 || isOwn(target), "an advertisement for another")
       }
