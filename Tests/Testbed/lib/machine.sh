@@ -56,7 +56,7 @@ boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
   cd "$folder" || exit 1
   exec "$@" "$EMULATOR" -L /usr/share/qemu -L /usr/share/seabios -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
     -monitor unix:monitor,server=on,wait=off -serial stdio -serial file:logs.tar.gz -no-reboot -nodefaults -display none \
-    -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 bootscrub=0 loglvl=warning guest_loglvl=warning" \
+    -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 dom0_vcpus_pin bootscrub=0 loglvl=warning guest_loglvl=warning" \
     -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$initrd"
 }
 

@@ -124,7 +124,22 @@ run() { # JOBS NAME...
 # What a run shows of its console.
 shown() { sed -u 's|\r*$||' | tee "$1/console.log" | grep --line-buffered -E '^(STEP|ok - |not ok - |    |TESTBED |\| |GUEST|LOG|logs: )'; }
 
+# A machine that died before its scenario began has tried nothing of ours (see the pitfalls in ARCHITECTURE.md): it is started again, and the
+# report says so.
 run_scenario() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
+  local try code
+  for try in 1 2 3; do
+    run_once "$1"
+    code=$?
+    [ $code -ne 0 ] && ! grep -qE '^(STEP|CLOCK|ok - |not ok - )' "$OUTPUT/$1/console.log" || break
+    cp "$OUTPUT/$1/console.log" "$OUTPUT/$1/boot-$try.txt"
+    [ "$try" = 3 ] || say "scenario $1: the machine died before it began ($OUTPUT/$1/boot-$try.txt); again"
+  done
+  [ "$try" = 1 ] || SCENARIO_VERDICT+=", after $((try - 1)) machines that died as they booted"
+  return $code
+}
+
+run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
   local name=$1 file folder started machine watcher reader verdict
   file=$(scenario_of "$name")
   folder=$OUTPUT/$name
