@@ -58,8 +58,7 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
   private var done = 0
   /// Jobs of one turn at most: descriptors and timers have theirs then.
   private static let jobLimit = 64
-  /// Whether jobs wait: for whoever works on the loop's thread for long, to be looked at as often as he likes. In a place of its own, which
-  /// goes with the loop.
+  /// Whether jobs wait. Long work on the loop's thread looks at it between steps. Allocated on its own, freed with the loop.
   package let interruption: UnsafeMutablePointer<Atomic<Bool>>
   private let stopping = Atomic<Bool>(false)
   private let runnerNumber = Atomic<Int32>(0)

@@ -3,7 +3,6 @@
 # A run is named SCENARIO[@RELEASE][~VARIATION]. Its folder below $OUTPUT keeps console.log (all that the machine said), checks.log (what is shown of
 # it), and logs.tar.gz (dom0's and the guests' logs) when a check failed.
 
-
 scenario_of() { local name=${1%%[@~]*}; echo "$TESTBED/scenarios/$name.sh"; }
 release_of() { local name=${1%%~*}; case $name in *@*) echo "${name#*@}" ;; *) echo bookworm ;; esac; }
 variation_of() { case $1 in *~*) echo "${1##*~}" ;; *) echo 0 ;; esac; }

@@ -3,8 +3,8 @@ package import Synchronization
 /// What one run of a pump may do before the other sources of its thread have their turn.
 ///
 /// A driver can keep its queues filled for ever, so nothing that a pump does in a run may go on until they are empty. Chains are taken
-/// from a queue against the budget (`takeChain`), data that moves is paid for (`pay`), and whoever has more to do once it is spent
-/// leaves: the skeleton runs the pump again. It is spent early when jobs wait for the thread, so that a reset, a limit or an operator
+/// from a queue against the budget (`takeChain`), data that moves is paid for (`pay`), and a pump that has more to do once it is spent
+/// returns: the skeleton runs it again. It is spent early when jobs wait for the thread, so that a reset, a limit or an operator
 /// waits for a few chains, whatever the driver does.
 package struct RunBudget {
   /// Chains of a run at most, in all of its queues together.
