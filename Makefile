@@ -66,6 +66,7 @@ profile:
 	swift build $(SWIFT_RELEASE) --product vxd-bench
 	Benchmarks/profile .build/release/vxd-bench
 
+# Scenarios in a Debian with systemd want the packages: make deb.
 testbed: build
 	$(TESTBED) run $(SCENARIO)
 

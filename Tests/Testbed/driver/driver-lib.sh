@@ -41,3 +41,23 @@ costs() {
   echo "$(($(value "$1" reads) + $(value "$1" writes) + $(value "$1" flushes))) $(value "$1" notifications) $(value "$1" interrupts)" \
     "$(value "$1" mapCalls)"
 }
+
+# dom0 has no way into a driver domain but Xenstore: it writes "NUMBER COMMAND" to data/command and finds "NUMBER RC" in data/result, the output
+# in data/output.
+follow_commands() { # WORDS
+  xenstore-write data/command ""
+  mkfifo /run/commands
+  xenstore-watch data/command >/run/commands &
+  echo "DRIVER UP domain $(xenstore-read domid) $1"
+  done=
+  while read -r _; do
+    line=$(xenstore-read data/command)
+    [ -n "$line" ] && [ "$line" != "$done" ] || continue
+    done=$line
+    eval "${line#* }" >/tmp/output 2>&1 </dev/null
+    rc=$?
+    # xenstore-write takes one line.
+    xenstore-write data/output "$(head -c 1900 /tmp/output | tr '\n' '~')"
+    xenstore-write data/result "${line%% *} $rc"
+  done </run/commands
+}

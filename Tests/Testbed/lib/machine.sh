@@ -18,6 +18,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   cp "$TESTBED/dom0/lib.sh" "$folder/testbed-lib.sh"
   printf 'RELEASE=%s\nDELAY=%s\nLIMIT=%s\n' "$RELEASE" "${DELAY:-0}" "${LIMIT:-3600}" >"$folder/testbed-run.sh"
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
+  ! needs_debian "$2" || add_debian "$folder"
   needs_xenbus "$2" || return 0
   mkdir -p "$folder/guest" "$folder/driver"
   add_vxd "$folder/driver"
@@ -33,7 +34,7 @@ add_vxd() { # FOLDER : as they are shipped
   done
 }
 
-needs_xenbus() { [ -n "$1" ] && grep -q '^# needs: xenbus' "$1"; }
+needs_xenbus() { [ -n "$1" ] && grep -q '^# needs: .*xenbus' "$1"; }
 
 # Variation 0 is the run that has no number. Others start the scenario a little later (DELAY, microseconds), and every second one has a
 # clock that is twice as fast or slow against the processors: timers, and so preemption, meet other instructions.
@@ -53,11 +54,15 @@ boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
   shift 2
   local clock=(-accel "tcg,thread=single" -icount "shift=${SHIFT:-1},sleep=off" -rtc "base=$MACHINE_DATE,clock=vm")
   [ "${PARALLEL:-no}" = no ] || clock=(-accel "tcg,thread=multi")
+  local disk=() init=/init
+  # dom0's disk, and one of the same content for a driver domain. What is written goes to snapshots in the machine's own folder.
+  [ -z "${DISK:-}" ] || { init=/debian-init; export TMPDIR=$folder; disk=(-drive "if=none,id=root,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=root,bus=ide.0"
+    -drive "if=none,id=second,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=second,bus=ide.1"); }
   cd "$folder" || exit 1
   exec "$@" "$EMULATOR" -L /usr/share/qemu -L /usr/share/seabios -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
     -monitor unix:monitor,server=on,wait=off -serial stdio -serial file:logs.tar.gz -no-reboot -nodefaults -display none \
     -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 dom0_vcpus_pin bootscrub=0 loglvl=warning guest_loglvl=warning" \
-    -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=/init quiet,$initrd"
+    -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=$init quiet,$initrd" "${disk[@]}"
 }
 
 prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD

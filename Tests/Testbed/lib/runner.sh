@@ -149,6 +149,8 @@ run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
   LIMIT=$(header "$file" limit 420)
   mkdir -p "$folder"
   rm -f "$folder"/*.log "$folder/logs.tar.gz" "$folder/console.fifo"
+  DISK=
+  ! needs_debian "$file" || { prepare_debian; DISK=$DEBIAN_IMAGE; }
   prepare_initrd "$file" "$folder"
   started=$SECONDS
   say "scenario $name begins (console in $folder/console.log)"
