@@ -294,7 +294,9 @@ package struct BlockPump: ~Copyable {
 
   /// Requests wait for their next step, and nothing is under way that would bring the pump back to them.
   private var isStalled: Bool {
-    !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
+    mutating get {
+      !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
+    }
   }
 
   /// Takes what is there, group by group, and publishes what is done.

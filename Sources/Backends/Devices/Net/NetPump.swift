@@ -185,7 +185,7 @@ package struct NetPump: DevicePump, ~Copyable {
     isLimited = rate.isLimited
     let invalidations = memory.enter()
     defer {
-      receiveQueue.counters.settle(memory)
+      receiveQueue.counters.settle(&memory)
       memory.leave()
       receiveQueue.counters.batchSince.store(0, ordering: .relaxed)
     }
