@@ -230,7 +230,7 @@ package struct NetPump: DevicePump, ~Copyable {
   /// Watches the transmit queue for the length of the poll window, which closes when traffic stops: 32 microseconds at most, once for
   /// each time that the queues run empty (`IdlePoll`).
   private mutating func pollForMore() -> Bool {
-    guard idle.window > 0 else { return transmitQueue.hasPending && nextTime == 0 }
+    guard settings.pollsWhenIdle, idle.window > 0 else { return transmitQueue.hasPending && nextTime == 0 }
     let end = MonotonicClock.now &+ idle.window
     repeat {
       for _ in 0..<16 where transmitQueue.hasPending && nextTime == 0 { return true }
@@ -250,6 +250,8 @@ package struct NetPumpSettings: Sendable {
   package var mtu = 1500
   /// Queue pairs that the device has.
   package var pairs = 1
+  /// See `IdlePoll`; off where driver and device share a thread.
+  package var pollsWhenIdle = true
 
   package init(mac: MACAddress) {
     self.mac = mac
