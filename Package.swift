@@ -33,7 +33,7 @@ let package = Package(
     .target(name: "Virtqueue", path: "Sources/Backends/Virtqueue", swiftSettings: house),
     .target(name: "Transport", dependencies: ["Virtqueue"], path: "Sources/Backends/Transport", swiftSettings: house),
     .target(
-      name: "Devices", dependencies: ["Virtqueue", "Transport"], path: "Sources/Backends/Devices",
+      name: "Devices", dependencies: ["Virtqueue", "Transport", "CLinux"], path: "Sources/Backends/Devices",
       swiftSettings: house),
     .target(name: "EventLoop", dependencies: ["CLinux"], path: "Sources/Backends/EventLoop", swiftSettings: house),
     // The frames between a console port and vxctl.

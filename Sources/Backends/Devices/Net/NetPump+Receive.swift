@@ -60,6 +60,7 @@ extension NetPump {
     putBack(&held)
     // Once for the batch: counters are objects.
     if packets > 0 {
+      idle.works()
       receiveQueue.counters.reads.add(packets)
       receiveQueue.counters.readBytes.add(bytes)
     }
