@@ -74,6 +74,25 @@ import Xen
     pool.detach()
   }
 
+  @Test func wordsAreReadInPlaceWhereTheyAreAlignedAndInOnePiece() throws {
+    domain.memory.set(pages: 9..<10, present: false)
+    domain.memory.pointer(0x8ff0).storeBytes(of: 7, as: UInt64.self)
+    domain.memory.pointer(0x8ff8).storeBytes(of: 8, as: UInt64.self)
+    let pool = ForeignMappingPool(guest: try hypervisor.open(3), bucketShift: 14, budgetBytes: 1 << 20)
+    defer { pool.close() }
+    var view = GuestMemoryView(source: pool)
+    _ = view.enter()
+    defer { view.leave() }
+    let words = try view.words(0x8ff0)
+    #expect(words?.0 == 7 && words?.1 == 8)
+    // Not aligned; into a page that is not there; across the border of two buckets.
+    for address: UInt64 in [0x8ff4, 0x8fe1, 0x8ff8, 0x7ff8] {
+      let words = try view.words(address)
+      #expect(words == nil, "\(address)")
+    }
+    #expect(throws: GuestMemoryFault.self) { _ = try view.words(0x9000) }
+  }
+
   /// Where nothing can be mapped, who can do without is not sent to the pool for each thing.
   @Test func copiedMemoryHasNoPieces() throws {
     let memory = FlatMemory(domain.memory, mapsData: false)

@@ -103,7 +103,8 @@ package struct GuestMemoryView: ~Copyable {
     return try translateByBucket(address, length)
   }
 
-  /// Where `length` bytes from a guest address on are mapped in one piece: for small things that need not be copied before they are looked at.
+  /// Where `length` bytes from a guest address on are mapped in one piece: for small things that need not be copied before they are looked at, if
+  /// that is done by single loads.
   ///
   /// - Returns: nil when they are in several pieces or cannot be mapped: `copyIn` and `copyOut` serve for those.
   /// - Throws: `unmapped` when the first byte's page is not backed.
@@ -124,6 +125,17 @@ package struct GuestMemoryView: ~Copyable {
       isUnmappable = true
       return nil
     }
+  }
+
+  /// Two words of 64 bits that lie in one piece at an aligned address, read in place. Once each: by relaxed atomics, since the driver may write at
+  /// the same time, and what is checked must be what is used.
+  ///
+  /// - Returns: nil where they have to be copied.
+  /// - Throws: `unmapped` when the page is not backed.
+  package mutating func words(_ address: UInt64) throws(GuestMemoryFault) -> (UInt64, UInt64)? {
+    guard address & 7 == 0, let place = try piece(address, 16) else { return nil }
+    let words = place.assumingMemoryBound(to: Atomic<UInt64>.self)
+    return (words[0].load(ordering: .relaxed), words[1].load(ordering: .relaxed))
   }
 
   @inline(never)

@@ -46,14 +46,11 @@ package struct BlockRequest {
   package static func parse(
     _ chain: DescriptorChain, memory: inout GuestMemoryView
   ) throws(GuestMemoryFault) -> BlockRequest {
-    // Where it lies in one piece it is read in place, once.
     let header: (UInt64, UInt64)
     if chain.readableCount > 0, chain.buffers[0].length >= UInt32(headerBytes),
-      let place = try memory.piece(chain.buffers[0].address, headerBytes)
+      let words = try memory.words(chain.buffers[0].address)
     {
-      header = (
-        place.loadUnaligned(as: UInt64.self), place.loadUnaligned(fromByteOffset: 8, as: UInt64.self)
-      )
+      header = words
     } else {
       header = try copyHeader(chain, memory: &memory)
     }
