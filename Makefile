@@ -16,7 +16,7 @@ help:
 	@echo 'make testbed  the scenarios on real Xen only (SCENARIO=name for one; make shell for a console)'
 	@echo 'make asan     the unit tests under AddressSanitizer; make tsan under ThreadSanitizer'
 	@echo 'make fuzz     coverage-guided fuzzing of fourteen targets (SECONDS=n each, two at a time; TARGET=name for one; KEEP=1 keeps what is found)'
-	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
+	@echo 'make profile  instructions, allocations and reference counting per request (callgrind), compared with Benchmarks/counts (KEEP=1 writes it)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
@@ -64,7 +64,7 @@ fuzz: deps
 profile:
 	@deploy/build/install-dependencies valgrind
 	swift build $(SWIFT_RELEASE) --product vxd-bench
-	Benchmarks/profile .build/release/vxd-bench
+	Benchmarks/profile .build/release/vxd-bench $(if $(KEEP),--keep)
 
 # Scenarios in a Debian with systemd want the packages: make deb.
 testbed: build

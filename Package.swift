@@ -33,7 +33,7 @@ let package = Package(
     .target(name: "Virtqueue", path: "Sources/Backends/Virtqueue", swiftSettings: house),
     .target(name: "Transport", dependencies: ["Virtqueue"], path: "Sources/Backends/Transport", swiftSettings: house),
     .target(
-      name: "Devices", dependencies: ["Virtqueue", "Transport"], path: "Sources/Backends/Devices",
+      name: "Devices", dependencies: ["Virtqueue", "Transport", "CLinux"], path: "Sources/Backends/Devices",
       swiftSettings: house),
     .target(name: "EventLoop", dependencies: ["CLinux"], path: "Sources/Backends/EventLoop", swiftSettings: house),
     // The frames between a console port and vxctl.
@@ -84,7 +84,7 @@ let package = Package(
       dependencies: [
         "DeviceHost", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
       ],
-      path: "Benchmarks", exclude: ["profile"], swiftSettings: house),
+      path: "Benchmarks", exclude: ["profile", "counts"], swiftSettings: house),
 
     .target(name: "CThreadSanitizer", path: "Tests/CThreadSanitizer"),
     .target(name: "CStoreTrace", path: "Tests/CStoreTrace"),

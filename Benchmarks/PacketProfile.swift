@@ -114,8 +114,11 @@ private final class InlinePackets: VirtioDevice, @unchecked Sendable {
   init(tap: Int32, source: ForeignMappingPool, mac: MACAddress) {
     self.source = source
     let large: FeatureBits = [.netGuestChecksum, .netGuestTSO4, .netGuestTSO6]
+    var settings = NetPumpSettings(mac: mac)
+    // What it finds by watching depends on the machine's speed.
+    settings.pollsWhenIdle = false
     pump = NetPump(
-      tap: tap, source: source, counters: [QueueCounters(), QueueCounters()], settings: NetPumpSettings(mac: mac),
+      tap: tap, source: source, counters: [QueueCounters(), QueueCounters()], settings: settings,
       rate: RateNode(), choices: NetChoices(mac: mac, offloads: large.rawValue), isLinkUp: true,
       onChoices: { _ in true }, onAnnounced: {})
   }

@@ -46,6 +46,7 @@ import Virtqueue
   private final class Bell: QueueDoorbell {
     let descriptor: Int32 = -1
     func acknowledge() {}
+    func rearm() {}
     func ring() {}
   }
 

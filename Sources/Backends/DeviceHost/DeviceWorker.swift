@@ -24,7 +24,9 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
   private var signals: [any TransportSignals]
   private var tokens: [EventLoop.Token] = []
   /// Listens to the own channel of each queue that is live and has one.
-  private var doorbells: [EventLoop.Token?]
+  private var doorbells: [(token: EventLoop.Token, bell: any QueueDoorbell)?]
+  /// Those that have rung since the thread slept last, which tell of nothing more until they are rearmed.
+  private var rung: [any QueueDoorbell] = []
   private var timer: UInt64 = 0
   private var timerTime: UInt64 = 0
 
@@ -125,16 +127,22 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
   // MARK: Data thread
 
   private func listen(_ queue: Int, to doorbell: (any QueueDoorbell)?) {
-    if let token = doorbells[queue] { thread.loop.remove(token) }
+    if let old = doorbells[queue] {
+      thread.loop.remove(old.token)
+      // Its channel is closed with the last reference.
+      rung.removeAll { $0 === old.bell }
+    }
     doorbells[queue] = nil
     guard let doorbell else { return }
     let counters = queues[queue].counters
     do throws(Errno) {
-      doorbells[queue] = try thread.loop.onReadable(doorbell.descriptor) { [unowned self] in
+      let token = try thread.loop.onReadable(doorbell.descriptor) { [unowned self] in
         doorbell.acknowledge()
+        rung.append(doorbell)
         counters.notifications.add(1)
         run()
       }
+      doorbells[queue] = (token, doorbell)
     } catch {
       fail(.memory)
     }
@@ -155,12 +163,19 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
       var budget = RunBudget(interruption: thread.loop.interruption)
       let outcome = try pump?.run(signals, &budget)
       // By the descriptor, which stands in a row with the thread's other ones, and jobs behind them.
-      if budget.isSpent || outcome == .more { wake() }
+      if budget.isSpent || outcome == .more { wake() } else { rearm() }
     } catch {
       fail(error)
     }
     sayReports()
     scheduleTimer()
+  }
+
+  /// The pump has nothing left to do: a system call for each channel that rang, which it would otherwise cost for each event.
+  private func rearm() {
+    guard !rung.isEmpty else { return }
+    for bell in rung { bell.rearm() }
+    rung.removeAll(keepingCapacity: true)
   }
 
   /// Ends all queues for now; what they hold is for another backend.

@@ -16,8 +16,11 @@ package protocol DeviceTransport: TransportSignals {
 package protocol QueueDoorbell: AnyObject, Sendable {
   /// Readable when the driver has notified the queue.
   var descriptor: Int32 { get }
-  /// Takes the notification; the next one makes the descriptor readable again. On the data thread.
+  /// Takes the notification. No other is told of until `rearm`, by which one that came meanwhile makes the descriptor readable at once. On the
+  /// data thread.
   func acknowledge()
+  /// Wants to be told of the next notification: before the thread sleeps, rather than for each of them. On the data thread.
+  func rearm()
   /// Interrupts the driver. On the data thread.
   func ring()
 }

@@ -16,12 +16,17 @@ package struct BucketMapping {
   package var base: UnsafeMutableRawPointer
   /// A bit per page, set where the page is backed; `nil` when all of them are.
   package var validPages: UnsafePointer<UInt64>?
+  /// Offsets in the bucket between which every page is backed for as long as the mapping is there, if the source knows of such: lookups
+  /// between them need no look at the bits. `nil` for the whole bucket where there are no bits, and for nothing where there are.
+  package var solid: Range<Int>?
   /// The word that a user stamps with its clock, for the pool's choice of the least recently used bucket.
   package var stamp: UnsafeMutablePointer<UInt64>
 
   package init(
-    base: UnsafeMutableRawPointer, validPages: UnsafePointer<UInt64>?, stamp: UnsafeMutablePointer<UInt64>
+    base: UnsafeMutableRawPointer, validPages: UnsafePointer<UInt64>?, stamp: UnsafeMutablePointer<UInt64>,
+    solid: Range<Int>? = nil
   ) {
+    self.solid = solid
     self.base = base
     self.validPages = validPages
     self.stamp = stamp

@@ -13,6 +13,9 @@ package struct GuestMemoryView: ~Copyable {
     var base: UnsafeMutableRawPointer?
     var validPages: UnsafePointer<UInt64>?
     var stamp: UnsafeMutablePointer<UInt64>?
+    /// Offsets between which all is backed.
+    var solidStart = 0
+    var solidEnd = 0
   }
 
   /// With buckets of 2 MiB, 2 GiB of a guest's memory: twice the pool's default budget.
@@ -31,6 +34,13 @@ package struct GuestMemoryView: ~Copyable {
   package private(set) var hits: UInt64 = 0
   package private(set) var misses: UInt64 = 0
   private var missesBefore: UInt64 = 0
+  /// The run of backed memory that was found last in this batch: an arena, or most of a bucket. What lies in it, as what belongs to one request
+  /// mostly does, is found by a subtraction and a comparison. The guest address of its first byte, its bytes, and where it is mapped.
+  private var runStart: UInt64 = 0
+  private var runBytes: UInt64 = 0
+  private var runBase: UnsafeMutableRawPointer
+  /// Nothing could be mapped in this batch: who can do without does not ask again.
+  private var isUnmappable = false
 
   package init(source: any GuestMemorySource) {
     self.source = source
@@ -39,6 +49,7 @@ package struct GuestMemoryView: ~Copyable {
     bucketSize = 1 << source.bucketShift
     entries = .allocate(capacity: Self.entryCount)
     entries.initialize(repeating: Entry(tag: 0, generation: 0), count: Self.entryCount)
+    runBase = UnsafeMutableRawPointer(entries)
     source.add(viewer: viewer)
   }
 
@@ -63,13 +74,15 @@ package struct GuestMemoryView: ~Copyable {
     }
     seenGeneration = now
     missesBefore = misses
+    runBytes = 0
+    isUnmappable = false
     clock = generation.clock.load(ordering: .relaxed)
     return generation.invalidations.load(ordering: .acquiring)
   }
 
   /// Lookups of this batch that went to the pool. Each may have put a mapping aside that can be withdrawn only behind the batch, so a batch
   /// with many of them is to be left.
-  package var missesInBatch: UInt64 { misses &- missesBefore }
+  package var missesInBatch: UInt64 { mutating get { misses &- missesBefore } }
 
   /// Ends a batch: no pointer obtained in it is used any more.
   package mutating func leave() {
@@ -82,20 +95,77 @@ package struct GuestMemoryView: ~Copyable {
   package mutating func translate(
     _ address: UInt64, _ length: Int
   ) throws(GuestMemoryFault) -> (pointer: UnsafeMutableRawPointer, length: Int) {
-    let number = address >> bucketShift
+    let distance = address &- runStart
+    if distance < runBytes {
+      hits &+= 1
+      return (runBase + Int(truncatingIfNeeded: distance), min(length, Int(truncatingIfNeeded: runBytes &- distance)))
+    }
+    return try translateByBucket(address, length)
+  }
+
+  /// Where `length` bytes from a guest address on are mapped in one piece: for small things that need not be copied before they are looked at, if
+  /// that is done by single loads.
+  ///
+  /// - Returns: nil when they are in several pieces or cannot be mapped: `copyIn` and `copyOut` serve for those.
+  /// - Throws: `unmapped` when the first byte's page is not backed.
+  package mutating func piece(
+    _ address: UInt64, _ length: Int
+  ) throws(GuestMemoryFault) -> UnsafeMutableRawPointer? {
+    let distance = address &- runStart
+    if distance < runBytes, UInt64(truncatingIfNeeded: length) <= runBytes &- distance {
+      hits &+= 1
+      return runBase + Int(truncatingIfNeeded: distance)
+    }
+    guard !isUnmappable else { return nil }
+    do throws(GuestMemoryFault) {
+      let (pointer, found) = try translateByBucket(address, length)
+      return found == length ? pointer : nil
+    } catch {
+      guard error == .mappingFailed else { throw error }
+      isUnmappable = true
+      return nil
+    }
+  }
+
+  /// Two words of 64 bits that lie in one piece at an aligned address, read in place. Once each: by relaxed atomics, since the driver may write at
+  /// the same time, and what is checked must be what is used.
+  ///
+  /// - Returns: nil where they have to be copied.
+  /// - Throws: `unmapped` when the page is not backed.
+  package mutating func words(_ address: UInt64) throws(GuestMemoryFault) -> (UInt64, UInt64)? {
+    guard address & 7 == 0, let place = try piece(address, 16) else { return nil }
+    let words = place.assumingMemoryBound(to: Atomic<UInt64>.self)
+    return (words[0].load(ordering: .relaxed), words[1].load(ordering: .relaxed))
+  }
+
+  @inline(never)
+  private mutating func translateByBucket(
+    _ address: UInt64, _ length: Int
+  ) throws(GuestMemoryFault) -> (pointer: UnsafeMutableRawPointer, length: Int) {
+    let number = address &>> bucketShift
     let offset = Int(truncatingIfNeeded: address & UInt64(truncatingIfNeeded: bucketSize &- 1))
     let index = Int(truncatingIfNeeded: number & UInt64(truncatingIfNeeded: Self.entryCount &- 1))
     let run = min(length, bucketSize &- offset)
-    if entries[index].tag == number &+ 1, entries[index].generation == seenGeneration, let base = entries[index].base {
+    // By a pointer of its own: an entry is large.
+    let entry = entries + index
+    if entry.pointee.tag == number &+ 1, entry.pointee.generation == seenGeneration, let base = entry.pointee.base {
       hits &+= 1
-      entries[index].stamp?.pointee = clock
-      guard let valid = entries[index].validPages else { return (base + offset, run) }
-      let backed = Self.backedRun(valid, offset, run)
-      if backed > 0 { return (base + offset, backed) }
+      entry.pointee.stamp?.pointee = clock
+      if offset >= entry.pointee.solidStart, offset < entry.pointee.solidEnd {
+        runStart = address &- UInt64(truncatingIfNeeded: offset &- entry.pointee.solidStart)
+        runBytes = UInt64(truncatingIfNeeded: entry.pointee.solidEnd &- entry.pointee.solidStart)
+        runBase = base + entry.pointee.solidStart
+        return (base + offset, min(length, entry.pointee.solidEnd &- offset))
+      }
+      if let valid = entry.pointee.validPages {
+        let backed = Self.backedRun(valid, offset, run)
+        if backed > 0 { return (base + offset, backed) }
+      }
     }
     return try translateSlowly(address, number, offset, run, index)
   }
 
+  @inline(never)
   private mutating func translateSlowly(
     _ address: UInt64, _ number: UInt64, _ offset: Int, _ run: Int, _ index: Int
   ) throws(GuestMemoryFault) -> (pointer: UnsafeMutableRawPointer, length: Int) {
@@ -111,9 +181,11 @@ package struct GuestMemoryView: ~Copyable {
       }
     }
     mapping.stamp.pointee = clock
+    let solid = mapping.solid ?? (mapping.validPages == nil ? 0..<bucketSize : 0..<0)
     entries[index] = Entry(
       tag: number &+ 1, generation: seenGeneration, base: mapping.base, validPages: mapping.validPages,
-      stamp: mapping.stamp)
+      stamp: mapping.stamp, solidStart: solid.lowerBound, solidEnd: solid.upperBound)
+    runBytes = 0
     guard backed > 0 else { throw .unmapped(address: address) }
     return (mapping.base + offset, backed)
   }

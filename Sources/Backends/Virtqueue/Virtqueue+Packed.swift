@@ -41,7 +41,7 @@ extension Virtqueue {
     return true
   }
 
-  private func isAvailable(_ ring: UnsafeMutableRawPointer, _ position: UInt16, _ wrap: Bool) -> Bool {
+  private mutating func isAvailable(_ ring: UnsafeMutableRawPointer, _ position: UInt16, _ wrap: Bool) -> Bool {
     let flags = RingWord.acquire(ring, 16 &* Int(position) &+ 14)
     return (flags & Self.available != 0) == wrap && (flags & Self.used != 0) != wrap
   }
@@ -102,7 +102,7 @@ extension Virtqueue {
     layout.nextAvailable = UInt16(truncatingIfNeeded: position)
   }
 
-  func hasPendingPacked() -> Bool {
+  mutating func hasPendingPacked() -> Bool {
     guard let ring = descriptors?.start else { return false }
     return isAvailable(ring, layout.nextAvailable, layout.availableWrapCounter)
   }

@@ -25,7 +25,7 @@ extension Virtqueue {
   }
 
   /// - Returns: false when the device has the head already.
-  private func claim(_ head: UInt16) -> Bool {
+  private mutating func claim(_ head: UInt16) -> Bool {
     // By a pointer of its own: Swift 6.3 makes invalid code of `inUse[index] |= bit` under ThreadSanitizer.
     let word = inUse + Int(head >> 6)
     let bit: UInt64 = 1 << UInt64(head & 63)
@@ -34,7 +34,7 @@ extension Virtqueue {
     return true
   }
 
-  private func disclaim(_ head: UInt16) {
+  private mutating func disclaim(_ head: UInt16) {
     let word = inUse + Int(head >> 6)
     word.pointee &= ~(1 << UInt64(head & 63))
   }
@@ -75,15 +75,15 @@ extension Virtqueue {
   /// Says in the in-flight area that the device has a chain: what the driver needs to end its requests when the device is gone for
   /// good. The word of a head is 1 from then on, 0x10000 plus the position of its answer before that is published, 0 afterwards.
   /// The device never reads it.
-  func markTaken(_ head: UInt16) { mark(head, 1) }
+  mutating func markTaken(_ head: UInt16) { mark(head, 1) }
 
-  private func mark(_ head: UInt16, _ value: UInt32) {
+  private mutating func mark(_ head: UInt16, _ value: UInt32) {
     guard let inFlightArea, head < layout.size else { return }
     inFlightArea.start.storeBytes(of: value.littleEndian, toByteOffset: 4 &* Int(head), as: UInt32.self)
   }
 
   /// Behind `publish`: the answers are the driver's, and it may use their heads again.
-  func releasePublished() {
+  mutating func releasePublished() {
     // By pointers of their own, see `claim`.
     let (claims, heads, count) = (inUse, usedHeads, unpublished)
     let words = Int(layout.size &+ 63) >> 6
@@ -104,7 +104,7 @@ extension Virtqueue {
   ///
   /// - Returns: the indirect descriptor that ends the chain in this table, if one does (virtio 1.2, 2.7.5.3.2: direct
   ///   descriptors may come before it).
-  func walkSplit(
+  mutating func walkSplit(
     _ table: UnsafeMutableRawPointer, count: Int, from start: Int, _ chain: inout DescriptorChain
   ) throws(VirtqueueFault) -> Descriptor? {
     var index = start
@@ -122,12 +122,12 @@ extension Virtqueue {
     }
   }
 
-  func hasPendingSplit() -> Bool {
+  mutating func hasPendingSplit() -> Bool {
     guard let driverArea else { return false }
     return RingWord.acquire(driverArea.start, 2) != layout.nextAvailable
   }
 
-  var pendingCountSplit: Int {
+  mutating func pendingCountSplit() -> Int {
     guard let driverArea else { return 0 }
     return Int(RingWord.acquire(driverArea.start, 2) &- layout.nextAvailable)
   }

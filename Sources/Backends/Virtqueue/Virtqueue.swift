@@ -3,6 +3,9 @@
 /// The three ring parts are mapped on their own and mapped again, lazily, after an invalidation. Every index, flag and length
 /// that the driver writes is read once into a local, and the local is what gets checked and used. What is particular to a
 /// format lies in `Virtqueue+Split.swift` and `Virtqueue+Packed.swift`.
+///
+/// What is called in the data path is `mutating`, whether it changes anything or not: for a call that only borrows a value of this size, the
+/// compiler (Swift 6.3) copies it to the stack first. The same holds for the pumps and for `GuestMemoryView`.
 package struct Virtqueue: ~Copyable {
   /// What the queue was set up with; the positions in it are kept current.
   package internal(set) var layout: QueueLayout
@@ -135,10 +138,10 @@ package struct Virtqueue: ~Copyable {
   }
 
   /// Whether chains wait that have not been taken.
-  package func hasPending() -> Bool { isPacked ? hasPendingPacked() : hasPendingSplit() }
+  package mutating func hasPending() -> Bool { isPacked ? hasPendingPacked() : hasPendingSplit() }
 
   /// Chains that wait, by the index of a split ring's driver, which nothing has checked: 0 to 65535. Of a packed ring it says nothing.
-  package var pendingCount: Int { isPacked ? 0 : pendingCountSplit }
+  package mutating func pendingCount() -> Int { isPacked ? 0 : pendingCountSplit() }
 
   /// Tells the driver that notifications are not needed for now (virtio 1.2, 2.7.7 and 2.8.10).
   package mutating func disableNotifications() {
@@ -205,7 +208,7 @@ package struct Virtqueue: ~Copyable {
   }
 
   /// Whether chains were used since the last `publish`.
-  package var hasUnpublished: Bool { unpublished > 0 }
+  package var hasUnpublished: Bool { mutating get { unpublished > 0 } }
 
   /// The next slot of the journal whose chain's answer is published; nil when there is none. To be asked after `publish`.
   package mutating func takePublishedSlot() -> Int? {
@@ -215,7 +218,7 @@ package struct Virtqueue: ~Copyable {
   }
 
   /// Notes a chain that was taken, whose ticket has its slot, in the journal. Its buffers are in the journal's storage.
-  package func note(_ chain: DescriptorChain) { journal?.take(Int(chain.ticket.slot), chain) }
+  package mutating func note(_ chain: DescriptorChain) { journal?.take(Int(chain.ticket.slot), chain) }
 
   // MARK: Adoption
 
@@ -278,24 +281,30 @@ package struct Virtqueue: ~Copyable {
     guard descriptor.length > 0, descriptor.length & 15 == 0, Int(descriptor.length) <= chainLimit &* 16 else {
       throw .badIndirectTable(length: descriptor.length)
     }
+    // Where it lies in one piece it is read in place, as the ring is: each entry once, into a copy that is checked and used.
+    var table = indirectTable
     do throws(GuestMemoryFault) {
-      try memory.copyIn(from: descriptor.address, to: indirectTable, count: Int(descriptor.length))
+      if descriptor.address & 15 == 0, let place = try memory.piece(descriptor.address, Int(descriptor.length)) {
+        table = place
+      } else {
+        try memory.copyIn(from: descriptor.address, to: indirectTable, count: Int(descriptor.length))
+      }
     } catch {
       throw .ringUnmapped
     }
     let count = Int(descriptor.length >> 4)
     if isPacked {
       for index in 0..<count {
-        let entry = Descriptor(copying: indirectTable + 16 &* index, packed: true)
+        let entry = Descriptor(copying: table + 16 &* index, packed: true)
         guard !entry.isIndirect else { throw .nestedIndirect }
         try append(entry, &chain)
       }
     } else {
-      guard try walkSplit(indirectTable, count: count, from: 0, &chain) == nil else { throw .nestedIndirect }
+      guard try walkSplit(table, count: count, from: 0, &chain) == nil else { throw .nestedIndirect }
     }
   }
 
-  func append(_ descriptor: Descriptor, _ chain: inout DescriptorChain) throws(VirtqueueFault) {
+  mutating func append(_ descriptor: Descriptor, _ chain: inout DescriptorChain) throws(VirtqueueFault) {
     let index = chain.readableCount &+ chain.writableCount
     guard index < chainLimit else { throw .chainTooLong }
     let length = UInt64(descriptor.length)

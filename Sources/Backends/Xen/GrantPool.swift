@@ -243,7 +243,10 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       state.statistics.misses &+= 1
       guard number == 0, state.mode != .unattached else { return .failure(.unmapped(address: number << 27)) }
       guard let base = state.base else { return .failure(.mappingFailed) }
-      return .success(BucketMapping(base: base, validPages: UnsafePointer(valid), stamp: stamp))
+      return .success(
+        BucketMapping(
+          base: base, validPages: UnsafePointer(valid), stamp: stamp,
+          solid: state.firstWritable << 12..<state.references.count << 12))
     }
     return try result.get()
   }

@@ -91,10 +91,10 @@ final class LibxenDoorbell: QueueDoorbell, @unchecked Sendable {
 
   var descriptor: Int32 { xenevtchn_fd(channels) }
 
-  func acknowledge() {
-    let pending = xenevtchn_pending(channels)
-    if pending >= 0 { xenevtchn_unmask(channels, UInt32(pending)) }
-  }
+  /// Linux has masked the port when it tells of an event (evtchn.c).
+  func acknowledge() { _ = xenevtchn_pending(channels) }
+
+  func rearm() { xenevtchn_unmask(channels, port) }
 
   func ring() { xenevtchn_notify(channels, port) }
 }

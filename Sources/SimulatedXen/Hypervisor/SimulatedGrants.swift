@@ -139,9 +139,9 @@ final class SimulatedDoorbell: QueueDoorbell {
 
   var descriptor: Int32 { events.raw }
 
-  func acknowledge() {
-    while let port = events.next() { events.unmask(port) }
-  }
+  func acknowledge() { while events.next() != nil {} }
+
+  func rearm() { events.unmask(1) }
 
   func raise() { events.raise(1) }
 
@@ -164,6 +164,7 @@ private final class BoundDoorbell: QueueDoorbell {
 
   var descriptor: Int32 { inner.descriptor }
   func acknowledge() { inner.acknowledge() }
+  func rearm() { inner.rearm() }
   func ring() { inner.ring() }
 }
 

@@ -83,7 +83,7 @@ package final class QueueCounters: Sendable {
   package func drops(_ reason: DropReason) -> Counter { dropped[reason.rawValue] }
 
   /// At the end of a batch.
-  func settle(_ memory: borrowing GuestMemoryView) {
+  func settle(_ memory: inout GuestMemoryView) {
     batches.add(1)
     translationHits.set(memory.hits)
     translationMisses.set(memory.misses)

@@ -34,8 +34,12 @@ package struct LatencyHistogram: Sendable {
 
   /// Only the owner thread may call it.
   @inline(__always)
-  func record(_ nanoseconds: UInt64) {
-    add(Self.bucket(nanoseconds), 1)
+  func record(_ nanoseconds: UInt64) { record(nanoseconds, in: Self.bucket(nanoseconds)) }
+
+  /// - Parameter bucket: that of the duration.
+  @inline(__always)
+  func record(_ nanoseconds: UInt64, in bucket: Int) {
+    add(bucket, 1)
     add(Self.bucketCount, nanoseconds)
   }
 
@@ -134,10 +138,24 @@ package final class QueueLatencies: @unchecked Sendable {
   /// Records a duration in nanoseconds. Only the owner thread may call it.
   @inline(__always)
   func record(_ operation: Operation, _ stage: Stage, _ nanoseconds: UInt64) {
-    let index = operation.rawValue &* Stage.allCases.count &+ stage.rawValue
-    LatencyHistogram(memory: address(index) ?? make(index)).record(nanoseconds)
+    histogram(operation, stage).record(nanoseconds)
   }
 
+  /// Records the two durations that every request has. They are the same when it did not have to wait, and their bucket is looked for once.
+  @inline(__always)
+  func record(_ operation: Operation, engine: UInt64, total: UInt64) {
+    let bucket = LatencyHistogram.bucket(engine)
+    histogram(operation, .engine).record(engine, in: bucket)
+    histogram(operation, .total).record(total, in: engine == total ? bucket : LatencyHistogram.bucket(total))
+  }
+
+  @inline(__always)
+  private func histogram(_ operation: Operation, _ stage: Stage) -> LatencyHistogram {
+    let index = operation.rawValue &* Stage.allCases.count &+ stage.rawValue
+    return LatencyHistogram(memory: address(index) ?? make(index))
+  }
+
+  @inline(never)
   private func make(_ index: Int) -> UnsafeMutableRawPointer {
     let memory = UnsafeMutableRawPointer.allocate(byteCount: LatencyHistogram.bytes, alignment: 64)
     memory.initializeMemory(as: UInt64.self, repeating: 0, count: LatencyHistogram.bytes / 8)

@@ -80,12 +80,16 @@ extension BlockPump {
     let record = slab.records + slot
     if status == .ioError { tally.failed &+= 1 }
     if status == .unsupported { tally.unsupported &+= 1 }
-    var byte = status.rawValue
     var written = record.pointee.written
     do throws(GuestMemoryFault) {
       // A read that went well has filled its buffers.
       if status != .ok || record.pointee.kind != .read { written = fill(slot, from: status == .ok ? written &- 1 : 0) }
-      try memory.copyOut(from: &byte, to: record.pointee.statusAddress, count: 1)
+      if let place = try memory.piece(record.pointee.statusAddress, 1) {
+        place.storeBytes(of: status.rawValue, as: UInt8.self)
+      } else {
+        var byte = status.rawValue
+        try memory.copyOut(from: &byte, to: record.pointee.statusAddress, count: 1)
+      }
     } catch {
       written = 0  // nowhere to say it; the used element alone tells the driver that the request is over
     }
@@ -124,7 +128,7 @@ extension BlockPump {
     return UInt32(truncatingIfNeeded: data &+ 1)
   }
 
-  private func recordLatency(_ slot: Int) {
+  private mutating func recordLatency(_ slot: Int) {
     let record = slab.records + slot
     let operation: QueueLatencies.Operation =
       switch record.pointee.kind {
@@ -142,8 +146,7 @@ extension BlockPump {
     }
     // Most requests go to the engine at once: only those that had to wait are counted here.
     if submitted != admitted { latencies.record(operation, .queue, submitted &- admitted) }
-    latencies.record(operation, .engine, now &- submitted)
-    latencies.record(operation, .total, now &- taken)
+    latencies.record(operation, engine: now &- submitted, total: now &- taken)
   }
 
   // MARK: Failures

@@ -1,9 +1,11 @@
 /// Between the pump and its engine: what is staged goes out together, what is done comes back.
 extension BlockPump {
   mutating func stage(_ slot: Int, offset: UInt64, length: UInt64, vectorCount: Int, mayUnmap: Bool = false) {
-    slab.records[slot].vectorCount = vectorCount
-    slab.records[slot].isWithEngine = true
-    switch slab.records[slot].kind {
+    // By pointers: record and request are large.
+    let record = slab.records + slot
+    record.pointee.vectorCount = vectorCount
+    record.pointee.isWithEngine = true
+    switch record.pointee.kind {
     case .read, .write:
       bytesInFlight &+= length
       stagedBytes &+= length
@@ -11,24 +13,26 @@ extension BlockPump {
     case .discard, .writeZeroes, .secureErase: rangesInFlight &+= 1
     case .flush: break
     }
-    if slab.records[slot].submittedAt == 0 { slab.records[slot].submittedAt = now }
-    staged[stagedCount] = EngineRequest(
-      operation: slab.records[slot].kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
-      vectors: slab.vectors(slot), vectorCount: vectorCount)
+    if record.pointee.submittedAt == 0 { record.pointee.submittedAt = now }
     // Read behind the chain's arrival: what the driver wrote before it made the chain available counts.
     let isDurable = isWriteThrough || followsDriver && !writeback.isOn
-    staged[stagedCount].isDurable = isDurable
-    slab.records[slot].flushes = isDurable || slab.records[slot].kind == .flush
-    staged[stagedCount].mayUnmap = mayUnmap
+    record.pointee.flushes = isDurable || record.pointee.kind == .flush
+    var request = EngineRequest(
+      operation: record.pointee.kind, tag: UInt32(truncatingIfNeeded: slot), offset: offset, length: length,
+      vectors: slab.vectors(slot), vectorCount: vectorCount)
+    request.isDurable = isDurable
+    request.mayUnmap = mayUnmap
+    (staged + stagedCount).initialize(to: request)
     stagedCount &+= 1
     inFlight &+= 1
   }
 
   /// The engine has a slot's step behind it.
   mutating func noteReturn(_ slot: Int) {
-    slab.records[slot].isWithEngine = false
-    switch slab.records[slot].kind {
-    case .read, .write: bytesInFlight &-= slab.records[slot].stepBytes
+    let record = slab.records + slot
+    record.pointee.isWithEngine = false
+    switch record.pointee.kind {
+    case .read, .write: bytesInFlight &-= record.pointee.stepBytes
     case .discard, .writeZeroes, .secureErase: rangesInFlight &-= 1
     case .flush: break
     }

@@ -192,10 +192,21 @@ extension BlockPump {
 
   /// The guest's data buffers of the next step as vectors, when the engine can use all of them; the step's bytes are noted.
   private mutating func directVectors(_ slot: Int) -> Int? {
-    var cursor = dataCursor(slot)
     let vectors = slab.vectors(slot)
     var count = 0
     let record = slab.records + slot
+    // Mostly there is one buffer for the data, behind a header in one of its own.
+    if let buffer = onlyBuffer(slot), record.pointee.dataBytes <= Self.stepBytes, record.pointee.doneBytes == 0 {
+      record.pointee.stepBytes = record.pointee.dataBytes
+      let bytes = Int(truncatingIfNeeded: record.pointee.dataBytes)
+      guard let (pointer, length) = try? memory.translate(buffer.pointee.address, bytes) else { return nil }
+      if length == bytes {
+        guard (UInt64(UInt(bitPattern: pointer)) | UInt64(length)) & alignmentMask == 0 else { return nil }
+        vectors[0] = DataVector(start: pointer, length: length)
+        return 1
+      }
+    }
+    var cursor = dataCursor(slot)
     if record.pointee.doneBytes > 0 { cursor.skip(record.pointee.doneBytes) }
     var rest = min(record.pointee.dataBytes &- record.pointee.doneBytes, Self.stepBytes)
     record.pointee.stepBytes = rest
@@ -217,8 +228,24 @@ extension BlockPump {
     return count
   }
 
+  /// The buffer that holds all data of a request and begins with it; nil when there is none such.
+  @inline(__always)
+  private mutating func onlyBuffer(_ slot: Int) -> UnsafeMutablePointer<GuestBuffer>? {
+    let record = slab.records + slot
+    var buffer = slab.buffers(slot)
+    if record.pointee.kind == .read {
+      buffer += record.pointee.readableCount
+    } else {
+      guard record.pointee.readableCount > 1, buffer.pointee.length == UInt32(BlockRequest.headerBytes) else {
+        return nil
+      }
+      buffer += 1
+    }
+    return UInt64(buffer.pointee.length) >= record.pointee.dataBytes ? buffer : nil
+  }
+
   /// A cursor over the data of a request: behind the header of a write, before the status byte of a read.
-  func dataCursor(_ slot: Int) -> ChainCursor {
+  mutating func dataCursor(_ slot: Int) -> ChainCursor {
     let record = slab.records + slot
     let buffers = slab.buffers(slot)
     if record.pointee.kind == .read {

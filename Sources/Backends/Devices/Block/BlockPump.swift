@@ -1,3 +1,4 @@
+import CLinux
 package import Transport
 package import Virtqueue
 
@@ -266,10 +267,10 @@ package struct BlockPump: ~Copyable {
       memory.leave()
       settle()
     }
-    idle.wakes(at: now)
     isLimited = rate.isLimited
     do throws(VirtqueueFault) {
       try queue.prepare(invalidations: invalidations)
+      if settings.pollsWhenIdle, queue.hasPending() { idle.arrives(at: now) }
       try adopt()
       if waitingCount > 0, heldResult == 0, now >= retryAt { tryAgain() }
       while true {
@@ -279,10 +280,8 @@ package struct BlockPump: ~Copyable {
         // Without room the queue waits for completions, and notifications stay off.
         guard hasRoom else { return .idle }
         if pollForMore() { continue }
-        guard queue.enableNotifications() else {
-          idle.sleeps(at: engine.now)
-          return .idle
-        }
+        guard queue.enableNotifications() else { return .idle }
+        if settings.pollsWhenIdle { idle.arrives(at: engine.now) }
       }
     } catch {
       // What was taken before the fault: its vectors are good for this batch only.
@@ -294,7 +293,9 @@ package struct BlockPump: ~Copyable {
 
   /// Requests wait for their next step, and nothing is under way that would bring the pump back to them.
   private var isStalled: Bool {
-    !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
+    mutating get {
+      !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
+    }
   }
 
   /// Takes what is there, group by group, and publishes what is done.
@@ -322,13 +323,15 @@ package struct BlockPump: ~Copyable {
   /// - Returns: whether slots are free that were not before.
   @discardableResult
   private mutating func publish(_ signals: any TransportSignals) -> Bool {
-    if !queue.hasUnpublished {
-      // Slots may still be free: chains that were answered are published by then.
-    } else if queue.publish() {
-      tally.interrupts &+= 1
-      signals.interruptForUsedBuffers()
-    } else {
-      tally.suppressed &+= 1
+    // Slots may be free in either case: chains that were answered are published by then.
+    if queue.hasUnpublished {
+      idle.works()
+      if queue.publish() {
+        tally.interrupts &+= 1
+        signals.interruptForUsedBuffers()
+      } else {
+        tally.suppressed &+= 1
+      }
     }
     var hasFreed = false
     while let slot = queue.takePublishedSlot() {
@@ -338,17 +341,29 @@ package struct BlockPump: ~Copyable {
     return hasFreed
   }
 
-  /// Watches the queue for the length of the poll window.
+  /// Watches the queue for a moment, where that is worth it.
   ///
   /// - Returns: whether there is something to do.
   private mutating func pollForMore() -> Bool {
-    guard settings.pollsWhenIdle, idle.window > 0 else { return queue.hasPending() }
-    let end = engine.now &+ idle.window
+    if queue.hasPending() { return true }
+    // What the engine works on is worth waking up for too, and says nothing of the driver.
+    guard settings.pollsWhenIdle, inFlight == 0 else { return false }
+    let start = engine.now
+    let window = idle.rests(at: start)
+    guard window > 0 else { return false }
     repeat {
-      for _ in 0..<16 where queue.hasPending() { return true }
-      // Completions are worth waking up for too, and are in reach here.
-      if inFlight > 0 { return false }
-    } while engine.now < end
+      for _ in 0..<IdlePoll.looks {
+        if queue.hasPending() {
+          now = engine.now
+          idle.watched(from: start, to: now, found: true)
+          idle.arrives(at: now)
+          return true
+        }
+        clinux_pause()
+      }
+      now = engine.now
+    } while now &- start < window
+    idle.watched(from: start, to: now, found: false)
     return false
   }
 

@@ -35,9 +35,9 @@ package struct BlockRequest {
   /// - Returns: nil when the chain has no room for one, or no whole header: then there is no way to answer.
   package static func statusAddress(_ chain: DescriptorChain) -> UInt64? {
     guard chain.readableBytes >= UInt64(headerBytes), chain.writableBytes >= 1 else { return nil }
-    var last = chain.writableCount &- 1
-    while chain.writable[last].length == 0 { last &-= 1 }  // ends: writableBytes is not 0
-    return chain.writable[last].address &+ UInt64(chain.writable[last].length &- 1)
+    var last = chain.writable + (chain.writableCount &- 1)
+    while last.pointee.length == 0 { last -= 1 }  // ends: writableBytes is not 0
+    return last.pointee.address &+ UInt64(last.pointee.length &- 1)
   }
 
   /// Reads the header of a chain for which `statusAddress` has an answer.
@@ -46,19 +46,14 @@ package struct BlockRequest {
   package static func parse(
     _ chain: DescriptorChain, memory: inout GuestMemoryView
   ) throws(GuestMemoryFault) -> BlockRequest {
-    // Aligned storage of 16 bytes on the stack: type u32, reserved u32, sector u64.
-    var header: (UInt64, UInt64) = (0, 0)
-    var fault: GuestMemoryFault?
-    withUnsafeMutableBytes(of: &header) { bytes in
-      guard let start = bytes.baseAddress else { return }
-      var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
-      do throws(GuestMemoryFault) {
-        _ = try cursor.read(&memory, to: start, count: headerBytes)
-      } catch {
-        fault = error
-      }
+    let header: (UInt64, UInt64)
+    if chain.readableCount > 0, chain.buffers[0].length >= UInt32(headerBytes),
+      let words = try memory.words(chain.buffers[0].address)
+    {
+      header = words
+    } else {
+      header = try copyHeader(chain, memory: &memory)
     }
-    if let fault { throw fault }
     let type = UInt32(truncatingIfNeeded: UInt64(littleEndian: header.0))
     let kind: BlockRequestKind =
       switch type {
@@ -76,6 +71,27 @@ package struct BlockRequest {
     return BlockRequest(
       kind: kind, sector: UInt64(littleEndian: header.1),
       dataBytes: readsFromGuest ? chain.readableBytes &- UInt64(headerBytes) : chain.writableBytes &- 1)
+  }
+
+  /// The header's two words, out of as many pieces as it is in: type u32, reserved u32; sector u64.
+  @inline(never)
+  private static func copyHeader(
+    _ chain: DescriptorChain, memory: inout GuestMemoryView
+  ) throws(GuestMemoryFault) -> (UInt64, UInt64) {
+    // Aligned storage of 16 bytes on the stack.
+    var header: (UInt64, UInt64) = (0, 0)
+    var fault: GuestMemoryFault?
+    withUnsafeMutableBytes(of: &header) { bytes in
+      guard let start = bytes.baseAddress else { return }
+      var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
+      do throws(GuestMemoryFault) {
+        _ = try cursor.read(&memory, to: start, count: headerBytes)
+      } catch {
+        fault = error
+      }
+    }
+    if let fault { throw fault }
+    return header
   }
 
   /// Whether `sectors` from `sector` on lie on a disk of `capacity` bytes.

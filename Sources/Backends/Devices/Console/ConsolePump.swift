@@ -174,7 +174,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
     nextTime = 0
     let invalidations = memory.enter()
     defer {
-      ports[0].output.counters.settle(memory)
+      ports[0].output.counters.settle(&memory)
       memory.leave()
       ports[0].output.counters.batchSince.store(0, ordering: .relaxed)
     }

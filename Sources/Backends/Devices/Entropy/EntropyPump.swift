@@ -47,7 +47,7 @@ package struct EntropyPump: DevicePump, ~Copyable {
     queue.counters.batchSince.store(MonotonicClock.now, ordering: .relaxed)
     let invalidations = memory.enter()
     defer {
-      queue.counters.settle(memory)
+      queue.counters.settle(&memory)
       memory.leave()
       queue.counters.batchSince.store(0, ordering: .relaxed)
     }

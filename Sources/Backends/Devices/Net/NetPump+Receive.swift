@@ -60,6 +60,7 @@ extension NetPump {
     putBack(&held)
     // Once for the batch: counters are objects.
     if packets > 0 {
+      idle.works()
       receiveQueue.counters.reads.add(packets)
       receiveQueue.counters.readBytes.add(bytes)
     }
@@ -146,7 +147,7 @@ extension NetPump {
     return gather(&cursor, bytes, from: first)
   }
 
-  private func moveToFront(_ held: inout HeldChains) {
+  private mutating func moveToFront(_ held: inout HeldChains) {
     window.update(from: window + held.first, count: held.count)
     vectors.update(from: vectors + held.firstVector, count: held.vectorCount)
     held.first = 0
@@ -249,7 +250,7 @@ extension NetPump {
     return true
   }
 
-  private func byte(_ offset: Int, _ held: HeldChains) -> UnsafeMutablePointer<UInt8>? {
+  private mutating func byte(_ offset: Int, _ held: HeldChains) -> UnsafeMutablePointer<UInt8>? {
     var rest = offset
     for index in held.firstVector..<held.firstVector &+ held.vectorCount {
       if rest < vectors[index].iov_len {

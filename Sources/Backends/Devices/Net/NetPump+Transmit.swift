@@ -12,6 +12,7 @@ extension NetPump {
     // Once for the batch: counters are objects.
     defer {
       if packets > 0 {
+        idle.works()
         transmitQueue.counters.writes.add(packets)
         transmitQueue.counters.writtenBytes.add(bytes)
       }

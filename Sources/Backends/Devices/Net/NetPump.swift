@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 package import Transport
 package import Virtqueue
@@ -75,7 +76,7 @@ package struct NetPump: DevicePump, ~Copyable {
   var insufficient = 0
   package internal(set) var nextTime: UInt64 = 0
   var goneResult = 0
-  private var idle = IdlePoll()
+  var idle = IdlePoll()
   var now: UInt64 = 0
 
   /// A chain of the receive queue that is ready for a packet.
@@ -185,15 +186,15 @@ package struct NetPump: DevicePump, ~Copyable {
     isLimited = rate.isLimited
     let invalidations = memory.enter()
     defer {
-      receiveQueue.counters.settle(memory)
+      receiveQueue.counters.settle(&memory)
       memory.leave()
       receiveQueue.counters.batchSince.store(0, ordering: .relaxed)
     }
-    idle.wakes(at: now)
     do throws(VirtqueueFault) {
       try receiveQueue.prepare(invalidations)
       try transmitQueue.prepare(invalidations)
       try controlQueue.prepare(invalidations)
+      if settings.pollsWhenIdle, transmitQueue.hasPending { idle.arrives(at: now) }
       while true {
         let commanded = controlQueue.isActive ? try serveControl(signals[Place.control]) : .empty
         let sent = try transmit(signals[Place.transmit])
@@ -207,8 +208,8 @@ package struct NetPump: DevicePump, ~Copyable {
         if received == .noRoom { hasMore = receiveQueue.enableNotifications(behind: insufficient) || hasMore }
         if commanded != .limited { hasMore = controlQueue.enableNotifications() || hasMore }
         guard hasMore else { break }
+        if settings.pollsWhenIdle, transmitQueue.hasPending { idle.arrives(at: MonotonicClock.now) }
       }
-      idle.sleeps(at: MonotonicClock.now)
     } catch {
       throw .virtqueue(error)
     }
@@ -227,14 +228,29 @@ package struct NetPump: DevicePump, ~Copyable {
     case limited
   }
 
-  /// Watches the transmit queue for the length of the poll window, which closes when traffic stops: 32 microseconds at most, once for
-  /// each time that the queues run empty (`IdlePoll`).
+  /// Watches the transmit queue for a moment, where that is worth it.
+  ///
+  /// - Returns: whether there is something to do.
   private mutating func pollForMore() -> Bool {
-    guard idle.window > 0 else { return transmitQueue.hasPending && nextTime == 0 }
-    let end = MonotonicClock.now &+ idle.window
+    guard nextTime == 0 else { return false }
+    if transmitQueue.hasPending { return true }
+    guard settings.pollsWhenIdle else { return false }
+    let start = MonotonicClock.now
+    let window = idle.rests(at: start)
+    guard window > 0 else { return false }
     repeat {
-      for _ in 0..<16 where transmitQueue.hasPending && nextTime == 0 { return true }
-    } while MonotonicClock.now < end
+      for _ in 0..<IdlePoll.looks {
+        if transmitQueue.hasPending {
+          now = MonotonicClock.now
+          idle.watched(from: start, to: now, found: true)
+          idle.arrives(at: now)
+          return true
+        }
+        clinux_pause()
+      }
+      now = MonotonicClock.now
+    } while now &- start < window
+    idle.watched(from: start, to: now, found: false)
     return false
   }
 
@@ -250,6 +266,8 @@ package struct NetPumpSettings: Sendable {
   package var mtu = 1500
   /// Queue pairs that the device has.
   package var pairs = 1
+  /// See `IdlePoll`; off where driver and device share a thread.
+  package var pollsWhenIdle = true
 
   package init(mac: MACAddress) {
     self.mac = mac

@@ -100,10 +100,10 @@ package struct OrderedQueue: ~Copyable {
   }
 
   /// Whether chains wait.
-  package var hasPending: Bool { size > 0 && queue.pointee.hasPending() }
+  package var hasPending: Bool { mutating get { size > 0 && queue.pointee.hasPending() } }
 
   /// Chains that the driver says wait: up to 65535, whatever the size of its ring.
-  package var pendingCount: Int { size > 0 ? queue.pointee.pendingCount : 0 }
+  package var pendingCount: Int { mutating get { size > 0 ? queue.pointee.pendingCount() : 0 } }
 
   /// Ends a batch: asks for a notification of the next chain.
   ///

@@ -71,6 +71,15 @@ int clinux_o_direct(void);
 /// The flag O_PATH, likewise.
 int clinux_o_path(void);
 
+/// Tells the processor that it waits for memory to change: it leaves its other thread, which may be who changes it, more of the core.
+static inline void clinux_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 static inline int clinux_is_block_device(mode_t mode) { return S_ISBLK(mode); }
 static inline int clinux_is_regular(mode_t mode) { return S_ISREG(mode); }
 static inline int clinux_is_directory(mode_t mode) { return S_ISDIR(mode); }
