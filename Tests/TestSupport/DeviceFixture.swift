@@ -109,10 +109,11 @@ package final class DeviceFixture {
     }
   }
 
-  private func end() {
+  private func end(_ meanwhile: () -> Void = {}) {
     guard let backend = present else { return }
     let latch = Latch()
     backend.stop { latch.open() }
+    meanwhile()
     latch.wait()
     for thread in threads { thread.stopAndJoin() }
   }
@@ -127,9 +128,13 @@ package final class DeviceFixture {
   package var jobsWaiting: Int { threads[0].loop.jobsWaiting }
 
   /// Another backend takes the place of the present one, as after a death of vxd.
-  package func exchange(_ between: () -> Void = {}) throws {
+  ///
+  /// - Parameters:
+  ///   - meanwhile: what the driver does while the present one is being stopped.
+  ///   - between: what it does while none is there.
+  package func exchange(whileStopping meanwhile: () -> Void = {}, _ between: () -> Void = {}) throws {
     transport.unplug()
-    end()
+    end(meanwhile)
     between()
     // An image is free when its backend is gone.
     present = nil
