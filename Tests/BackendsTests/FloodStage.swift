@@ -22,7 +22,7 @@ enum FloodKind: CaseIterable, Sendable {
 }
 
 /// A device of any type under a driver that never lets one of its queues run dry.
-final class FloodStage {
+final class FloodStage: CustomReflectable {
   static let queueSize: UInt16 = 64
   /// Chains that a device may answer before what is asked of its thread is done: the run under way, one more of those that come with
   /// jobs, and what the driver's thread has not seen yet.
@@ -56,6 +56,14 @@ final class FloodStage {
     }
 
     func send(_ packet: [UInt8]) { _ = write(far, packet, packet.count) }
+
+    func receive() -> [UInt8]? {
+      var wait = pollfd(fd: far, events: Int16(POLLIN), revents: 0)
+      guard poll(&wait, 1, 30_000) == 1 else { return nil }
+      var bytes = [UInt8](repeating: 0, count: 70_000)
+      let count = read(far, &bytes, bytes.count)
+      return count > 0 ? Array(bytes[..<count]) : nil
+    }
 
     func start(_ packet: [UInt8]) {
       isSending.store(true, ordering: .releasing)
@@ -148,6 +156,9 @@ final class FloodStage {
 
     func perform<Result>(_ body: () throws -> Result) rethrows -> Result { try lock.withLock { _ in try body() } }
   }
+
+  /// For the message of a failed expectation, see `DeviceFixture`.
+  var customMirror: Mirror { Mirror(self, children: []) }
 
   /// Runs what the guest's thread does: no notification meanwhile.
   func onTheGuestsThread<Result>(_ body: () throws -> Result) rethrows -> Result { try bell.perform(body) }

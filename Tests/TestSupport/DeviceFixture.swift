@@ -9,7 +9,7 @@ package import Xen
 
 /// A device of any type on the simulated Xen, with its driver and without a supervisor. Its saved state outlives its backends, so that
 /// they can be exchanged under the driver.
-package final class DeviceFixture {
+package final class DeviceFixture: CustomReflectable {
   package typealias Start = (
     DeviceBackend.Surroundings, @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread]
@@ -143,6 +143,9 @@ package final class DeviceFixture {
     (present, self.threads) = (backend, threads)
     transport.plug(backend)
   }
+
+  /// For the message of a failed expectation: what a fixture is made of cannot all be shown.
+  package var customMirror: Mirror { Mirror(self, children: []) }
 
   package func stop() {
     transport.remove()
