@@ -185,7 +185,8 @@ final class Population {
   private func facts(_ domain: DomainID) -> GuestFacts {
     var facts = reader.facts(domain)
     let uuid = reader.uuid(domain)
-    if let saved = settings.stateFolder?.guest(domain), saved.uuid == uuid {
+    facts.started = reader.started(domain)
+    if let saved = settings.stateFolder?.guest(domain), saved.isOf(uuid: uuid, started: facts.started) {
       facts.transport = saved.transport
     } else {
       facts.transport = entries.profiles.options(guest: reader.name(domain) ?? "", uuid: uuid).transport

@@ -15,6 +15,13 @@ package struct StateFolder: Sendable {
     var server: UInt16
     var uuid: String?
     var transport = GuestTransport.mmio
+    /// See `GuestFacts.started`; nil where nobody said, and in files of earlier versions.
+    var started: String?
+
+    /// Whether it is what a domain is now: the same guest in the same life.
+    func isOf(uuid: String?, started: String?) -> Bool {
+      self.uuid == uuid && (self.started == nil || started == nil || self.started == started)
+    }
   }
 
   /// Makes the folder when it is not there.
@@ -32,7 +39,7 @@ package struct StateFolder: Sendable {
   func save(_ guest: Guest, of domain: DomainID) throws(Errno) {
     let text = JSONText.text([
       "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
-      "transport": .string(guest.transport.rawValue),
+      "transport": .string(guest.transport.rawValue), "started": guest.started.map(JSONValue.string) ?? .null,
     ])
     try Self.write(text, to: guestPath(domain))
   }
@@ -44,7 +51,8 @@ package struct StateFolder: Sendable {
     else { return nil }
     // Earlier versions knew one transport, and did not name it.
     let transport = value["transport"]?.stringValue.flatMap(GuestTransport.init(rawValue:)) ?? .mmio
-    return Guest(server: server, uuid: value["uuid"]?.stringValue, transport: transport)
+    return Guest(
+      server: server, uuid: value["uuid"]?.stringValue, transport: transport, started: value["started"]?.stringValue)
   }
 
   // MARK: Contents

@@ -1,3 +1,4 @@
+import ControlAPI
 import DeviceHost
 import Devices
 package import EventLoop
@@ -25,6 +26,8 @@ package actor Supervisor {
   private var onStopped: (@Sendable () -> Void)?
   /// No device is started any more.
   private(set) var isStopping = false
+  /// Guests whose QEMU is being asked.
+  private var asked: Set<DomainID> = []
 
   /// - Parameter announce: gets each event; called on the loop's thread.
   package init(
@@ -154,6 +157,7 @@ package actor Supervisor {
   private func checkXenstore() {
     guard !isStopping else { return }
     defer { checkXenstoreLater() }
+    askQEMU()
     guard !reader.isAlive else { return }
     if reader.connection != nil {
       log.error("xenstored does not answer any more: devices go on, new ones wait until it is back")
@@ -166,6 +170,30 @@ package actor Supervisor {
     } catch {
       reader.disconnect()
       log.debug("xenstored is not back: \(error)")
+    }
+  }
+
+  /// QEMU is started behind the guest's disks: what it has on the guest's PCI bus is known when its monitor is there.
+  private func askQEMU() {
+    let folder = settings.qemuFolder
+    for domain in table.guests.keys where !asked.contains(domain) && table.guests[domain]?.bus.asksQEMU == true {
+      guard QEMUMonitor.isThere(of: domain, folder: folder) else { continue }
+      asked.insert(domain)
+      table.runner.aside("vxd-qemu-\(domain)", for: self) { [self] in
+        let found = QEMUMonitor.functions(of: domain, folder: folder)
+        onLoop { $0.learned(domain, found) }
+      }
+    }
+  }
+
+  private func learned(_ domain: DomainID, _ found: [(device: UInt8, function: UInt8)]?) {
+    asked.remove(domain)
+    // One that does not answer is asked again.
+    guard let found, let guest = table.guests[domain] else { return }
+    let functions = Set(found.map { PCIAddress(device: $0.device, function: $0.function) })
+    // It is stopped, and its place is refused when it is started again.
+    for key in guest.bus.learn(functions).sorted(by: { $0.device < $1.device }) {
+      handle(.device(key, .command(.restart)), of: domain)
     }
   }
 

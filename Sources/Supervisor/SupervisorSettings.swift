@@ -1,3 +1,4 @@
+import ControlAPI
 import DeviceHost
 package import Devices
 package import Lifecycle
@@ -19,6 +20,8 @@ package struct SupervisorSettings: Sendable {
   package var grantShare: Int?
   /// Milliseconds between two checks that xenstored is there.
   package var xenstoreCheckMilliseconds: UInt64 = 5000
+  /// Where QEMU's monitors are, one for each guest.
+  package var qemuFolder = QEMUMonitor.folder
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.
   package var stateFolder: StateFolder?
   /// Who is behind deaths of the daemon; nil where nothing is kept of them.

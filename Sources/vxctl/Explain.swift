@@ -13,7 +13,7 @@ struct Explain: ParsableCommand {
   @Argument(help: "GUEST or GUEST/DEVICE.")
   var target: String
   @Option(help: .hidden)
-  var qemuFolder = QEMUBus.folder
+  var qemuFolder = QEMUMonitor.folder
 
   /// The first problem.
   private struct Wrong: Error {
@@ -186,11 +186,12 @@ struct Explain: ParsableCommand {
   private func checkCollision(_ name: String, _ device: JSONValue) throws(Wrong) {
     let function = device["facts"]?.arrayValue?.first { $0["name"] == "function" }?["value"]?.stringValue
     guard let function, let domain = device["domain"]?.integerValue.flatMap({ DomainID(exactly: $0) }),
-      let others = QEMUBus.functions(of: domain, folder: qemuFolder), others.contains(function)
+      let others = QEMUMonitor.functions(of: domain, folder: qemuFolder),
+      others.contains(where: { "\(PCIAddress(device: $0.device, function: $0.function))" == function })
     else { return }
     throw Wrong(
       words: "\(name): QEMU has a device at PCI function \(function) too, and the guest finds only one of them",
-      remedy: "move QEMU's: look for pci= with '@' and for addr= in the guest's configuration; 10 to 1f are vxd's")
+      remedy: "move QEMU's (pci= with '@', addr= in the guest's configuration), or vxd's with the option \"slot\"")
   }
 
   private static let remedies = [

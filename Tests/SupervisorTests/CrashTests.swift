@@ -70,8 +70,16 @@ import Xen
       name: "PCI", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: "", kills: 60, isPCI: true),
   ]
 
+  /// So many times more kills than are part of each run: VXD_KILLS=n, and VXD_SEED=n for other places of the load.
+  private static let times = number("VXD_KILLS").map { max(1, Int($0)) } ?? 1
+  private static let seed = number("VXD_SEED")
+
+  private static func number(_ variable: String) -> UInt64? {
+    getenv(variable).flatMap { UInt64(String(cString: $0)) }
+  }
+
   @Test(arguments: forms) func guestNoticesAPauseWhenTheDaemonIsKilled(form: Form) throws {
-    var random = SeededGenerator(seed: UInt64(form.kills))
+    var random = SeededGenerator(seed: Self.seed ?? UInt64(form.kills))
     let seed = random.next()
     let guests = #"[{"guest": "*", "transport": "\#(form.isPCI ? "pci" : "mmio")"}]"#
     let stage = try DaemonStage(
@@ -80,7 +88,7 @@ import Xen
     let load = Load()
     let thread = try start(
       load, domain, slot: 0, isPCI: form.isPCI, features: form.features, seed: seed)
-    let kills = testsAreSlow ? 5 : form.kills
+    let kills = testsAreSlow ? 5 : form.kills * Self.times
     for round in 0..<kills {
       // Sometimes in the middle of the start, sometimes after some work.
       if round % 4 != 3 {

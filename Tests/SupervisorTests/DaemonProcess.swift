@@ -40,6 +40,18 @@ final class DaemonProcess: @unchecked Sendable {
 
   var descriptorCount: Int { TemporaryFolder.names("/proc/\(child?.pid ?? 0)/fd").count }
 
+  /// Memory that is in use, in KiB; 0 when it has ended.
+  var residentKilobytes: Int {
+    guard let file = fopen("/proc/\(child?.pid ?? 0)/status", "re") else { return 0 }
+    defer { fclose(file) }
+    var bytes = [UInt8](repeating: 0, count: 256)
+    while fgets(&bytes, 256, file) != nil {
+      let line = String(decoding: bytes.prefix { $0 != 0 && $0 != 10 }, as: UTF8.self)
+      if line.hasPrefix("VmRSS:") { return line.split(separator: " ").compactMap { Int($0) }.first ?? 0 }
+    }
+    return 0
+  }
+
   /// For a failure: its threads and its last words.
   var report: String { "threads: \(threads.joined(separator: " "))\n\(log.suffix(3000))" }
 

@@ -22,6 +22,7 @@ import Xen
       [.number("brightness", 1...9, \.brightness, "how bright it is")] + commonRows)
 
     var restart = RestartPolicy()
+    var slot: UInt8?
     var limits = RateLimits()
     var offered: FeatureBits?
     var brightness = 3
@@ -152,6 +153,7 @@ import Xen
     }
 
     var restart = RestartPolicy()
+    var slot: UInt8?
     var limits = RateLimits()
     var offered: FeatureBits?
 

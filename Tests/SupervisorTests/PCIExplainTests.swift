@@ -11,39 +11,6 @@ import Xen
 
 /// `vxctl explain` of a guest on its PCI bus, with QEMU's monitor beside it.
 @Suite struct PCIExplainTests {
-  /// QEMU's monitor, for one client: greets, takes the handshake, says what is on the bus.
-  private final class Monitor {
-    private let thread: LoopThread
-
-    init(path: String, devices: String) throws {
-      let listener = OwnedDescriptor(adopting: socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0))
-      try UnixSocket.withAddress(path) { bind(listener.raw, $0, $1) }
-      guard listen(listener.raw, 1) == 0 else { throw Errno.last }
-      thread = try LoopThread(name: "monitor")
-      thread.loop.enqueue {
-        let client = OwnedDescriptor(adopting: accept(listener.raw, nil, nil))
-        func say(_ line: String) {
-          var bytes = Array((line + "\r\n").utf8)
-          _ = send(client.raw, &bytes, bytes.count, Int32(MSG_NOSIGNAL))
-        }
-        func hear() -> String {
-          var bytes = [UInt8](repeating: 0, count: 4096)
-          let count = recv(client.raw, &bytes, bytes.count, 0)
-          return String(decoding: bytes.prefix(max(count, 0)), as: UTF8.self)
-        }
-        say(#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}"#)
-        guard hear().contains("qmp_capabilities") else { return }
-        say(#"{"return": {}}"#)
-        guard hear().contains("query-pci") else { return }
-        say(#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RTC_CHANGE", "data": {"offset": 0}}"#)
-        say(#"{"return": [{"bus": 0, "devices": [\#(devices)]}]}"#)
-        _ = hear()
-      }
-    }
-
-    func end() { thread.stopAndJoin() }
-  }
-
   private func explain(_ world: World) -> ProgramRun {
     ProgramRun(
       "/usr/bin/env",
@@ -68,7 +35,7 @@ import Xen
     let path = world.folder.path + "/qmp-libxenstat-5"
     let other = #"{"bus": 0, "slot": 3, "function": 0, "class_info": {"class": 512}, "irq": 11}"#
     let same = #"{"bus": 0, "slot": 16, "function": 0, "class_info": {"class": 512}, "irq": 11}"#
-    let bad = try Monitor(path: path, devices: other + "," + same)
+    let bad = try MonitorOfQEMU(path: path, devices: other + "," + same)
     let refused = explain(world)
     bad.end()
     unlink(path)
@@ -78,7 +45,7 @@ import Xen
     let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
     try driver.start(wanted: [.eventIndex], queueSize: 64)
     #expect(eventually { world.state("web1", "xvde") == "connected" })
-    let good = try Monitor(path: path, devices: other)
+    let good = try MonitorOfQEMU(path: path, devices: other)
     let run = explain(world)
     good.end()
     #expect(run.status == 0 && run.output.hasSuffix("no problem found\n"), "\(run.output) \(run.errors)")

@@ -143,6 +143,31 @@ import Xen
     #expect(!world.eventKinds.contains(.deviceAdopted))
   }
 
+  /// The guest was restarted while no vxd was there: it has its UUID still, and its number again, and the rings of its earlier life are anything by
+  /// now.
+  @Test func stateOfAnEarlierLifeOfTheGuestIsNotUsed() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    world.stop()
+    try world.toolstack.removeEntry(disk: "xvde", of: 5)
+    try world.toolstack.crash(5)
+    let again = try SimulatedDomain(identifier: 5, memoryBytes: 16 << 20)
+    try world.toolstack.create(again, name: "web1")
+    // What was memory of a ring is memory of a program, whose words look like requests.
+    let place = again.memory.pointer(1 << 20)
+    place.initializeMemory(as: UInt8.self, repeating: 1, count: 1 << 20)
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    try world.start { $0.stateFolder = folder }
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    world.settle()
+    #expect(!world.eventKinds.contains(.deviceAdopted) && world.state("web1", "xvde") == "ready")
+    let words = UnsafeRawBufferPointer(start: place, count: 1 << 20)
+    #expect(words.allSatisfy { $0 == 1 }, "memory of the guest's was written to")
+    #expect(try world.boot(again).read(sector: 0, count: 4096).bytes == block(1))
+  }
+
   @Test func whatNoEntrySpeaksOfIsEnded() throws {
     let (world, domain, folder) = try world()
     defer { world.end() }

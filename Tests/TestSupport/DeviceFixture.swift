@@ -9,7 +9,7 @@ package import Xen
 
 /// A device of any type on the simulated Xen, with its driver and without a supervisor. Its saved state outlives its backends, so that
 /// they can be exchanged under the driver.
-package final class DeviceFixture {
+package final class DeviceFixture: CustomReflectable {
   package typealias Start = (
     DeviceBackend.Surroundings, @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread]
@@ -109,10 +109,11 @@ package final class DeviceFixture {
     }
   }
 
-  private func end() {
+  private func end(_ meanwhile: () -> Void = {}) {
     guard let backend = present else { return }
     let latch = Latch()
     backend.stop { latch.open() }
+    meanwhile()
     latch.wait()
     for thread in threads { thread.stopAndJoin() }
   }
@@ -127,9 +128,13 @@ package final class DeviceFixture {
   package var jobsWaiting: Int { threads[0].loop.jobsWaiting }
 
   /// Another backend takes the place of the present one, as after a death of vxd.
-  package func exchange(_ between: () -> Void = {}) throws {
+  ///
+  /// - Parameters:
+  ///   - meanwhile: what the driver does while the present one is being stopped.
+  ///   - between: what it does while none is there.
+  package func exchange(whileStopping meanwhile: () -> Void = {}, _ between: () -> Void = {}) throws {
     transport.unplug()
-    end()
+    end(meanwhile)
     between()
     // An image is free when its backend is gone.
     present = nil
@@ -138,6 +143,9 @@ package final class DeviceFixture {
     (present, self.threads) = (backend, threads)
     transport.plug(backend)
   }
+
+  /// For the message of a failed expectation: what a fixture is made of cannot all be shown.
+  package var customMirror: Mirror { Mirror(self, children: []) }
 
   package func stop() {
     transport.remove()

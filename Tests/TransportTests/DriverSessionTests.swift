@@ -17,6 +17,7 @@ import Virtqueue
     var activations: [(layouts: [QueueLayout?], adopts: Bool)] = []
     var writes: [[UInt8]] = []
     var resets = 0
+    var waits = 0
 
     init(_ features: FeatureBits = [.version1, .eventIndex, .indirectDescriptors], sizes: [UInt16] = [64, 64]) {
       offeredFeatures = features
@@ -32,6 +33,7 @@ import Virtqueue
     func notify(queue: Int) {}
     func reset() { resets += 1 }
     func configurationWritten(offset: Int, bytes: [UInt8]) { writes.append(bytes) }
+    var untilStopped: @Sendable () -> Void { { [self] in waits += 1 } }
   }
 
   /// What is saved, as a list of what happened.
@@ -138,6 +140,61 @@ import Virtqueue
       #expect(stage.transport.plug(fit) && fit.activations.isEmpty)
       stage.reset()
       #expect(stage.transport.currentStatus.isEmpty && fit.resets == 1)
+    }
+  }
+
+  /// A backend that was taken away may be in a batch: the driver's memory is its own when that is over.
+  @Test func resetWaitsForTheBackendThatWasTakenAwayAndForNoOther() {
+    onBoth { stage, device, _ in
+      let resets = device.resets
+      #expect(device.waits == 0)
+      stage.transport.unplug()
+      stage.reset()
+      #expect(device.waits >= 1 && device.resets == resets)
+      let (waits, next) = (device.waits, Choosy())
+      stage.transport.plug(next)
+      stage.reset()
+      #expect(device.waits == waits && next.waits == 0)
+    }
+  }
+
+  /// Features or queues that it does not have would reach it by DRIVER_OK, and its driver would wait for ever.
+  @Test(arguments: 0..<2) func backendThatComesBehindFeaturesOKIsAskedAtDriverOK(index: Int) {
+    let transport = MMIOTransport(device: Choosy(), line: RecordingLine(), state: Journal(), onStatus: { _ in })
+    func write(_ offset: UInt64, _ value: UInt64) { transport.write(offset: offset, width: 4, value: value) }
+    for (offset, value): (UInt64, UInt64) in [
+      (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, 1 << 28), (0x70, 11), (0x30, 0), (0x38, 16), (0x80, 0x1000),
+      (0x90, 0x2000), (0xa0, 0x3000), (0x44, 1),
+    ] { write(offset, value) }
+    #expect(transport.currentStatus == [.acknowledge, .driver, .featuresOK])
+    transport.unplug()
+    let next = [Choosy([.version1]), Choosy(sizes: [8, 64])][index]
+    #expect(transport.plug(next))
+    write(0x70, 15)
+    #expect(next.activations.isEmpty && transport.currentStatus.contains(.needsReset))
+    // With its reset the driver is served again.
+    write(0x70, 0)
+    #expect(transport.currentStatus.isEmpty)
+  }
+
+  /// A driver that reads a field in parts compares numbers around them, over PCI 8 bits of them: a process that takes over in between must
+  /// not show the one that it knows.
+  @Test func generationOfTheNextProcessIsAnother() throws {
+    let journal = Journal()
+    let device = Choosy()
+    var transport = MMIOTransport(device: device, line: RecordingLine(), state: journal, onStatus: { _ in })
+    transport.write(offset: 0x70, width: 4, value: 1)
+    for round in 0..<600 {
+      let known = transport.read(offset: 0x0fc, width: 4)
+      let saved = try #require(journal.saved.last)
+      transport = MMIOTransport(
+        restoring: DeviceProfile(device), saved.driver, saved.status, configuration: [9, 9, 9], line: RecordingLine(),
+        state: journal, onStatus: { _ in })
+      #expect(transport.read(offset: 0x0fc, width: 4) & 0xff != known & 0xff, "round \(round)")
+      #expect(transport.plug(Choosy()))
+      #expect(transport.read(offset: 0x0fc, width: 4) & 0xff != known & 0xff, "round \(round)")
+      // As any access of the driver does.
+      transport.write(offset: 0x14, width: 4, value: 0)
     }
   }
 

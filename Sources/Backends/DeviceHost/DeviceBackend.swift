@@ -89,6 +89,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   private let routes: [Route]
   private let rate: RateNode
   private let signals = Mutex<(any TransportSignals)?>(nil)
+  /// Open from the end of `stop` on.
+  private let isOver = Latch()
 
   // The guest's thread
   package private(set) var negotiated: FeatureBits = []
@@ -190,6 +192,14 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
 
   package func configurationWritten(offset: Int, bytes: [UInt8]) {}
 
+  package var untilStopped: @Sendable () -> Void {
+    { [isOver] in
+      isOver.wait()
+      // For whoever asks next.
+      isOver.open()
+    }
+  }
+
   /// The driver resets the device, or another begins with it; what it had written is void. Overridden where something is.
   package func forgetDriver() {}
 
@@ -228,7 +238,6 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   package func reset() {
     signals.withLock { $0 = nil }
     negotiated = []
-    forgetDriver()
     // All at once, then a wait for each: the longest alone counts.
     let latches = workers.map { worker in
       let latch = Latch()
@@ -239,6 +248,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
       return latch
     }
     for latch in latches { latch.wait() }
+    // Last: nothing that the driver asked for is under way any more.
+    forgetDriver()
   }
 
   /// Tells the driver that the configuration space has changed.
@@ -275,7 +286,10 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// goes. Waits, on the device's threads, for what the kernel still works on. The caller joins the threads afterwards.
   package func stop(completion: @escaping @Sendable () -> Void) {
     signals.withLock { $0 = nil }
-    let last = Countdown(left: workers.count, completion)
+    let last = Countdown(left: workers.count) { [isOver] in
+      isOver.open()
+      completion()
+    }
     for worker in workers {
       worker.thread.loop.enqueue {
         worker.close()

@@ -21,6 +21,8 @@ package protocol DeviceSettings: Equatable, Sendable {
   var limits: RateLimits { get set }
   /// Offer exactly these features: what the driver of a running device knows.
   var offered: FeatureBits? { get set }
+  /// Its device number on the guest's PCI bus; nil for vxd's choice. Of no meaning to other transports.
+  var slot: UInt8? { get set }
   /// What a disk stores its data in, "" for an empty spare; nil for devices of other types.
   var image: String? { get set }
   var readOnly: Bool { get }

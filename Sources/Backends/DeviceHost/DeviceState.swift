@@ -249,7 +249,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     for (index, value) in [
       status.rawValue, registers.deviceFeaturesSelect, registers.driverFeaturesSelect, registers.queueSelect,
       UInt32(truncatingIfNeeded: registers.driverFeatures), UInt32(truncatingIfNeeded: registers.driverFeatures >> 32),
-      UInt32(min(configuration.count, 128)), registers.epoch,
+      UInt32(min(configuration.count, 128)), registers.epoch, registers.generation,
     ].enumerated() {
       copy.storeBytes(of: value, toByteOffset: 4 * index, as: UInt32.self)
     }
@@ -276,6 +276,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     registers.driverFeaturesSelect = word(2)
     registers.queueSelect = word(3)
     registers.epoch = word(7)
+    registers.generation = word(8)
     registers.driverFeatures = UInt64(word(5)) << 32 | UInt64(word(4))
     let configuration = (0..<Int(min(word(6), 128))).map { copy.load(fromByteOffset: 64 + $0, as: UInt8.self) }
     for index in shape.profile.queueSizes.indices {

@@ -6,14 +6,21 @@ import Synchronization
 package final class ConfigurationSpace: Sendable {
   private struct Contents {
     var bytes: [UInt8]
-    /// Begins anywhere: a driver that is in the middle of a read when another process takes over must not find the number it knew.
-    var generation = UInt32.random(in: 0...UInt32.max)
+    var generation: UInt32
   }
 
   private let contents: Mutex<Contents>
 
   package init(_ bytes: [UInt8]) {
-    contents = Mutex(Contents(bytes: bytes))
+    contents = Mutex(Contents(bytes: bytes, generation: 0))
+  }
+
+  /// As an earlier process left it. A driver that is in the middle of a read when another process takes over must not find the number that it
+  /// knows, of which it may see 8 bits only (virtio 1.2, 4.1.4.3): so this is as far away from it as can be.
+  ///
+  /// - Parameter generation: the last that was saved; there may have been some more.
+  init(_ bytes: [UInt8], behind generation: UInt32) {
+    contents = Mutex(Contents(bytes: bytes, generation: generation &+ 128))
   }
 
   /// ConfigGeneration: changes whenever the contents do.

@@ -24,6 +24,8 @@ final class DriverSession: Sendable {
   nonisolated(unsafe) var driver: DriverState
   /// The backend; nil while none is there. Confined to the guest's thread once the transport is in its place.
   nonisolated(unsafe) private(set) var device: (any VirtioDevice)?
+  /// Waits for a backend that was taken away and may still be in a batch. Confined as above.
+  nonisolated(unsafe) private var untilStopped: (@Sendable () -> Void)?
 
   /// A device that no driver has touched.
   ///
@@ -44,7 +46,7 @@ final class DriverSession: Sendable {
     self.profile = profile
     self.driver = driver
     self.state = state
-    space = Mutex(ConfigurationSpace(configuration))
+    space = Mutex(ConfigurationSpace(configuration, behind: driver.generation))
     self.status.store(status.rawValue, ordering: .releasing)
   }
 
@@ -55,7 +57,12 @@ final class DriverSession: Sendable {
   private var isServed: Bool { currentStatus.contains(.driverOK) && !currentStatus.contains(.needsReset) }
 
   /// Writes down what a later process must know.
-  func save() { state?.save(driver, currentStatus, configuration: configuration.bytes) }
+  func save() {
+    let space = configuration
+    // The number first: a change that comes in between has another.
+    driver.generation = space.generation
+    state?.save(driver, currentStatus, configuration: space.bytes)
+  }
 
   // MARK: The driver
 
@@ -113,6 +120,7 @@ final class DriverSession: Sendable {
   func takeDown(_ queue: Int) {
     if driver.ready[queue], currentStatus.contains(.driverOK) {
       device?.resetQueue(queue)
+      untilStopped?()
       state?.endQueue(queue)
     }
     driver.ready[queue] = false
@@ -126,6 +134,7 @@ final class DriverSession: Sendable {
   /// - Returns: the status before.
   func reset() -> DeviceStatus {
     device?.reset()
+    untilStopped?()
     endJournals()
     state?.forgetDriver()
     driver = DriverState(queueCount: profile.queueSizes.count)
@@ -151,6 +160,7 @@ final class DriverSession: Sendable {
     if device.configuration !== earlier { device.configuration.follow(earlier) }
     space.withLock { $0 = device.configuration }
     self.device = device
+    untilStopped = nil
     guard isServed else {
       // A driver that has not begun may have made its choice already.
       if currentStatus.contains(.featuresOK), !currentStatus.contains(.driverOK) {
@@ -165,8 +175,12 @@ final class DriverSession: Sendable {
     return .resumed
   }
 
-  /// Takes the backend away: it is not called any more, and the driver's requests wait for the next.
-  func unplug() { device = nil }
+  /// Takes the backend away: it is not called any more, and the driver's requests wait for the next. Who calls stops it: a driver that
+  /// resets meanwhile waits for that.
+  func unplug() {
+    if let device { untilStopped = device.untilStopped }
+    device = nil
+  }
 
   /// The place loses its device: as a reset, without the guest's asking.
   func remove() {

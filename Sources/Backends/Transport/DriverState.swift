@@ -8,6 +8,8 @@ package struct DriverState: Equatable, Sendable {
   package var queueSelect: UInt32 = 0
   /// Which life of the device this is, where the transport has numbers for them; 0 elsewhere.
   package var epoch: UInt32 = 0
+  /// Of the configuration space, as the driver may have read it.
+  package var generation: UInt32 = 0
   package var queues: [QueueLayout] = []
   package var ready: [Bool] = []
 

@@ -31,6 +31,13 @@ package protocol VirtioDevice: AnyObject, Sendable {
   func reset()
   /// The driver wrote to the configuration space.
   func configurationWritten(offset: Int, bytes: [UInt8])
+  /// Waits for the end of a device that was taken off its transport and is being stopped: behind it no guest memory is touched any more.
+  /// It does not keep the device.
+  var untilStopped: @Sendable () -> Void { get }
+}
+
+extension VirtioDevice {
+  package var untilStopped: @Sendable () -> Void { {} }
 }
 
 /// What a device tells its transport, from any thread.

@@ -36,6 +36,8 @@ package final class SimulatedToolstack {
       try store.write("\(path)/name", name, in: transaction)
       let vm = uuid ?? "00000000-0000-4000-8000-00000000\(1000 + domain.identifier)"
       try store.write("\(path)/vm", "/vm/\(vm)", in: transaction)
+      let now = EventLoop.now()
+      try store.write("/vm/\(vm)/start_time", "\(now / 1_000_000_000).\(now % 1_000_000_000)", in: transaction)
       try store.write("\(path)/device", "", in: transaction)
       try store.write("/libxl/\(domain.identifier)/type", type, in: transaction)
     }

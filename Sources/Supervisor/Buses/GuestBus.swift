@@ -15,6 +15,8 @@ struct GuestFacts: Sendable {
   var type: String?
   /// What the profile says, or what the guest has had since an earlier daemon.
   var transport = GuestTransport.mmio
+  /// When the toolstack started it, as it says: a guest that is restarted keeps its UUID, and may get its number again.
+  var started: String?
 }
 
 /// How the registers of an HVM guest's devices are found by it.
@@ -101,6 +103,15 @@ protocol GuestBus: AnyObject, SendableMetatype {
   /// A device that nobody asked for: out of its place without a word.
   func discard(_ key: DeviceKey) -> BusJob
 
+  // MARK: QEMU, where the guest's devices stand beside its own
+
+  /// Whether to ask QEMU's monitor what it has on the guest's bus.
+  var asksQEMU: Bool { get }
+  /// What it answered.
+  ///
+  /// - Returns: devices whose places QEMU has too, which are not to be served.
+  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey]
+
   // MARK: Handshakes in Xenstore, where the bus has them
 
   /// The frontend's directory of a device.
@@ -118,6 +129,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
 
 extension GuestBus {
   static var note: String? { nil }
+  var asksQEMU: Bool { false }
+  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.

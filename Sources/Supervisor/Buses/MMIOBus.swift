@@ -38,7 +38,7 @@ final class MMIOBus: GuestBus {
   init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
     domain = facts.domain
     self.host = host
-    server = try RegisterServer(facts.domain, host)
+    server = try RegisterServer(facts, host)
   }
 
   var thread: LoopThread { server.thread }

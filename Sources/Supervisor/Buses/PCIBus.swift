@@ -41,12 +41,14 @@ final class PCIBus: GuestBus {
   private let server: RegisterServer
   private let messages: GuestMessages
   private var seats: [DeviceKey: Seat] = [:]
+  /// What QEMU has on the bus, as its monitor said; nil before.
+  private var others: Set<PCIAddress>?
   /// Devices whose saved state cannot be used, and why.
   private var lost: [DeviceKey: String] = [:]
 
   init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
     self.host = host
-    server = try RegisterServer(facts.domain, host)
+    server = try RegisterServer(facts, host)
     messages = GuestMessages(guest: server.handle)
   }
 
@@ -127,14 +129,41 @@ final class PCIBus: GuestBus {
   /// xvde is device 16, xvdf 17, and so on, so that the guest finds its disks in the order of their names; what the toolstack does not
   /// know of comes from 31 down.
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
-    guard seats[key] == nil else { return }
+    if let seat = seats[key] { return try checkCollision(seat.address.device) }
     let taken = Set(seats.values.map(\.address.device))
-    guard let device = Self.place(key, taken: taken) else {
+    if let wanted = entry.settings.slot {
+      guard !taken.contains(wanted) else {
+        throw EntryFault(
+          "slot",
+          "another of the guest's devices is PCI device \(wanted) already; expected one that is free, from 3 to 31")
+      }
+      try checkCollision(wanted)
+      seats[key] = Seat(address: PCIAddress(device: wanted))
+      return
+    }
+    guard let device = Self.place(key, taken: taken.union((others ?? []).map(\.device))) else {
       throw EntryFault(
         key.kind.isInXenstore ? "params" : "devices",
         "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use")
     }
     seats[key] = Seat(address: PCIAddress(device: device))
+  }
+
+  private func checkCollision(_ device: UInt8) throws(EntryFault) {
+    guard others?.contains(where: { $0.device == device }) == true else { return }
+    throw EntryFault(
+      "slot",
+      "QEMU has PCI device \(device) (\(PCIAddress(device: device))) too, and the guest finds only one of them; give this one another with the "
+        + "option \"slot\", or move QEMU's: look for pci= with '@' and for addr= in the guest's configuration")
+  }
+
+  // MARK: QEMU
+
+  var asksQEMU: Bool { others == nil && !seats.isEmpty }
+
+  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
+    others = functions
+    return seats.filter { seat in functions.contains { $0.device == seat.value.address.device } }.map(\.key)
   }
 
   /// The device number for a device; nil when all are taken.

@@ -11,11 +11,13 @@ final class RegisterServer {
   let handle: any GuestHandle
   let pool: ForeignMappingPool
   private let domain: DomainID
+  private let started: String?
   private let host: BusHost
   private let cell = ServerCell()
 
-  init(_ domain: DomainID, _ host: BusHost) throws(XenError) {
-    self.domain = domain
+  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
+    domain = facts.domain
+    started = facts.started
     self.host = host
     handle = try host.hypervisor.open(domain)
     pool = ForeignMappingPool(
@@ -36,10 +38,11 @@ final class RegisterServer {
       mappings: { [pool] in pool.statistics })
   }
 
-  /// Devices that an earlier daemon left files of; none when they are of another guest, whose domain number came again.
+  /// Devices that an earlier daemon left files of; none when they are of another guest, whose domain number came again, or of another life of
+  /// this one: rings of that time are not to be served.
   func earlierDevices(_ folder: StateFolder, uuid: String?) -> [DeviceKey] {
     guard let saved = folder.guest(domain) else { return [] }
-    guard saved.uuid == uuid else {
+    guard saved.isOf(uuid: uuid, started: started) else {
       folder.forgetAll(domain)
       return []
     }
@@ -61,6 +64,7 @@ final class RegisterServer {
     let (domain, folder, cell, handle, pool, loop) = (
       domain, host.settings.stateFolder, cell, handle, pool, thread.loop
     )
+    let started = started
     let ignoresInvalidations = host.settings.ignoresInvalidations
     return {
       do throws(XenError) {
@@ -68,7 +72,8 @@ final class RegisterServer {
           handle, pool, loop, ignoresInvalidations: ignoresInvalidations
         ) { identifier in
           // Known to a later daemon before it can hold up a vCPU.
-          try? folder?.save(StateFolder.Guest(server: identifier, uuid: uuid, transport: transport), of: domain)
+          try? folder?.save(
+            StateFolder.Guest(server: identifier, uuid: uuid, transport: transport, started: started), of: domain)
         }
         cell.server = server
         try prepare(server)

@@ -206,6 +206,12 @@ final class XenstoreReader {
     connection?.read("/local/domain/\(domain)/vm").map { $0.split(separator: "/").last.map(String.init) ?? $0 }
   }
 
+  /// When libxl started the domain (xen: tools/libs/light, libxl_create.c, "start_time"); nil where nobody says.
+  func started(_ domain: DomainID) -> String? {
+    guard let vm = connection?.read("/local/domain/\(domain)/vm"), vm.hasPrefix("/vm/") else { return nil }
+    return connection?.read("\(vm)/start_time")
+  }
+
   /// The guest's UUID as dom0 wrote it into an entry (`vxctl attach`, `vxctl identify`): a driver domain may not see the guest's own nodes.
   func uuid(_ key: DeviceKey) -> String? {
     guard isDriverDomain, let text = node(key, "vx-uuid"), text.utf8.count <= 64, !text.isEmpty else { return nil }

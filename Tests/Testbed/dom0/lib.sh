@@ -35,9 +35,10 @@ wait_until() { # SECONDS COMMAND...
 }
 
 # Domains that ended in another way than by powering off, being suspended or being destroyed: xl says how in its logs. Nothing here asks for
-# such an end: a crash, a triple fault (a reboot for Xen) and a watchdog's end are unasked at any time.
+# such an end: a crash, a triple fault (a reboot for Xen) and a watchdog's end are unasked at any time. Where guests reboot (MAY_REBOOT), the
+# scenario itself looks for what they say before.
 deaths() {
-  grep -s -h 'has shut down, reason code [1345]' /var/log/xen/xl-*.log* | tr '\n' ';'
+  grep -s -h "has shut down, reason code [${MAY_REBOOT:-1}345]" /var/log/xen/xl-*.log* | tr '\n' ';'
 }
 
 show_logs() {

@@ -236,6 +236,47 @@ test_pci() {
   test_crash
 }
 
+# Where a disk's function is, and its BAR.
+function_of() { basename "$(readlink -f "$(readlink -f "/sys/block/$1/device")/..")"; }
+bar_of() { head -n 1 "/sys/bus/pci/devices/$1/resource" | cut -d' ' -f1; }
+
+# A program that does everything wrong with the function of vdb, from several seeds, beside disks that are used as they should be; after each of
+# them the driver is bound again and works. The first time the guest reboots then: the last sector of the disk that it was booted from knows.
+test_hostilepci() {
+  wait_for_disks 3
+  if dd if=/dev/vda bs=512 skip=65535 count=1 2>/dev/null | grep -q rebooted; then
+    say "REBOOTED"
+    verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
+    test_crash
+    return
+  fi
+  describe_functions
+  verified_io vdb --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
+  victim=$(function_of vdb)
+  other=$(bar_of "$(function_of vdc)")
+  seed=0
+  while [ $seed -lt "${vx_seeds:-4}" ]; do
+    seed=$((seed + 1))
+    echo "$victim" >/sys/bus/pci/drivers/virtio-pci/unbind
+    echo 1 >"/sys/bus/pci/devices/$victim/enable"
+    direct_fio beside --filename=/dev/vda --rw=randread --bs=4k --size=4m --iodepth=4 &
+    # What is above mem= is nobody's.
+    hostile-pci "$victim" $((${vx_seed:-0} + seed)) "${vx_rounds:-300}" 0x0e000000 "$other" || say "FAIL hostile-pci ended with $?"
+    wait
+    echo 0 >"/sys/bus/pci/devices/$victim/enable"
+    echo 1 >"/sys/bus/pci/devices/$victim/remove"
+    echo 1 >/sys/bus/pci/rescan
+    wait_for_disks 3
+    verified_io "vdb-after-$seed" --filename=/dev/vdb --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
+    verified_io "vdc-after-$seed" --filename=/dev/vdc --rw=randrw --bs=4k --size=2m --iodepth=8 --fsync=16
+    say "REFORMED $seed"
+  done
+  say "REBOOTS"
+  printf 'rebooted' | dd of=/dev/vda bs=512 seek=65535 conv=notrunc,fsync 2>/dev/null
+  sync
+  reboot -f
+}
+
 # Verified I/O in rounds through pages that come and go, while the toolstack takes memory away and gives it back.
 test_balloon() {
   wait_for_disks 1

@@ -9,6 +9,7 @@ package import Xen
 /// One console device. Values are checked already.
 package struct ConsoleSettings: DeviceSettings {
   package var restart = RestartPolicy()
+  package var slot: UInt8?
   package var limits = RateLimits()
   package var offered: FeatureBits?
   /// The first is the guest's console.

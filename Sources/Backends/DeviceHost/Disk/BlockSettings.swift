@@ -48,6 +48,7 @@ package struct BlockSettings: DeviceSettings {
   package var offered: FeatureBits?
   /// What its supervisor does when the backend fails.
   package var restart = RestartPolicy()
+  package var slot: UInt8?
   /// What the device may use.
   package var limits = RateLimits()
   /// Copy through the bounce buffers also where the engine could reach guest memory: for measurements.

@@ -8,6 +8,7 @@ package import Xen
 /// One entropy device.
 package struct EntropySettings: DeviceSettings {
   package var restart = RestartPolicy()
+  package var slot: UInt8?
   package var limits = RateLimits()
   package var offered: FeatureBits?
 

@@ -9,6 +9,7 @@ package import Xen
 /// Options of a network device.
 package struct NetSettings: DeviceSettings {
   package var restart = RestartPolicy()
+  package var slot: UInt8?
   package var limits = RateLimits()
   package var offered: FeatureBits?
   package var attachment: NetAttachment

@@ -19,6 +19,10 @@ extension DeviceSettings {
         "restartLimit", 1...1000, \.restart.limit, "restarts within the window; one more, and the device is quarantined"
       ),
       OptionRow.number("restartWindowSeconds", 1...86_400, \.restart.windowSeconds, "the window"),
+      OptionRow(
+        "slot", .number(3...31), "device number on the guest's PCI bus; only with the transport `pci`",
+        default: "chosen by vxd", read: { $0.slot.map { "\($0)" } ?? "chosen by vxd" }
+      ) { settings, given in settings.slot = UInt8(clamping: given.number) },
     ]
   }
 }

@@ -14,21 +14,21 @@ extension BlockPump {
     do throws(GuestMemoryFault) {
       request = try BlockRequest.parse(chain, memory: &memory)
     } catch {
-      complete(slot, .ioError)
-      return true
+      return end(slot, .ioError)
     }
     slab.records[slot].dataBytes = request.dataBytes
     switch request.kind {
     case .read: return transfer(slot, .read, request)
     case .write: return transfer(slot, .write, request)
     case .flush:
+      if settings.cache == .unsafe { return end(slot, .ok, as: .flush) }
       tally.flushes &+= 1
       slab.records[slot].kind = .flush
       slab.records[slot].dataBytes = 0
-      if settings.cache == .unsafe { complete(slot, .ok) } else { start(slot) }
-    case .discard: beginRanges(slot, .discard, isOffered: geometry.canDiscard)
-    case .writeZeroes: beginRanges(slot, .writeZeroes, isOffered: geometry.canWriteZeroes)
-    case .secureErase: beginRanges(slot, .secureErase, isOffered: geometry.canSecureErase)
+      start(slot)
+    case .discard: return beginRanges(slot, .discard, isOffered: geometry.canDiscard)
+    case .writeZeroes: return beginRanges(slot, .writeZeroes, isOffered: geometry.canWriteZeroes)
+    case .secureErase: return beginRanges(slot, .secureErase, isOffered: geometry.canSecureErase)
     case .getID:
       guard admitSmall() else { return false }
       var identifier: (UInt64, UInt64, UInt32) = (0, 0, 0)
@@ -37,22 +37,38 @@ extension BlockPump {
       }
       withUnsafeBytes(of: &identifier) { answer(slot, UnsafeRawBufferPointer(rebasing: $0[..<20])) }
     case .getLifetime:
-      guard let lifetime = geometry.lifetime else {
-        tally.others &+= 1
-        complete(slot, .unsupported)
-        return true
-      }
+      guard let lifetime = geometry.lifetime else { return end(slot, .unsupported, isOther: true) }
       guard admitSmall() else { return false }
       // struct virtio_blk_lifetime: pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b
       var words = (
         lifetime.preEndOfLife.littleEndian, lifetime.typicalA.littleEndian, lifetime.typicalB.littleEndian
       )
       withUnsafeBytes(of: &words) { answer(slot, UnsafeRawBufferPointer(rebasing: $0[..<6])) }
-    case .unknown:
-      tally.others &+= 1
-      complete(slot, .unsupported)
+    case .unknown: return end(slot, .unsupported, isOther: true)
     }
     return true
+  }
+
+  /// Ends a request of which nothing is asked of the store. It has its rate all the same: a driver can make such requests without end.
+  ///
+  /// - Returns: false when its chain has to wait.
+  private mutating func end(
+    _ slot: Int, _ status: BlockStatus, as operation: BlockOperation? = nil, isOther: Bool = false
+  ) -> Bool {
+    guard admitSmall() else { return false }
+    if let operation { tally(of: operation) }
+    if isOther { tally.others &+= 1 }
+    complete(slot, status)
+    return true
+  }
+
+  private mutating func tally(of operation: BlockOperation) {
+    switch operation {
+    case .flush: tally.flushes &+= 1
+    case .discard: tally.discards &+= 1
+    case .writeZeroes: tally.writeZeroes &+= 1
+    default: tally.others &+= 1
+    }
   }
 
   /// Answers a request that asks for a few bytes of ours; a shorter buffer gets the first ones.
@@ -79,16 +95,12 @@ extension BlockPump {
       request.dataBytes % block == 0,
       (request.sector &* BlockConfiguration.sectorSize) % block == 0, request.dataBytes < 1 << 31,
       operation == .read || !geometry.readOnly
-    else {
-      complete(slot, .ioError)
-      return true
-    }
+    else { return end(slot, .ioError) }
     slab.records[slot].kind = operation
     slab.records[slot].offset = request.sector &* BlockConfiguration.sectorSize
     guard request.dataBytes > 0 else {
       // A multiple of 512 too (virtio 1.2, 5.2.6).
-      complete(slot, .ok)
-      return true
+      return end(slot, .ok)
     }
     guard isLimited else { return startTransfer(slot) }
     if admit(slot), !startTransfer(slot) { throttle(slot) }
@@ -290,18 +302,15 @@ extension BlockPump {
   // MARK: Ranges
 
   /// Discard, write zeroes, secure erase: each range becomes a step of its own.
-  private mutating func beginRanges(_ slot: Int, _ operation: BlockOperation, isOffered: Bool) {
-    switch operation {
-    case .discard: tally.discards &+= 1
-    case .writeZeroes: tally.writeZeroes &+= 1
-    default: tally.others &+= 1
-    }
+  ///
+  /// - Returns: false when its chain has to wait.
+  private mutating func beginRanges(_ slot: Int, _ operation: BlockOperation, isOffered: Bool) -> Bool {
     let dataBytes = slab.records[slot].dataBytes
     let count = Int(truncatingIfNeeded: min(dataBytes / 16, UInt64(BlockConfiguration.rangesMaximum) + 1))
     guard dataBytes % 16 == 0, count > 0, count <= BlockConfiguration.rangesMaximum, !geometry.readOnly else {
-      return complete(slot, .ioError)
+      return end(slot, .ioError, as: operation)
     }
-    guard isOffered else { return complete(slot, .unsupported) }
+    guard isOffered else { return end(slot, .unsupported, as: operation) }
     slab.records[slot].kind = operation
     var cursor = dataCursor(slot)
     var written: UInt64 = 0
@@ -322,11 +331,11 @@ extension BlockPump {
       let sectors = UInt32(truncatingIfNeeded: second)
       let flags = UInt32(truncatingIfNeeded: second >> 32)
       // The flag UNMAP belongs to write zeroes alone; unknown ones are refused (virtio 1.2, 5.2.6.2).
-      guard flags & ~(operation == .writeZeroes ? 1 : 0) == 0 else { return complete(slot, .unsupported) }
+      guard flags & ~(operation == .writeZeroes ? 1 : 0) == 0 else { return end(slot, .unsupported, as: operation) }
       let bytes = UInt64(sectors) &* BlockConfiguration.sectorSize
       guard !fault, sectors <= BlockConfiguration.rangeSectorsMaximum,
         BlockRequest.isOnDisk(sector: sector, bytes: bytes, capacity: geometry.capacity)
-      else { return complete(slot, .ioError) }
+      else { return end(slot, .ioError, as: operation) }
       let mayUnmap = flags & 1 == 1 && geometry.canUnmapZeroes
       if operation == .writeZeroes, !mayUnmap { written &+= bytes }
       slab.ranges(slot)[index] = OperationSlab.Range(
@@ -335,7 +344,9 @@ extension BlockPump {
     slab.records[slot].rangeCount = count
     // What a limit sees of it: bytes where the store has to write them.
     slab.records[slot].dataBytes = written
+    tally(of: operation)
     start(slot)
+    return true
   }
 
   /// Stages the next piece of a request that names ranges. Pieces end where multiples of their size lie on the disk, so that a store that

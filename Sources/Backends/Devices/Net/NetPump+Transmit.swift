@@ -33,6 +33,8 @@ extension NetPump {
         }
         if let reason = send(chain) {
           transmitQueue.counters.drops(reason).add(1)
+          // It cost as much of the thread: who sends what is dropped is held to the rate too.
+          if isLimited { rate.pay(isWrite: true, bytes: 0, at: now) }
         } else {
           guard goneResult == 0 else {
             transmitQueue.putBack(chain.ticket)
