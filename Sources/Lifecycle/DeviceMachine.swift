@@ -98,6 +98,8 @@ package struct DeviceMachine: Hashable, Sendable {
   package internal(set) var connection: Connection
   package internal(set) var bus: Bus
   package let style: BusStyle
+  /// Whether its bus is there only when the server of the guest's accesses is.
+  package let needsServer: Bool
   /// Policies; they may change at any time.
   package var rules: DeviceRules
   /// Failures of backends, and restarts.
@@ -119,12 +121,16 @@ package struct DeviceMachine: Hashable, Sendable {
   /// Collected while an event is handled; empty between events.
   var effects: [DeviceEffect] = []
 
-  /// - Parameter numbersAfter: where its numbers begin: they must differ from those of every earlier device of the same name, whose
-  ///   timers may still run.
+  /// - Parameters:
+  ///   - needsServer: nil where devices of the style do.
+  ///   - numbersAfter: where its numbers begin: they must differ from those of every earlier device of the same name, whose timers may
+  ///     still run.
   package init(
-    _ style: BusStyle, _ rules: DeviceRules, bus: Bus = .pending, earlier: Earlier = .nothing, numbersAfter: UInt64 = 0
+    _ style: BusStyle, _ rules: DeviceRules, needsServer: Bool? = nil, bus: Bus = .pending,
+    earlier: Earlier = .nothing, numbersAfter: UInt64 = 0
   ) {
     self.style = style
+    self.needsServer = needsServer ?? (style == .registers)
     lastNumber = numbersAfter
     self.rules = rules
     self.bus = bus

@@ -1,10 +1,12 @@
-/// A guest's life with those of its devices: its server comes first, its memory goes last. A value, as `DeviceMachine` is.
+/// A guest's life with those of its devices: the server comes with the first device that needs it, the memory goes last. A value, as
+/// `DeviceMachine` is.
 ///
 /// `Key` names a device within the guest.
 package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package enum Phase: Hashable, Sendable {
-    /// The server of its accesses is being made, or nothing has happened yet.
+    /// The server of its accesses is being made.
     case starting
+    /// There is a server, or nobody has needed one so far.
     case running
     /// It cannot be made: `reason`; tried again after a pause, which is numbered.
     case failed(reason: String, retry: UInt64)
@@ -36,16 +38,19 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package internal(set) var tries = 0
   /// The daemon ends, and what is left of the guest is for the next one.
   package internal(set) var isHandingOver = false
+  /// A server was needed at some time.
+  package internal(set) var hasServer: Bool
   var lastNumber: UInt64
   /// Collected while an event is handled; empty between events.
   var effects: [GuestEffect<Key>] = []
 
   /// - Parameters:
-  ///   - hasServer: the guest's accesses are served by a server that must be made first; else devices can be served at once.
+  ///   - hasServer: the server is made at once: an earlier daemon left one. Else it is made with the first device that needs it.
   ///   - numbersAfter: as with `DeviceMachine`.
   package init(hasServer: Bool, retry: RestartPolicy = DeviceRules().startRetry, numbersAfter: UInt64 = 0) {
     self.retry = retry
     lastNumber = numbersAfter
+    self.hasServer = hasServer
     if !hasServer { phase = .running }
   }
 
@@ -65,8 +70,12 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     }
   }
 
-  private var bus: Bus {
+  private func bus(of machine: DeviceMachine) -> Bus {
     switch phase {
+    case .starting, .running, .failed: if !machine.needsServer { return .ready }
+    case .closing, .gone: break
+    }
+    return switch phase {
     case .starting: .pending
     case .running: .ready
     case .failed(let reason, _): .failed(reason)
@@ -82,7 +91,11 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .begin: begin()
     case .add(let key, let origin, var machine, let pause, let fuse):
       guard acceptsDevices, self[key] == nil else { return [.unexpected("add while \(phase)")] }
-      machine.bus = bus
+      if machine.needsServer, !hasServer {
+        hasServer = true
+        startServer()
+      }
+      machine.bus = bus(of: machine)
       members.append(Member(key: key, origin: origin, machine: machine))
       tell(key, .begin(after: pause, fuse: fuse), now)
     case .device(let key, let event): tell(key, event, now)
@@ -127,7 +140,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .starting:
       phase = .running
       tries = 0
-      for member in members { tell(member.key, .busReady, now) }
+      for member in members where member.machine.needsServer { tell(member.key, .busReady, now) }
     case .closing: break  // the guest ended meanwhile; what was made is given back by what was asked for then
     case .running, .failed, .gone: effects.append(.unexpected("server started while \(phase)"))
     }
@@ -141,7 +154,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       if tries == 0 { effects.append(.tell(.guestFailed, reason)) }
       effects.append(.scheduleServer(lastNumber, max(RestartBudget.pause(retry, tries: tries, at: now), 1)))
       tries += 1
-      for member in members { tell(member.key, .busFailed(reason), now) }
+      for member in members where member.machine.needsServer { tell(member.key, .busFailed(reason), now) }
     case .closing: break  // the guest ended meanwhile
     case .running, .failed, .gone: effects.append(.unexpected("server failed while \(phase)"))
     }

@@ -14,7 +14,7 @@ package struct StateFolder: Sendable {
   struct Guest: Equatable {
     var server: UInt16
     var uuid: String?
-    var transport = GuestTransport.mmio
+    var transport = RegisterTransport.mmio
   }
 
   /// Makes the folder when it is not there.
@@ -43,7 +43,7 @@ package struct StateFolder: Sendable {
       let server = value["server"]?.integerValue.flatMap(UInt16.init(exactly:))
     else { return nil }
     // Earlier versions knew one transport, and did not name it.
-    let transport = value["transport"]?.stringValue.flatMap(GuestTransport.init(rawValue:)) ?? .mmio
+    let transport = value["transport"]?.stringValue.flatMap(RegisterTransport.init(rawValue:)) ?? .mmio
     return Guest(server: server, uuid: value["uuid"]?.stringValue, transport: transport)
   }
 

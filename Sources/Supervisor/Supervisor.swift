@@ -90,10 +90,10 @@ package actor Supervisor {
 
   /// A backend has something to say.
   func reported(_ key: DeviceKey, _ id: BackendID, _ report: DeviceReport) {
-    guard let (guest, device) = table.known(key) else { return }
+    guard let device = table.known(key)?.1 else { return }
     handle(.device(key, .report(id, DeviceEvent.Report(report, of: device.backend))), of: key.domain)
     // Reports of the status are merged, so that of a driver that has reset the device since may have been looked at before this fault.
-    guard case .fault = report, let status = guest.bus.transport(of: key)?.currentStatus, !status.contains(.needsReset)
+    guard case .fault = report, let status = device.transport?.currentStatus, !status.contains(.needsReset)
     else { return }
     handle(.device(key, .driver(Driver(status))), of: key.domain)
   }

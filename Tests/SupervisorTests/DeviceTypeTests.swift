@@ -24,6 +24,7 @@ import Xen
     var restart = RestartPolicy()
     var limits = RateLimits()
     var offered: FeatureBits?
+    var transport: RegisterTransport?
     var brightness = 3
 
     init() {}
@@ -154,6 +155,7 @@ import Xen
     var restart = RestartPolicy()
     var limits = RateLimits()
     var offered: FeatureBits?
+    var transport: RegisterTransport?
 
     init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {}
     var optionTexts: [(name: String, value: String)] { [] }

@@ -21,6 +21,8 @@ package protocol DeviceSettings: Equatable, Sendable {
   var limits: RateLimits { get set }
   /// Offer exactly these features: what the driver of a running device knows.
   var offered: FeatureBits? { get set }
+  /// How an HVM guest finds the device; nil as its other devices.
+  var transport: RegisterTransport? { get set }
   /// What a disk stores its data in, "" for an empty spare; nil for devices of other types.
   var image: String? { get set }
   var readOnly: Bool { get }

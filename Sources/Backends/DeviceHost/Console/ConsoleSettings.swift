@@ -11,6 +11,7 @@ package struct ConsoleSettings: DeviceSettings {
   package var restart = RestartPolicy()
   package var limits = RateLimits()
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
   /// The first is the guest's console.
   package var ports: [ConsolePortSettings]
 

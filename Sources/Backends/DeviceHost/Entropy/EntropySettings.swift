@@ -10,6 +10,7 @@ package struct EntropySettings: DeviceSettings {
   package var restart = RestartPolicy()
   package var limits = RateLimits()
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
 
   package init() {}
 

@@ -11,6 +11,7 @@ package struct NetSettings: DeviceSettings {
   package var restart = RestartPolicy()
   package var limits = RateLimits()
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
   package var attachment: NetAttachment
   /// The tap's name where vxd makes it.
   package var tapName: String

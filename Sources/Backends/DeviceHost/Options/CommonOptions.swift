@@ -19,6 +19,11 @@ extension DeviceSettings {
         "restartLimit", 1...1000, \.restart.limit, "restarts within the window; one more, and the device is quarantined"
       ),
       OptionRow.number("restartWindowSeconds", 1...86_400, \.restart.windowSeconds, "the window"),
+      OptionRow(
+        "transport", .choice(RegisterTransport.allCases.map(\.rawValue)),
+        "how an HVM guest finds this device, `mmio` or `pci`; see the guest's", default: "the guest's",
+        read: { $0.transport?.rawValue ?? "the guest's" }
+      ) { $0.transport = RegisterTransport(rawValue: $1.text) },
     ]
   }
 }
