@@ -40,6 +40,14 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package internal(set) var isHandingOver = false
   /// A server was needed at some time.
   package internal(set) var hasServer: Bool
+  /// The guest looks for devices where nobody answers but the server: it stays for as long as the guest runs, with or without devices.
+  package internal(set) var holdsWindows: Bool
+  /// The domain is no more, so that nobody looks for anything.
+  package internal(set) var isDomainGone = false
+  /// The daemon ends, and does not come again.
+  package internal(set) var isLeftForGood = false
+  /// Mappings are being given back while the server stays.
+  package internal(set) var isReleasingMemory = false
   var lastNumber: UInt64
   /// Collected while an event is handled; empty between events.
   var effects: [GuestEffect<Key>] = []
@@ -47,10 +55,15 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   /// - Parameters:
   ///   - hasServer: the server is made at once: an earlier daemon left one. Else it is made with the first device that needs it.
   ///   - numbersAfter: as with `DeviceMachine`.
-  package init(hasServer: Bool, retry: RestartPolicy = DeviceRules().startRetry, numbersAfter: UInt64 = 0) {
+  ///   - holdsWindows: of an earlier daemon.
+  package init(
+    hasServer: Bool, holdsWindows: Bool = false, retry: RestartPolicy = DeviceRules().startRetry,
+    numbersAfter: UInt64 = 0
+  ) {
     self.retry = retry
     lastNumber = numbersAfter
     self.hasServer = hasServer
+    self.holdsWindows = holdsWindows
     if !hasServer { phase = .running }
   }
 
@@ -95,6 +108,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
         hasServer = true
         startServer()
       }
+      if machine.claim != .none { holdsWindows = true }
       machine.bus = bus(of: machine)
       members.append(Member(key: key, origin: origin, machine: machine))
       tell(key, .begin(after: pause, fuse: fuse), now)
@@ -102,15 +116,20 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .serverStarted: serverStarted(now)
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
+    case .memoryReleased:
+      isReleasingMemory = false
+      dismiss(now)
     case .retryServer(let number):
       guard case .failed(_, number) = phase else { break }  // it has been tried since, or the guest ends
       startServer()
     case .settle: closeIfAllGivenBack()
     case .domainGone:
+      isDomainGone = true
       endAll(.closed(isAwaited: false), now) { $0.origin == .profile }
       closeIfAllGivenBack()
     case .end(.handedOver): handOver(now)
     case .end(let departure):
+      isLeftForGood = true
       endAll(departure, now) { _ in true }
       closeIfAllGivenBack()
     }
@@ -217,8 +236,21 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .starting, .running, .failed: break
     case .closing, .gone: return
     }
+    if holdsWindows, !isDomainGone, !isHandingOver {
+      guard isLeftForGood else { return releaseMemory() }
+      // Its accesses wait rather than that the guest's kernel dies of them.
+      isHandingOver = true
+      effects.append(.leaveServer)
+    }
     phase = .closing(isHandingOver ? .handedOver : .closed(isAwaited: false))
     effects.append(.closeServer)
+  }
+
+  /// With the last device, while the server stays.
+  private mutating func releaseMemory() {
+    guard !members.isEmpty, !isReleasingMemory else { return }
+    isReleasingMemory = true
+    effects.append(.releaseMemory)
   }
 
   private mutating func dismiss(_ now: Moment) {
@@ -257,6 +289,8 @@ package enum GuestEvent<Key: Hashable & Sendable>: Hashable, Sendable {
   case serverFailed(String)
   /// Server and memory are given back.
   case serverClosed
+  /// Nothing of the guest's memory is mapped any more.
+  case memoryReleased
   case retryServer(UInt64)
   /// Every device that the guest is to have has been added: a guest without one ends.
   case settle
@@ -274,6 +308,8 @@ package enum GuestEffect<Key: Hashable & Sendable>: Hashable, Sendable {
   case leaveServer
   /// Closes the server, unless it was left, then the guest's memory, on the guest's thread. Answered by `serverClosed`.
   case closeServer
+  /// Gives all mappings back while the server stays. Answered by `memoryReleased`.
+  case releaseMemory
   /// The guest's thread has nothing left to do: joins it.
   case joinThread
   case scheduleServer(UInt64, Milliseconds)

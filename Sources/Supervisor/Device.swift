@@ -19,6 +19,8 @@ final class Device {
   let key: DeviceKey
   /// How the guest reaches it.
   let bus: any GuestBus
+  /// What it was chosen by.
+  let wish: DeviceWish
   /// The entry's nodes as they were when they were looked at last; empty for devices without an entry in Xenstore.
   var nodes: [String: String]
   /// What they say, with every option; nil until it has been read, or while it is wrong.
@@ -34,9 +36,10 @@ final class Device {
   /// What the watchdog found last.
   var stuck: StuckRequest?
 
-  init(_ key: DeviceKey, on bus: any GuestBus, _ nodes: [String: String], rate: RateNode) {
+  init(_ key: DeviceKey, on bus: any GuestBus, by wish: DeviceWish, _ nodes: [String: String], rate: RateNode) {
     self.key = key
     self.bus = bus
+    self.wish = wish
     self.nodes = nodes
     self.rate = rate
   }

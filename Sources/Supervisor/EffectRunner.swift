@@ -45,6 +45,7 @@ final class EffectRunner {
     case .insert(let id, let needsReset):
       guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
       run(bus.insert(key, id, backend, needsReset: needsReset), guest, supervisor)
+    case .claim: run(bus.claim(key, device.wish), guest, supervisor)
     case .plug(let id): if let backend = device.backend { run(bus.plug(key, id, backend), guest, supervisor) }
     case .remove: run(bus.remove(key), guest, supervisor)
     case .leave: run(bus.leave(key), guest, supervisor)

@@ -18,9 +18,9 @@ final class Guest {
   /// The guest's node of the budget tree.
   let rate: RateNode
 
-  /// - Parameter hasServer: an earlier daemon left one for it, which its vCPUs may be waiting for.
+  /// - Parameter saved: what an earlier daemon left of it: a server, which its vCPUs may be waiting for.
   init(
-    _ domain: DomainID, name: String, uuid: String?, buses: GuestBuses, hasServer: Bool, rate: RateNode,
+    _ domain: DomainID, name: String, uuid: String?, buses: GuestBuses, saved: StateFolder.Guest?, rate: RateNode,
     numbersAfter: UInt64, retry: RestartPolicy
   ) {
     self.domain = domain
@@ -28,7 +28,8 @@ final class Guest {
     self.uuid = uuid
     self.buses = buses
     self.rate = rate
-    machine = GuestMachine(hasServer: hasServer, retry: retry, numbersAfter: numbersAfter)
+    machine = GuestMachine(
+      hasServer: saved != nil, holdsWindows: saved?.windows.isEmpty == false, retry: retry, numbersAfter: numbersAfter)
   }
 
   /// The name by which the profiles know it; empty for none.

@@ -87,6 +87,7 @@ final class GuestTable {
     case .startServer: runner.run(guest.buses.startServer(uuid: guest.uuid), guest, supervisor)
     case .leaveServer: runner.run(guest.buses.leaveServer(), guest, supervisor)
     case .closeServer: runner.run(guest.buses.closeServer(), guest, supervisor)
+    case .releaseMemory: runner.run(guest.buses.releaseMemory(), guest, supervisor)
     case .joinThread: guest.buses.thread.stopAndJoin()
     case .scheduleServer(let number, let pause):
       supervisor.later(pause) { $0.handle(.retryServer(number), of: domain) }

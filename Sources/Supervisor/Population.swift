@@ -168,8 +168,9 @@ final class Population {
   ) throws(XenError) {
     // While a guest ends, its entries wait; they are looked at again when it is gone.
     guard guest.machine.acceptsDevices, guest.devices[key] == nil else { return }
-    let bus = try guest.buses.bus(for: key, wish(key, nodes, facts(guest.domain)))
-    let device = Device(key, on: bus, nodes, rate: RateNode(parent: guest.rate))
+    let wish = wish(key, nodes, facts(guest.domain))
+    let bus = try guest.buses.bus(for: key, wish)
+    let device = Device(key, on: bus, by: wish, nodes, rate: RateNode(parent: guest.rate))
     let frontend = nodes["frontend"].flatMap { reader.state(frontend: $0) }
     let (earlier, state) = guest.buses.earlier(key, on: bus, nodes, frontend: frontend)
     device.state = state
@@ -178,8 +179,8 @@ final class Population {
     rules.faultLimit = settings.faultLimit
     rules.startRetry = settings.startRetry
     let machine = DeviceMachine(
-      type(of: bus).style, rules, needsServer: type(of: bus).hasServer, earlier: earlier,
-      numbersAfter: table.newNumbers())
+      type(of: bus).style, rules, needsServer: type(of: bus).hasServer,
+      hasWindow: type(of: bus).hasWindow(wish), earlier: earlier, numbersAfter: table.newNumbers())
     // A device whose guest waits for it is not slowed.
     let pause = earlier == .nothing ? table.herald.churn.pause(for: key, at: .now) : 0
     let fuse = settings.crashes?.reason(for: key)
@@ -226,7 +227,7 @@ final class Population {
     let saved = settings.stateFolder?.guest(domain)
     let guest = Guest(
       domain, name: reader.name(domain) ?? Supervisor.placeholder(domain),
-      uuid: uuid, buses: buses, hasServer: saved.map { $0.uuid == uuid } ?? false, rate: RateNode(parent: table.rate),
+      uuid: uuid, buses: buses, saved: saved?.uuid == uuid ? saved : nil, rate: RateNode(parent: table.rate),
       numbersAfter: table.newNumbers(), retry: settings.startRetry)
     if guest.profileName.isEmpty, guest.uuid == nil, entries.profiles.namesNumbers {
       log.warning(
@@ -309,7 +310,12 @@ final class Population {
     for domain in folder.contents.guests where table.guests[domain] == nil {
       do throws(XenError) {
         _ = try guest(domain, nil, supervisor)
-        log.notice("domain \(domain): an earlier vxd left an ioreq server that nothing needs any more")
+        guard reader.name(domain) != nil else {
+          log.notice("domain \(domain): an earlier vxd left an ioreq server of a guest that is gone")
+          table.handle(.domainGone, of: domain, for: supervisor)
+          continue
+        }
+        // It stays where the guest looks for devices that are not there any more.
         table.handle(.settle, of: domain, for: supervisor)
       } catch {
         folder.forgetAll(domain)

@@ -15,6 +15,8 @@ package struct StateFolder: Sendable {
     var server: UInt16
     var uuid: String?
     var transport = RegisterTransport.mmio
+    /// Where the guest looks for devices in its device tree: the server must answer there as long as the guest runs.
+    var windows: [UInt64] = []
   }
 
   /// Makes the folder when it is not there.
@@ -33,6 +35,7 @@ package struct StateFolder: Sendable {
     let text = JSONText.text([
       "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
       "transport": .string(guest.transport.rawValue),
+      "windows": .array(guest.windows.map { .count($0) }),
     ])
     try Self.write(text, to: guestPath(domain))
   }
@@ -44,7 +47,8 @@ package struct StateFolder: Sendable {
     else { return nil }
     // Earlier versions knew one transport, and did not name it.
     let transport = value["transport"]?.stringValue.flatMap(RegisterTransport.init(rawValue:)) ?? .mmio
-    return Guest(server: server, uuid: value["uuid"]?.stringValue, transport: transport)
+    let windows = (value["windows"]?.arrayValue ?? []).compactMap { $0.integerValue.flatMap(UInt64.init(exactly:)) }
+    return Guest(server: server, uuid: value["uuid"]?.stringValue, transport: transport, windows: windows)
   }
 
   // MARK: Contents

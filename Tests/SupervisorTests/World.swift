@@ -114,10 +114,10 @@ final class World: @unchecked Sendable {
   }
 
   /// Ends the supervisor in good order.
-  func stop() {
+  func stop(handsOver: Bool = true) {
     guard let thread, let supervisor else { return }
     let latch = Latch()
-    thread.loop.enqueue { supervisor.assumeIsolated { $0.stop { latch.open() } } }
+    thread.loop.enqueue { supervisor.assumeIsolated { $0.stop(handsOver: handsOver) { latch.open() } } }
     latch.wait()
     thread.stopAndJoin()
     self.thread = nil

@@ -95,6 +95,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool
   /// Whether a device that an earlier daemon left is put back in its place by `restore`.
   static func restores(_ place: DeviceState.Place) -> Bool
+  /// Whether the guest looks for a device whatever becomes of it, where nobody answers but the bus, see `DeviceMachine.Claim`.
+  static func hasWindow(_ device: DeviceWish) -> Bool
   init(_ ground: GuestGround) throws(XenError)
 
   /// What a guest needs for its drivers to find devices there: for operators whose guest has not.
@@ -127,6 +129,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   func place(of key: DeviceKey) -> DeviceState.Place
   func transport(of key: DeviceKey) -> (any DeviceTransport)?
   func facts(of key: DeviceKey) -> DeviceFacts
+  /// Answers accesses to a device's window from now on, whether the device is there or not.
+  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob
   func remove(_ key: DeviceKey) -> BusJob
   /// A device that nobody asked for: out of its place without a word.
@@ -149,6 +153,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
 
 extension GuestBus {
   static func restores(_ place: DeviceState.Place) -> Bool { false }
+  static func hasWindow(_ device: DeviceWish) -> Bool { false }
+  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { { .device(key, .claimed(nil)) } }
   var note: String? { nil }
   var facts: [Fact] { [] }
   func restore(_ key: DeviceKey, _ state: DeviceState) {}

@@ -117,6 +117,12 @@ final class GuestBuses {
     return server.leave()
   }
 
+  /// Gives the guest's memory back; the server stays.
+  func releaseMemory() -> BusJob {
+    guard let server = ground.server else { return { .memoryReleased } }
+    return server.releaseMemory()
+  }
+
   /// Closes the server unless it was left, and the guest's memory.
   func closeServer() -> BusJob {
     guard let server = ground.server else { return { .serverClosed } }

@@ -28,6 +28,9 @@ final class MMIOBus: GuestBus {
     !guest.isDriverDomain && (device.base != 0 || !guest.isParavirtual)
   }
 
+  /// A kernel on Arm dies of an access that nobody answers; those on x86 read ones.
+  static func hasWindow(_ device: DeviceWish) -> Bool { device.base != 0 }
+
   static func restores(_ place: DeviceState.Place) -> Bool { !place.isXenbus && place.pciDevice == nil }
 
   /// Where a device is, and with what the guest's thread answers for it.
@@ -150,6 +153,8 @@ final class MMIOBus: GuestBus {
     }
     return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: server.warning(key), slot: slot)
   }
+
+  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { server.claim(window: wish.base, of: key) }
 
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
     guard let slot = seats[key]?.slot else {

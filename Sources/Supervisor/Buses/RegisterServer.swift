@@ -17,6 +17,10 @@ final class RegisterServer {
   /// What each bus does before the first access is answered: it puts restored devices in their places.
   private var preparations: [() -> Preparation] = []
   private var isStarted = false
+  /// The guest's, as it was when the server was started.
+  private var uuid: String?
+  /// Windows that the guest looks for devices in as long as it runs, whatever becomes of those.
+  private var windows: Set<UInt64> = []
   /// INTx pins of the guest's PCI bus that its devices drive, on whatever bus: each may belong to one only, since a level has one owner.
   private var pins: [DeviceKey: DeviceSlot.Interrupt] = [:]
 
@@ -65,6 +69,7 @@ final class RegisterServer {
       return []
     }
     cell.earlier.withLock { $0 = saved.server }
+    windows = Set(saved.windows)
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
@@ -76,7 +81,9 @@ final class RegisterServer {
       domain, host.settings.stateFolder, cell, handle, pool, thread.loop
     )
     let preparations = preparations.map { $0() }
+    let windows = windows.sorted()
     isStarted = true
+    self.uuid = uuid
     let transport = guest.transport
     let ignoresInvalidations = host.settings.ignoresInvalidations
     return {
@@ -85,9 +92,11 @@ final class RegisterServer {
           handle, pool, loop, ignoresInvalidations: ignoresInvalidations
         ) { identifier in
           // Known to a later daemon before it can hold up a vCPU.
-          try? folder?.save(StateFolder.Guest(server: identifier, uuid: uuid, transport: transport), of: domain)
+          try? folder?.save(
+            StateFolder.Guest(server: identifier, uuid: uuid, transport: transport, windows: windows), of: domain)
         }
         cell.server = server
+        for window in windows { try server.claim(window: window) }
         for prepare in preparations { try prepare(server) }
         server.serveAll()
         cell.report.withLock {
@@ -102,6 +111,37 @@ final class RegisterServer {
           "cannot create an ioreq server for the guest (\(error)); it needs dom0, an HVM guest or one on Arm, and there a Xen that is built with CONFIG_IOREQ_SERVER"
         )
       }
+    }
+  }
+
+  /// Has accesses to a window answered for as long as the guest runs: an empty slot, until a device is put there.
+  func claim(window base: UInt64, of key: DeviceKey) -> BusJob {
+    windows.insert(base)
+    let (windows, domain, folder, transport, uuid) = (
+      windows.sorted(), domain, host.settings.stateFolder, guest.transport, uuid
+    )
+    let claim = use { server throws(XenError) in
+      try server.claim(window: base)
+      let saved = StateFolder.Guest(
+        server: server.identifier, uuid: uuid, transport: transport, windows: windows)
+      try? folder?.save(saved, of: domain)
+    }
+    return {
+      do throws(XenError) {
+        try claim()
+        return .device(key, .claimed(nil))
+      } catch {
+        return .device(key, .claimed("base: \(error)"))
+      }
+    }
+  }
+
+  /// Gives all mappings back; the server stays, and the guest's accesses are answered.
+  func releaseMemory() -> BusJob {
+    let pool = pool
+    return {
+      pool.invalidate()
+      return .memoryReleased
     }
   }
 
