@@ -216,3 +216,31 @@ import Xen
     }
   }
 }
+
+/// What operators are told of guests on Arm.
+@Suite struct ArmFindingsTests {
+  @Test func operatorsOfAGuestOnArmAreToldWhatIsTrueThere() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start(
+      profiles: #"{"version": 1, "guests": [{"spareDisks": 1, "devices": [{"type": "network", "bridge": "br0"}]}]}"#)
+    _ = try world.domain(5, name: "alpha", type: "pvh")
+    try world.toolstack.attach(disk: "xvda", image: world.image(), to: 5, changes: SimulatedToolstack.armDisk)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvda", domain: 5))
+    let disk = world.device("alpha", "xvda")
+    // There is no QEMU, no table of slots, and no number in it.
+    #expect(disk["warning"] == nil && disk["slot"] == nil && disk["base"] == "0x2000000")
+    #expect(disk["guestNeeds"] == "virtio_mmio and the device's driver")
+    // What a guest without slots cannot have says what to do instead.
+    for (name, words) in [("spare0", "disk = [ ... ]"), ("net0", #"virtio = [ ... ] and "create": false here"#)] {
+      #expect(eventually { world.state("alpha", name) == "failed" })
+      let reason = world.device("alpha", name)["reason"]?.stringValue ?? ""
+      #expect(reason.contains("'vxctl attach'") && reason.hasSuffix(words), "\(reason)")
+    }
+    let known = world.call("guest.list").arrayValue?.first
+    #expect(known?["guestNeeds"]?.stringValue?.contains("acpi") == false)
+    #expect(known?["note"] == nil)
+    #expect(try world.toolstack.destroy(5, disks: ["xvda"]))
+    #expect(eventually { world.info("guests") == 0 })
+  }
+}
