@@ -16,6 +16,8 @@ package enum DeviceEffect: Hashable, Sendable {
 
   // MARK: The guest's thread
 
+  /// Claims the device's window as an empty slot: the guest's accesses are answered. Answered by `claimed`.
+  case claim
   /// Makes the transport with this backend behind it and puts it where the guest finds it. Answered by `plugged` or `insertFailed`.
   /// - Parameter needsReset: the driver takes the device for live, and nothing is known of it.
   case insert(BackendID, needsReset: Bool)

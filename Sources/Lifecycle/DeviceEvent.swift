@@ -35,6 +35,8 @@ package enum DeviceEvent: Hashable, Sendable {
   case plugged(BackendID, Driver)
   /// The device could not be put where the guest finds it.
   case insertFailed(BackendID, String)
+  /// The guest's accesses to the device's window are answered from now on, whatever becomes of the device; or why not.
+  case claimed(String?)
   /// Nothing of the device is where the guest could reach it; over Xenbus, no page of the guest is mapped.
   case removed
   /// What outlives backends is removed.
@@ -113,7 +115,7 @@ package enum DeviceEvent: Hashable, Sendable {
     case .started(let id, _), .startFailed(let id, _, _), .stopped(let id), .report(let id, _), .plugged(let id, _),
       .insertFailed(let id, _), .adjusted(let id, _, _):
       id
-    case .begin, .entry, .command, .busReady, .busFailed, .removed, .cleared, .driver, .frontend, .connected,
+    case .begin, .entry, .command, .busReady, .busFailed, .claimed, .removed, .cleared, .driver, .frontend, .connected,
       .disconnected,
       .timer, .drained, .dismissed:
       nil
@@ -146,6 +148,8 @@ package enum DeviceTimer: Hashable, Sendable {
   case room(BackendID)
   /// The deadline of a detach.
   case drain(BackendID)
+  /// Another try to claim the device's window.
+  case claim(BackendID)
   /// The end should have been reached by now.
   case end(BackendID)
 }

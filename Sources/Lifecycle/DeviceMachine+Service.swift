@@ -2,6 +2,7 @@
 extension DeviceMachine {
   mutating func begin(after pause: Milliseconds, fuse: String?, _ now: Moment) {
     guard case .new = service else { return effects.append(unexpected("a second begin")) }
+    askForWindow()
     if let fuse {
       service = .waiting(.rest(.quarantined(fuse)))
       effects.append(.tell(.deviceQuarantined, fuse))
@@ -83,7 +84,7 @@ extension DeviceMachine {
 
   /// A device that the guest cannot find: it is tried again for as long as its entry stands, ever more slowly.
   private mutating func couldNotServe(_ occasion: Occasion, _ reason: String, isFinal: Bool, _ now: Moment) {
-    if occasion != .retry(reason) { refuse(reason) }
+    if occasion != .retry(reason) { refuse(reason) } else if owesCreation { releaseCreation() }
     // A correction that has not been tried yet is the remedy, perhaps.
     if isEntryNewer { return proceed(.again(.retry(reason), after: 0)) }
     guard !isFinal, rules.restart.mode != .never else { return proceed(.rest(.failed(reason))) }
@@ -100,7 +101,54 @@ extension DeviceMachine {
   }
 
   /// `xl create` waits for state 2 and would take the whole guest down without it.
-  mutating func releaseCreation() { effects.append(.writeState(.initWait, over: [.initialising])) }
+  mutating func releaseCreation() {
+    switch claim {
+    case .none, .held:
+      owesCreation = false
+      effects.append(.writeState(.initWait, over: [.initialising]))
+    case .due, .asked, .delayed: owesCreation = true
+    }
+  }
+
+  // MARK: Its window
+
+  /// Has the window claimed, once there is somebody to claim it.
+  private mutating func askForWindow() {
+    guard bus == .ready, !isEnding else { return }
+    switch claim {
+    case .due, .delayed:
+      claim = .asked
+      effects.append(.claim)
+    case .none, .asked, .held: break
+    }
+  }
+
+  mutating func claimed(_ reason: String?, _ now: Moment) {
+    guard claim == .asked else { return }  // it is held since the device is in its place
+    guard let reason else { return holdWindow() }
+    let number = newNumber()
+    claim = .delayed(number)
+    if failedClaims == 0 { effects += [.tell(.deviceFailed, reason), .writeError(reason)] }
+    effects.append(
+      .schedule(.claim(number), max(RestartBudget.pause(rules.startRetry, tries: failedClaims, at: now), 1)))
+    failedClaims += 1
+  }
+
+  mutating func claimAgain(_ number: BackendID) {
+    guard claim == .delayed(number) else { return }  // it has been tried since
+    claim = .due
+    askForWindow()
+  }
+
+  private mutating func holdWindow() {
+    claim = .held
+    switch service {
+    // On its way: the guest should find it.
+    case .starting(_, .use), .opened, .plugging: break
+    case .new, .waiting, .starting, .serving, .stopping: if owesCreation { releaseCreation() }
+    case .ended, .clearing, .released, .gone: break
+    }
+  }
 
   // MARK: In its place
 
@@ -111,6 +159,7 @@ extension DeviceMachine {
       failedStarts = 0
       let isFirst = connection == .inserting
       note(driver)
+      if claim != .none { holdWindow() }
       if let fault = early.fault { note(.broken(fault)) }
       effects.append(.writeError(nil))
       if style == .registers { releaseCreation() }
@@ -281,6 +330,7 @@ extension DeviceMachine {
 
   mutating func busIsReady(_ now: Moment) {
     bus = .ready
+    askForWindow()
     switch service {
     case .opened(let id, let occasion): plug(id, occasion)
     case .waiting(.bus(let occasion)): start(occasion)

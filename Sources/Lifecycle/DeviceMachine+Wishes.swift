@@ -135,6 +135,7 @@ extension DeviceMachine {
       connection = .xenbus(handshake)
       lookAtDriver(now)
     case .drain(let number): drained(number, "detached by force", now)
+    case .claim(let number): claimAgain(number)
     case .end(let number):
       guard number == endNumber else { return }  // of another device, which had this name before
       switch service {

@@ -94,10 +94,29 @@ package struct DeviceMachine: Hashable, Sendable {
     case leaving
   }
 
+  /// The window of a device that its guest looks for at once and whatever becomes of it (a node of its device tree). Where nobody answers
+  /// there, the guest's kernel dies: so nobody may be told to go on with the guest before it is claimed.
+  package enum Claim: Hashable, Sendable {
+    /// There is none, or nothing comes of accesses that nobody answers.
+    case none
+    case due
+    case asked
+    /// It could not be claimed, and is tried again after a pause, which is numbered.
+    case delayed(BackendID)
+    case held
+  }
+
   package internal(set) var service = Service.new
   package internal(set) var connection: Connection
   package internal(set) var bus: Bus
   package let style: BusStyle
+  /// Whether its bus is there only when the server of the guest's accesses is.
+  package let needsServer: Bool
+  package internal(set) var claim: Claim
+  /// Tries to claim the window that failed.
+  package internal(set) var failedClaims = 0
+  /// State 2 is to be written as soon as the window is claimed.
+  package internal(set) var owesCreation = false
   /// Policies; they may change at any time.
   package var rules: DeviceRules
   /// Failures of backends, and restarts.
@@ -119,14 +138,20 @@ package struct DeviceMachine: Hashable, Sendable {
   /// Collected while an event is handled; empty between events.
   var effects: [DeviceEffect] = []
 
-  /// - Parameter numbersAfter: where its numbers begin: they must differ from those of every earlier device of the same name, whose
-  ///   timers may still run.
+  /// - Parameters:
+  ///   - needsServer: nil where devices of the style do.
+  ///   - hasWindow: its guest looks for it where nobody else answers, see `Claim`.
+  ///   - numbersAfter: where its numbers begin: they must differ from those of every earlier device of the same name, whose timers may
+  ///     still run.
   package init(
-    _ style: BusStyle, _ rules: DeviceRules, bus: Bus = .pending, earlier: Earlier = .nothing, numbersAfter: UInt64 = 0
+    _ style: BusStyle, _ rules: DeviceRules, needsServer: Bool? = nil, hasWindow: Bool = false,
+    bus: Bus = .pending, earlier: Earlier = .nothing, numbersAfter: UInt64 = 0
   ) {
     self.style = style
+    self.needsServer = needsServer ?? (style == .registers)
     lastNumber = numbersAfter
     self.rules = rules
+    claim = hasWindow ? .due : .none
     self.bus = bus
     self.earlier = earlier
     connection = .absent
@@ -182,6 +207,7 @@ package struct DeviceMachine: Hashable, Sendable {
     case .adjusted(_, let adjustment, let outcome): effects.append(adjustment.news(outcome))
     case .plugged(_, let driver): plugged(driver, now)
     case .insertFailed(_, let reason): insertFailed(reason, now)
+    case .claimed(let reason): claimed(reason, now)
     case .removed: removed()
     case .cleared: cleared()
     case .driver(let driver): driverChanged(driver)

@@ -1,10 +1,12 @@
-/// A guest's life with those of its devices: its server comes first, its memory goes last. A value, as `DeviceMachine` is.
+/// A guest's life with those of its devices: the server comes with the first device that needs it, the memory goes last. A value, as
+/// `DeviceMachine` is.
 ///
 /// `Key` names a device within the guest.
 package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package enum Phase: Hashable, Sendable {
-    /// The server of its accesses is being made, or nothing has happened yet.
+    /// The server of its accesses is being made.
     case starting
+    /// There is a server, or nobody has needed one so far.
     case running
     /// It cannot be made: `reason`; tried again after a pause, which is numbered.
     case failed(reason: String, retry: UInt64)
@@ -36,16 +38,32 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package internal(set) var tries = 0
   /// The daemon ends, and what is left of the guest is for the next one.
   package internal(set) var isHandingOver = false
+  /// A server was needed at some time.
+  package internal(set) var hasServer: Bool
+  /// The guest looks for devices where nobody answers but the server: it stays for as long as the guest runs, with or without devices.
+  package internal(set) var holdsWindows: Bool
+  /// The domain is no more, so that nobody looks for anything.
+  package internal(set) var isDomainGone = false
+  /// The daemon ends, and does not come again.
+  package internal(set) var isLeftForGood = false
+  /// Mappings are being given back while the server stays.
+  package internal(set) var isReleasingMemory = false
   var lastNumber: UInt64
   /// Collected while an event is handled; empty between events.
   var effects: [GuestEffect<Key>] = []
 
   /// - Parameters:
-  ///   - hasServer: the guest's accesses are served by a server that must be made first; else devices can be served at once.
+  ///   - hasServer: the server is made at once: an earlier daemon left one. Else it is made with the first device that needs it.
   ///   - numbersAfter: as with `DeviceMachine`.
-  package init(hasServer: Bool, retry: RestartPolicy = DeviceRules().startRetry, numbersAfter: UInt64 = 0) {
+  ///   - holdsWindows: of an earlier daemon.
+  package init(
+    hasServer: Bool, holdsWindows: Bool = false, retry: RestartPolicy = DeviceRules().startRetry,
+    numbersAfter: UInt64 = 0
+  ) {
     self.retry = retry
     lastNumber = numbersAfter
+    self.hasServer = hasServer
+    self.holdsWindows = holdsWindows
     if !hasServer { phase = .running }
   }
 
@@ -65,8 +83,12 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     }
   }
 
-  private var bus: Bus {
+  private func bus(of machine: DeviceMachine) -> Bus {
     switch phase {
+    case .starting, .running, .failed: if !machine.needsServer { return .ready }
+    case .closing, .gone: break
+    }
+    return switch phase {
     case .starting: .pending
     case .running: .ready
     case .failed(let reason, _): .failed(reason)
@@ -82,22 +104,32 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .begin: begin()
     case .add(let key, let origin, var machine, let pause, let fuse):
       guard acceptsDevices, self[key] == nil else { return [.unexpected("add while \(phase)")] }
-      machine.bus = bus
+      if machine.needsServer, !hasServer {
+        hasServer = true
+        startServer()
+      }
+      if machine.claim != .none { holdsWindows = true }
+      machine.bus = bus(of: machine)
       members.append(Member(key: key, origin: origin, machine: machine))
       tell(key, .begin(after: pause, fuse: fuse), now)
     case .device(let key, let event): tell(key, event, now)
     case .serverStarted: serverStarted(now)
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
+    case .memoryReleased:
+      isReleasingMemory = false
+      dismiss(now)
     case .retryServer(let number):
       guard case .failed(_, number) = phase else { break }  // it has been tried since, or the guest ends
       startServer()
     case .settle: closeIfAllGivenBack()
     case .domainGone:
+      isDomainGone = true
       endAll(.closed(isAwaited: false), now) { $0.origin == .profile }
       closeIfAllGivenBack()
     case .end(.handedOver): handOver(now)
     case .end(let departure):
+      isLeftForGood = true
       endAll(departure, now) { _ in true }
       closeIfAllGivenBack()
     }
@@ -127,7 +159,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .starting:
       phase = .running
       tries = 0
-      for member in members { tell(member.key, .busReady, now) }
+      for member in members where member.machine.needsServer { tell(member.key, .busReady, now) }
     case .closing: break  // the guest ended meanwhile; what was made is given back by what was asked for then
     case .running, .failed, .gone: effects.append(.unexpected("server started while \(phase)"))
     }
@@ -141,7 +173,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       if tries == 0 { effects.append(.tell(.guestFailed, reason)) }
       effects.append(.scheduleServer(lastNumber, max(RestartBudget.pause(retry, tries: tries, at: now), 1)))
       tries += 1
-      for member in members { tell(member.key, .busFailed(reason), now) }
+      for member in members where member.machine.needsServer { tell(member.key, .busFailed(reason), now) }
     case .closing: break  // the guest ended meanwhile
     case .running, .failed, .gone: effects.append(.unexpected("server failed while \(phase)"))
     }
@@ -204,8 +236,21 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .starting, .running, .failed: break
     case .closing, .gone: return
     }
+    if holdsWindows, !isDomainGone, !isHandingOver {
+      guard isLeftForGood else { return releaseMemory() }
+      // Its accesses wait rather than that the guest's kernel dies of them.
+      isHandingOver = true
+      effects.append(.leaveServer)
+    }
     phase = .closing(isHandingOver ? .handedOver : .closed(isAwaited: false))
     effects.append(.closeServer)
+  }
+
+  /// With the last device, while the server stays.
+  private mutating func releaseMemory() {
+    guard !members.isEmpty, !isReleasingMemory else { return }
+    isReleasingMemory = true
+    effects.append(.releaseMemory)
   }
 
   private mutating func dismiss(_ now: Moment) {
@@ -244,6 +289,8 @@ package enum GuestEvent<Key: Hashable & Sendable>: Hashable, Sendable {
   case serverFailed(String)
   /// Server and memory are given back.
   case serverClosed
+  /// Nothing of the guest's memory is mapped any more.
+  case memoryReleased
   case retryServer(UInt64)
   /// Every device that the guest is to have has been added: a guest without one ends.
   case settle
@@ -261,6 +308,8 @@ package enum GuestEffect<Key: Hashable & Sendable>: Hashable, Sendable {
   case leaveServer
   /// Closes the server, unless it was left, then the guest's memory, on the guest's thread. Answered by `serverClosed`.
   case closeServer
+  /// Gives all mappings back while the server stays. Answered by `memoryReleased`.
+  case releaseMemory
   /// The guest's thread has nothing left to do: joins it.
   case joinThread
   case scheduleServer(UInt64, Milliseconds)

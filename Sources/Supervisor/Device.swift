@@ -2,6 +2,7 @@ import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
+import Transport
 import Xen
 
 /// What belongs to one device of a guest beside its machine: its entry, its backend, what outlives its backends. Confined to the
@@ -16,6 +17,10 @@ final class Device {
   }
 
   let key: DeviceKey
+  /// How the guest reaches it.
+  let bus: any GuestBus
+  /// What it was chosen by.
+  let wish: DeviceWish
   /// The entry's nodes as they were when they were looked at last; empty for devices without an entry in Xenstore.
   var nodes: [String: String]
   /// What they say, with every option; nil until it has been read, or while it is wrong.
@@ -31,13 +36,16 @@ final class Device {
   /// What the watchdog found last.
   var stuck: StuckRequest?
 
-  init(_ key: DeviceKey, _ nodes: [String: String], rate: RateNode) {
+  init(_ key: DeviceKey, on bus: any GuestBus, by wish: DeviceWish, _ nodes: [String: String], rate: RateNode) {
     self.key = key
+    self.bus = bus
+    self.wish = wish
     self.nodes = nodes
     self.rate = rate
   }
 
   var backend: DeviceBackend? { running?.backend }
+  var transport: (any DeviceTransport)? { bus.transport(of: key) }
 
   /// As operators name it; also when its entry is wrong.
   var name: String {

@@ -35,7 +35,7 @@ final class EffectRunner {
   /// - Parameter supervisor: gets the events that follow.
   /// - Returns: what follows at once.
   func perform(_ effect: DeviceEffect, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {
-    let (key, bus) = (device.key, guest.bus)
+    let (key, bus) = (device.key, device.bus)
     switch effect {
     case .start(let id): return start(id, device, of: guest, for: supervisor)
     case .stop(let id): stop(id, device, of: guest, for: supervisor)
@@ -45,6 +45,7 @@ final class EffectRunner {
     case .insert(let id, let needsReset):
       guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
       run(bus.insert(key, id, backend, needsReset: needsReset), guest, supervisor)
+    case .claim: run(bus.claim(key, device.wish), guest, supervisor)
     case .plug(let id): if let backend = device.backend { run(bus.plug(key, id, backend), guest, supervisor) }
     case .remove: run(bus.remove(key), guest, supervisor)
     case .leave: run(bus.leave(key), guest, supervisor)
@@ -80,7 +81,7 @@ final class EffectRunner {
   /// Hands a job to the guest's thread.
   func run(_ job: @escaping BusJob, _ guest: Guest, _ supervisor: Supervisor) {
     let domain = guest.domain
-    guest.bus.thread.loop.enqueue {
+    guest.buses.thread.loop.enqueue {
       if let event = job() { supervisor.post(event, of: domain) }
     }
   }
@@ -105,12 +106,12 @@ final class EffectRunner {
     let entry: DeviceEntry
     do throws(EntryFault) {
       entry = try makeEntry(device, of: guest)
-      try guest.bus.admit(device.key, entry)
+      try device.bus.admit(device.key, entry)
     } catch {
       return .startFailed(id, error.message, isFinal: true)
     }
-    watchFrontend(device.key, guest)
-    guard let source = guest.bus.memory(of: device.key) else {
+    watchFrontend(device, guest)
+    guard let source = device.bus.memory(of: device.key) else {
       return .startFailed(id, "the guest's memory cannot be reached", isFinal: false)
     }
     var surroundings = DeviceBackend.Surroundings(
@@ -181,10 +182,10 @@ final class EffectRunner {
   private func stop(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) {
     guard let backend = device.backend else { return }
     device.running?.backend = nil
-    let (key, transport) = (device.key, guest.bus.transport(of: device.key))
+    let (key, transport) = (device.key, device.transport)
     var isLast = false
     if case .closed? = guest.machine[key]?.departure { isLast = true }
-    guest.bus.thread.loop.enqueue { [isLast] in
+    guest.buses.thread.loop.enqueue { [isLast] in
       transport?.unplug()
       backend.stop {
         // On a data thread: another program may have to be waited for.
@@ -198,7 +199,7 @@ final class EffectRunner {
     for thread in device.running?.threads ?? [] { thread.stopAndJoin() }
     device.running = nil
     // What the guest does not know takes nobody else's place.
-    if guest.machine[device.key]?.connection == .absent { guest.bus.vacate(device.key) }
+    if guest.machine[device.key]?.connection == .absent { device.bus.vacate(device.key) }
   }
 
   /// Gives a device its saved state with its first backend, on the data thread: that of the earlier daemon, or a new one.
@@ -207,7 +208,7 @@ final class EffectRunner {
   ) -> @Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState {
     let known = device.state
     let path = settings.stateFolder?.devicePath(device.key)
-    let place = guest.bus.place(of: device.key)
+    let place = device.bus.place(of: device.key)
     let (logLine, guestName, deviceName) = (logLine, guest.name, device.name)
     return { shape throws(StartFault) in
       if let known {
@@ -238,25 +239,25 @@ final class EffectRunner {
 
   // MARK: Xenstore
 
-  private func watchFrontend(_ key: DeviceKey, _ guest: Guest) {
-    guard let frontend = guest.bus.frontend(of: key) else { return }
+  private func watchFrontend(_ device: Device, _ guest: Guest) {
+    guard let frontend = device.bus.frontend(of: device.key) else { return }
     let folder = frontend.split(separator: "/").dropLast().joined(separator: "/")
     if guest.watchedFrontends.insert(folder).inserted { reader.watch(frontends: folder) }
   }
 
   /// What the device's frontend says now; nil when nothing can be said.
   func view(_ key: DeviceKey, _ guest: Guest) -> DeviceEvent? {
-    guard let frontend = guest.bus.frontend(of: key), let nodes = guest.devices[key]?.nodes else { return nil }
+    guard let device = guest.devices[key], let frontend = device.bus.frontend(of: key) else { return nil }
     do throws(XenError) {
       if let view = try reader.view(frontend: frontend) { return .frontend(view) }
-      return try reader.hasFrontend(key, nodes) ? nil : .entry(.abandoned)
+      return try reader.hasFrontend(key, device.nodes) ? nil : .entry(.abandoned)
     } catch {
       return nil  // nothing follows from an answer that did not come
     }
   }
 
   func publishConfiguration(_ key: DeviceKey, _ guest: Guest) {
-    if let text = guest.bus.changedConfiguration(key) { writer.write(key, "vx-config", text) }
+    if let text = guest.devices[key]?.bus.changedConfiguration(key) { writer.write(key, "vx-config", text) }
   }
 
   // MARK: Spares

@@ -9,7 +9,7 @@ final class Guest {
   var name: String
   /// As the toolstack wrote it; nil where this domain may not see it.
   var uuid: String?
-  let bus: any GuestBus
+  let buses: GuestBuses
   var machine: GuestMachine<DeviceKey>
   var devices: [DeviceKey: Device] = [:]
   /// Directories of frontends that are watched for it.
@@ -18,16 +18,18 @@ final class Guest {
   /// The guest's node of the budget tree.
   let rate: RateNode
 
+  /// - Parameter saved: what an earlier daemon left of it: a server, which its vCPUs may be waiting for.
   init(
-    _ domain: DomainID, name: String, uuid: String?, bus: any GuestBus, rate: RateNode, numbersAfter: UInt64,
-    retry: RestartPolicy
+    _ domain: DomainID, name: String, uuid: String?, buses: GuestBuses, saved: StateFolder.Guest?, rate: RateNode,
+    numbersAfter: UInt64, retry: RestartPolicy
   ) {
     self.domain = domain
     self.name = name
     self.uuid = uuid
-    self.bus = bus
+    self.buses = buses
     self.rate = rate
-    machine = GuestMachine(hasServer: type(of: bus).hasServer, retry: retry, numbersAfter: numbersAfter)
+    machine = GuestMachine(
+      hasServer: saved != nil, holdsWindows: saved?.windows.isEmpty == false, retry: retry, numbersAfter: numbersAfter)
   }
 
   /// The name by which the profiles know it; empty for none.
@@ -61,20 +63,19 @@ final class Guest {
       case .failed(let reason, _): ("failed", reason)
       case .closing, .gone: ("closing", nil)
       }
-    let facts = bus.facts
-    let type = type(of: bus)
+    let facts = buses.facts
     return StatusBoard.Guest(
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
       channels: facts.channels,
-      server: facts.server, mappings: facts.mappings, facts: facts.rows, guestNeeds: type.guestNeeds, note: type.note,
-      limits: limits,
-      devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0, bus: type.name) })
+      server: facts.server, mappings: facts.mappings, facts: facts.rows, guestNeeds: buses.guestNeeds,
+      note: buses.note, limits: limits,
+      devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0) })
   }
 
-  private func snapshot(_ device: Device, bus name: String) -> StatusBoard.Device {
+  private func snapshot(_ device: Device) -> StatusBoard.Device {
     let machine = machine[device.key]
-    let place = bus.facts(of: device.key)
-    let (settings, transport) = (device.entry?.settings, bus.transport(of: device.key))
+    let place = device.bus.facts(of: device.key)
+    let (settings, transport) = (device.entry?.settings, device.transport)
     var interrupts: @Sendable () -> UInt64 = { 0 }
     if let transport { interrupts = { transport.interruptCount } }
     return StatusBoard.Device(
@@ -85,7 +86,8 @@ final class Guest {
       stuck: device.stuck, account: device.account, limits: device.limits, restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
       isEmptySpare: device.key.kind == .spare && settings?.image?.isEmpty != false, entryPath: device.nodes["params"],
-      bus: name, grants: place.grants, facts: place.rows, warning: place.warning, channels: place.channels)
+      bus: type(of: device.bus).name, guestNeeds: device.bus.guestNeeds, grants: place.grants, facts: place.rows,
+      warning: place.warning, channels: place.channels)
   }
 }
 

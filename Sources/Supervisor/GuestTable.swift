@@ -68,8 +68,7 @@ final class GuestTable {
     for effect in guest.machine.handle(event, at: .now) { perform(effect, guest, supervisor) }
     if wasWell, !isWell(event, guest), case .device(let key, _) = event, key.kind.isInXenstore { revisits.append(key) }
     for key in guest.devices.keys where guest.machine[key] == nil {
-      guest.devices[key] = nil
-      guest.bus.forget(key)
+      guest.devices.removeValue(forKey: key)?.bus.forget(key)
     }
     if guests[guest.domain] === guest { publish(guest) }
   }
@@ -85,10 +84,11 @@ final class GuestTable {
     case .device(let key, let effect):
       guard let device = guest.devices[key] else { return }
       perform(effect, device, guest, supervisor)
-    case .startServer: runner.run(guest.bus.startServer(uuid: guest.uuid), guest, supervisor)
-    case .leaveServer: runner.run(guest.bus.leaveServer(), guest, supervisor)
-    case .closeServer: runner.run(guest.bus.closeServer(), guest, supervisor)
-    case .joinThread: guest.bus.thread.stopAndJoin()
+    case .startServer: runner.run(guest.buses.startServer(uuid: guest.uuid), guest, supervisor)
+    case .leaveServer: runner.run(guest.buses.leaveServer(), guest, supervisor)
+    case .closeServer: runner.run(guest.buses.closeServer(), guest, supervisor)
+    case .releaseMemory: runner.run(guest.buses.releaseMemory(), guest, supervisor)
+    case .joinThread: guest.buses.thread.stopAndJoin()
     case .scheduleServer(let number, let pause):
       supervisor.later(pause) { $0.handle(.retryServer(number), of: domain) }
     case .forgetState: settings.stateFolder?.forget(domain)
@@ -134,7 +134,7 @@ final class GuestTable {
     case .driver(let key, let relay):
       _ = relay.take()
       // As it is now: DEVICE_NEEDS_RESET may have come meanwhile.
-      guard let (guest, _) = known(key), let transport = guest.bus.transport(of: key) else { return nil }
+      guard let transport = known(key)?.1.transport else { return nil }
       return (key.domain, .device(key, .driver(Driver(transport.currentStatus))))
     case .configuration(let key):
       if let (guest, _) = known(key) { runner.publishConfiguration(key, guest) }

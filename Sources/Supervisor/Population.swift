@@ -109,23 +109,38 @@ final class Population {
         Reconciler.Known(
           isEnding: guest.machine[key]?.isEnding ?? true,
           description: Reconciler.Entry.description(device.nodes))
-      }, style(of: key.domain))
+      }, style(of: key, nodes ?? [:]))
     if let guest = known?.0, guest.uuid == nil, let uuid = reader.uuid(key) { identify(guest, uuid, for: supervisor) }
     switch action {
     case .nothing: break
     case .open: if let nodes { open(key, nodes, for: supervisor) }
     case .tell(let change):
-      if change == .corrected, let nodes { known?.1.nodes = nodes }
-      tell(key, .entry(change), supervisor)
+      guard change == .corrected, let nodes, let (guest, device) = known else {
+        return tell(key, .entry(change), supervisor)
+      }
+      device.nodes = nodes
+      // What the guest does not know yet may be reached otherwise than it was said first: it comes again.
+      let moves =
+        guest.machine[key]?.connection == .absent
+        && guest.buses.moves(wish(key, nodes, facts(key.domain)), from: device.bus)
+      tell(key, .entry(moves ? .gone : .corrected), supervisor)
     case .sayClosed:
       writer.writeClosed(key)
       supervisor.onLoop { $0.removeEntryLater(key) }
     }
   }
 
-  private func style(of domain: DomainID) -> BusStyle {
-    if let guest = table.guests[domain] { return type(of: guest.bus).style }
-    return settings.bus(for: facts(domain))?.style ?? .registers
+  private func style(of key: DeviceKey, _ nodes: [String: String]) -> BusStyle {
+    if let device = table.known(key)?.1 { return type(of: device.bus).style }
+    let facts = facts(key.domain)
+    return settings.bus(facts, wish(key, nodes, facts))?.style ?? .registers
+  }
+
+  private func wish(_ key: DeviceKey, _ nodes: [String: String], _ facts: GuestFacts) -> DeviceWish {
+    let guest = table.guests[key.domain]
+    return entries.wish(
+      key, nodes, guest: guest?.profileName ?? reader.name(key.domain) ?? "",
+      uuid: guest?.uuid ?? reader.uuid(key.domain), else: facts.transport)
   }
 
   private func tell(_ key: DeviceKey, _ event: DeviceEvent, _ supervisor: Supervisor) {
@@ -134,8 +149,11 @@ final class Population {
 
   private func open(_ key: DeviceKey, _ nodes: [String: String], for supervisor: Supervisor) {
     do throws(XenError) {
+      let facts = facts(key.domain)
+      let wish = wish(key, nodes, facts)
+      guard settings.bus(facts, wish) != nil else { throw GuestBuses.isNotServed(facts, wish) }
       let guest = try guest(key.domain, key, supervisor)
-      add(key, nodes, .toolstack, to: guest, for: supervisor)
+      try add(key, nodes, .toolstack, to: guest, for: supervisor)
     } catch {
       let reason = "frontend-id: the guest cannot be reached: \(error)"
       guard nodes["error"] != reason else { return }
@@ -147,19 +165,22 @@ final class Population {
   private func add(
     _ key: DeviceKey, _ nodes: [String: String], _ origin: GuestMachine<DeviceKey>.Origin, to guest: Guest,
     for supervisor: Supervisor
-  ) {
+  ) throws(XenError) {
     // While a guest ends, its entries wait; they are looked at again when it is gone.
     guard guest.machine.acceptsDevices, guest.devices[key] == nil else { return }
-    let device = Device(key, nodes, rate: RateNode(parent: guest.rate))
+    let wish = wish(key, nodes, facts(guest.domain))
+    let bus = try guest.buses.bus(for: key, wish)
+    let device = Device(key, on: bus, by: wish, nodes, rate: RateNode(parent: guest.rate))
     let frontend = nodes["frontend"].flatMap { reader.state(frontend: $0) }
-    let (earlier, state) = guest.bus.earlier(key, nodes, frontend: frontend)
+    let (earlier, state) = guest.buses.earlier(key, on: bus, nodes, frontend: frontend)
     device.state = state
     guest.devices[key] = device
     var rules = DeviceRules()
     rules.faultLimit = settings.faultLimit
     rules.startRetry = settings.startRetry
     let machine = DeviceMachine(
-      type(of: guest.bus).style, rules, earlier: earlier, numbersAfter: table.newNumbers())
+      type(of: bus).style, rules, needsServer: type(of: bus).hasServer,
+      hasWindow: type(of: bus).hasWindow(wish), earlier: earlier, numbersAfter: table.newNumbers())
     // A device whose guest waits for it is not slowed.
     let pause = earlier == .nothing ? table.herald.churn.pause(for: key, at: .now) : 0
     let fuse = settings.crashes?.reason(for: key)
@@ -181,7 +202,7 @@ final class Population {
     }
   }
 
-  /// What decides by which bus a guest has its devices. A guest keeps the transport that it began with: another profile is for its next life.
+  /// What of a guest decides how it has its devices. It keeps what it began with: another profile is for its next life.
   private func facts(_ domain: DomainID) -> GuestFacts {
     var facts = reader.facts(domain)
     let uuid = reader.uuid(domain)
@@ -199,19 +220,16 @@ final class Population {
   /// - Parameter key: a device of it, if it has an entry.
   private func guest(_ domain: DomainID, _ key: DeviceKey? = nil, _ supervisor: Supervisor) throws(XenError) -> Guest {
     if let known = table.guests[domain] { return known }
-    let facts = facts(domain)
-    guard let type = settings.bus(for: facts) else {
-      throw XenError("no transport serves the guest", Errno(95) /* EOPNOTSUPP */)
-    }
     let host = BusHost(
       hypervisor: hypervisor, settings: settings, grantBudget: grantBudget,
       report: { report in supervisor.onLoop { $0.heard(report) } })
-    let bus = try type.init(facts, host)
+    let buses = try GuestBuses(facts(domain), host)
+    let uuid = reader.uuid(domain) ?? key.flatMap(reader.uuid)
+    let saved = settings.stateFolder?.guest(domain)
     let guest = Guest(
       domain, name: reader.name(domain) ?? Supervisor.placeholder(domain),
-      uuid: reader.uuid(domain) ?? key.flatMap(reader.uuid),
-      bus: bus,
-      rate: RateNode(parent: table.rate), numbersAfter: table.newNumbers(), retry: settings.startRetry)
+      uuid: uuid, buses: buses, saved: saved?.uuid == uuid ? saved : nil, rate: RateNode(parent: table.rate),
+      numbersAfter: table.newNumbers(), retry: settings.startRetry)
     if guest.profileName.isEmpty, guest.uuid == nil, entries.profiles.namesNumbers {
       log.warning(
         """
@@ -223,7 +241,7 @@ final class Population {
     guest.set(entries.profiles.options(guest: guest.profileName, uuid: guest.uuid).limits)
     restore(guest)
     table.handle(.begin, of: domain, for: supervisor)
-    if type.hasServer { addDeclared(guest, supervisor) }
+    addDeclared(guest, supervisor)
     reader.watch(name: domain)
     table.countWatches()
     return guest
@@ -231,11 +249,11 @@ final class Population {
 
   private func restore(_ guest: Guest) {
     guard let folder = settings.stateFolder else { return }
-    let lost = guest.bus.restore(folder, uuid: guest.uuid)
+    let lost = guest.buses.restore(folder, uuid: guest.uuid)
     for (key, reason) in lost {
       log.error("guest \(guest.name), device \(key.device): \(reason)", metadata: ["GUEST": "\(guest.name)"])
     }
-    let count = guest.bus.unclaimed.count
+    let count = guest.buses.unclaimed.count
     guard count + lost.count > 0 else { return }
     log.notice(
       "guest \(guest.name): an earlier vxd left \(count) devices, which are resumed",
@@ -246,10 +264,17 @@ final class Population {
   private func addDeclared(_ guest: Guest, _ supervisor: Supervisor) {
     // Of a guest that is no more, only the traces are looked after.
     guard reader.name(guest.domain) != nil else { return }
-    let kept = guest.bus.unclaimed.filter { $0.kind == .spare }.sorted { $0.device < $1.device }
+    let kept = guest.buses.unclaimed.map(\.key).filter { $0.kind == .spare }.sorted { $0.device < $1.device }
     let keys = Reconciler.additions(
       wanted: entries.declared(guest), kept: kept, known: Set(guest.devices.keys))
-    for key in keys { add(key, [:], .profile, to: guest, for: supervisor) }
+    for key in keys {
+      do throws(XenError) {
+        try add(key, [:], .profile, to: guest, for: supervisor)
+      } catch {
+        log.error(
+          "guest \(guest.name), \(key.kind.rawValue) \(key.device): \(error)", metadata: ["GUEST": "\(guest.name)"])
+      }
+    }
   }
 
   /// Looks for guests whose profile declares devices: a guest's name is there when xenstored is told of it.
@@ -267,9 +292,7 @@ final class Population {
   }
 
   private func declaresDevices(_ domain: DomainID) -> Bool {
-    guard table.guests[domain] == nil, let name = reader.name(domain),
-      settings.bus(for: facts(domain))?.hasServer == true
-    else { return false }
+    guard table.guests[domain] == nil, let name = reader.name(domain) else { return false }
     return entries.profiles.options(guest: name, uuid: reader.uuid(domain)).devices.contains(where: \.isCreated)
   }
 
@@ -288,17 +311,22 @@ final class Population {
     for domain in folder.contents.guests where table.guests[domain] == nil {
       do throws(XenError) {
         _ = try guest(domain, nil, supervisor)
-        log.notice("domain \(domain): an earlier vxd left an ioreq server that nothing needs any more")
+        guard reader.name(domain) != nil else {
+          log.notice("domain \(domain): an earlier vxd left an ioreq server of a guest that is gone")
+          table.handle(.domainGone, of: domain, for: supervisor)
+          continue
+        }
+        // It stays where the guest looks for devices that are not there any more.
         table.handle(.settle, of: domain, for: supervisor)
       } catch {
         folder.forgetAll(domain)
       }
     }
     for guest in table.guests.values {
-      for key in guest.bus.unclaimed {
+      for (key, bus) in guest.buses.unclaimed {
         folder.forget(key)
-        table.runner.run(guest.bus.discard(key), guest, supervisor)
-        guest.bus.forget(key)
+        table.runner.run(bus.discard(key), guest, supervisor)
+        bus.forget(key)
       }
     }
     for key in folder.contents.devices where table.known(key) == nil { folder.forget(key) }

@@ -14,9 +14,11 @@ package struct StateFolder: Sendable {
   struct Guest: Equatable {
     var server: UInt16
     var uuid: String?
-    var transport = GuestTransport.mmio
+    var transport = RegisterTransport.mmio
     /// See `GuestFacts.started`; nil where nobody said, and in files of earlier versions.
     var started: String?
+    /// Where the guest looks for devices in its device tree: the server must answer there as long as the guest runs.
+    var windows: [UInt64] = []
 
     /// Whether it is what a domain is now: the same guest in the same life.
     func isOf(uuid: String?, started: String?) -> Bool {
@@ -40,6 +42,7 @@ package struct StateFolder: Sendable {
     let text = JSONText.text([
       "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
       "transport": .string(guest.transport.rawValue), "started": guest.started.map(JSONValue.string) ?? .null,
+      "windows": .array(guest.windows.map { .count($0) }),
     ])
     try Self.write(text, to: guestPath(domain))
   }
@@ -50,9 +53,11 @@ package struct StateFolder: Sendable {
       let server = value["server"]?.integerValue.flatMap(UInt16.init(exactly:))
     else { return nil }
     // Earlier versions knew one transport, and did not name it.
-    let transport = value["transport"]?.stringValue.flatMap(GuestTransport.init(rawValue:)) ?? .mmio
+    let transport = value["transport"]?.stringValue.flatMap(RegisterTransport.init(rawValue:)) ?? .mmio
+    let windows = (value["windows"]?.arrayValue ?? []).compactMap { $0.integerValue.flatMap(UInt64.init(exactly:)) }
     return Guest(
-      server: server, uuid: value["uuid"]?.stringValue, transport: transport, started: value["started"]?.stringValue)
+      server: server, uuid: value["uuid"]?.stringValue, transport: transport, started: value["started"]?.stringValue,
+      windows: windows)
   }
 
   // MARK: Contents

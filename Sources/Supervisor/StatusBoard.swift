@@ -33,8 +33,10 @@ package final class StatusBoard: Sendable {
     var isEmptySpare = false
     /// The target that the toolstack named.
     var entryPath: String?
-    /// How the guest reaches it: "mmio" or "xenbus".
+    /// How the guest reaches it: "mmio", "pci" or "xenbus".
     var bus = "mmio"
+    /// What the guest needs for its driver to find it.
+    var guestNeeds = ""
     /// Granted pages of a Xenbus device.
     var grants: (@Sendable () -> GrantReadings)?
     /// Its place, in words.

@@ -93,10 +93,10 @@ package actor Supervisor {
 
   /// A backend has something to say.
   func reported(_ key: DeviceKey, _ id: BackendID, _ report: DeviceReport) {
-    guard let (guest, device) = table.known(key) else { return }
+    guard let device = table.known(key)?.1 else { return }
     handle(.device(key, .report(id, DeviceEvent.Report(report, of: device.backend))), of: key.domain)
     // Reports of the status are merged, so that of a driver that has reset the device since may have been looked at before this fault.
-    guard case .fault = report, let status = guest.bus.transport(of: key)?.currentStatus, !status.contains(.needsReset)
+    guard case .fault = report, let status = device.transport?.currentStatus, !status.contains(.needsReset)
     else { return }
     handle(.device(key, .driver(Driver(status))), of: key.domain)
   }
@@ -176,7 +176,7 @@ package actor Supervisor {
   /// QEMU is started behind the guest's disks: what it has on the guest's PCI bus is known when its monitor is there.
   private func askQEMU() {
     let folder = settings.qemuFolder
-    for domain in table.guests.keys where !asked.contains(domain) && table.guests[domain]?.bus.asksQEMU == true {
+    for domain in table.guests.keys where !asked.contains(domain) && table.guests[domain]?.buses.asksQEMU == true {
       guard QEMUMonitor.isThere(of: domain, folder: folder) else { continue }
       asked.insert(domain)
       table.runner.aside("vxd-qemu-\(domain)", for: self) { [self] in
@@ -192,7 +192,7 @@ package actor Supervisor {
     guard let found, let guest = table.guests[domain] else { return }
     let functions = Set(found.map { PCIAddress(device: $0.device, function: $0.function) })
     // It is stopped, and its place is refused when it is started again.
-    for key in guest.bus.learn(functions).sorted(by: { $0.device < $1.device }) {
+    for key in guest.buses.learn(functions).sorted(by: { $0.device < $1.device }) {
       handle(.device(key, .command(.restart)), of: domain)
     }
   }

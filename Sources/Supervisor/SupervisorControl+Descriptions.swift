@@ -67,6 +67,7 @@ extension SupervisorControl {
       .init(name: "readOnly", value: .bool(device.readOnly)),
     ]
     members.append(.init(name: "transport", value: .string(device.bus)))
+    members.append(.init(name: "guestNeeds", value: .string(device.guestNeeds)))
     members.append(.init(name: "facts", value: describe(device.facts())))
     if let warning = device.warning { members.append(.init(name: "warning", value: .string(warning))) }
     if counters, let grants = device.grants?() {
@@ -81,7 +82,7 @@ extension SupervisorControl {
           ]))
     }
     if let slot = device.slot {
-      members.append(.init(name: "slot", value: .count(slot.index)))
+      if let index = slot.index { members.append(.init(name: "slot", value: .count(index))) }
       members.append(.init(name: "base", value: .string("0x" + String(slot.base, radix: 16))))
     }
     if let readings = device.readings {

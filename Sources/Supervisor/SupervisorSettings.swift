@@ -58,12 +58,15 @@ package struct SupervisorSettings: Sendable {
   func hostNodes(isDriverDomain: Bool) -> [String] {
     var nodes: Set<String> = []
     for bus in buses {
-      let isPossible = !isDriverDomain || bus.serves(GuestFacts(domain: 0, isDriverDomain: true, type: nil))
+      let isPossible =
+        !isDriverDomain || bus.serves(GuestFacts(domain: 0, isDriverDomain: true, type: nil), DeviceWish())
       if isPossible { nodes.formUnion(bus.hostNodes) }
     }
     return nodes.sorted()
   }
 
-  /// The bus of a guest; nil when none serves it.
-  func bus(for facts: GuestFacts) -> (any GuestBus.Type)? { buses.first { $0.serves(facts) } }
+  /// The bus of a device; nil when none serves it.
+  func bus(_ guest: GuestFacts, _ device: DeviceWish) -> (any GuestBus.Type)? {
+    GuestBuses.choice(guest, device, of: buses)
+  }
 }

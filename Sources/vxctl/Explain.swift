@@ -224,7 +224,7 @@ struct Explain: ParsableCommand {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(
         words: "\(name): the guest's driver has not connected (driver status \(full.cell("driverStatus")))",
-        remedy: "is the guest up? It needs \(guestNeeds)")
+        remedy: "is the guest up? It needs \(full["guestNeeds"]?.stringValue ?? guestNeeds)")
     }
     if let stuck = full["stuck"] {
       throw Wrong(

@@ -7,7 +7,8 @@ import Testing
 @Suite struct ExplorationTests {
   /// A guest as it begins.
   enum Start: String, CaseIterable, Sendable {
-    case registers, xenbus, adopted, adoptedXenbus, lost, alwaysRestarted, fused, withSpare, twoDevices
+    case registers, xenbus, adopted, adoptedXenbus, lost, alwaysRestarted, fused, withSpare, twoDevices, window,
+      twoWindows
 
     func make() -> PlayedGuest {
       switch self {
@@ -19,6 +20,12 @@ import Testing
       case .lost: Self.guest(hasServer: false) { $0.add(1, .toolstack, .handshake, earlier: .lost("old version")) }
       case .alwaysRestarted: Self.guest(hasServer: false) { $0.add(1, .toolstack, .handshake, mode: .always) }
       case .fused: Self.guest { $0.add(1, .toolstack, .registers, earlier: .adoptable(.live), fuse: "crashed vxd") }
+      case .window: Self.guest(hasServer: false) { $0.add(1, .toolstack, .registers, hasWindow: true) }
+      case .twoWindows:
+        Self.guest(hasServer: false) {
+          $0.add(1, .toolstack, .registers, hasWindow: true)
+          $0.add(2, .toolstack, .handshake)
+        }
       case .withSpare:
         Self.guest {
           $0.add(1, .toolstack, .registers)
@@ -43,8 +50,9 @@ import Testing
       let more = getenv("VXD_EXPLORE").flatMap { Int(String(cString: $0)) } ?? 0
       switch self {
       case .registers: return 7 + more
+      case .window: return 6 + more
       case .xenbus, .adopted, .adoptedXenbus, .lost, .alwaysRestarted, .fused: return 6 + more
-      case .withSpare, .twoDevices: return 4 + more
+      case .withSpare, .twoDevices, .twoWindows: return 4 + more
       }
     }
   }
@@ -196,6 +204,17 @@ import Testing
     }
     copy.settle(timers: true)
     var faults = copy.violations
+    if way == .unplug, copy.machine.holdsWindows, !copy.isGone {
+      // All is given back but the server, which stays for as long as the guest runs.
+      if copy.hasMemory, copy.machine.members.isEmpty,
+        toolstacks.contains(where: { guest.devices[$0]?.isClaimed == true })
+      {
+        faults.append("memory is left by \(way)")
+      }
+      copy.perform(.domainGone)
+      copy.settle(timers: true)
+      faults += copy.violations
+    }
     if !copy.isGone {
       faults.append("no end by \(way): \(copy.machine.phase), \(copy.machine.members.map(\.machine.service))")
     }

@@ -40,9 +40,10 @@ extension PlayedGuest {
     var actions: [Action] = []
     switch queue.first {
     case nil: break
-    case .startServer, .insert, .plug: actions += [.work(.good), .work(.bad)]
+    case .startServer, .insert, .plug, .claim: actions += [.work(.good), .work(.bad)]
     case .connect: actions += [.work(.good), .work(.bad), .work(.noRoom)]
-    case .unplug, .remove, .leave, .disconnect, .removeTraces, .leaveServer, .closeServer: actions.append(.work(.good))
+    case .unplug, .remove, .leave, .disconnect, .removeTraces, .leaveServer, .closeServer, .releaseMemory:
+      actions.append(.work(.good))
     }
     for (key, device) in devices.sorted(by: { $0.key < $1.key }) {
       actions += self.actions(of: key, device, wishes: wishes)
@@ -140,7 +141,7 @@ extension PlayedGuest {
         case .work(let outcome): outcome == .good
         case .opened(_, _, let objection): !objection
         case .closed: true
-        case .timer(_, .start), .timer(_, .room), .serverTimer: firesTimers
+        case .timer(_, .start), .timer(_, .room), .timer(_, .claim), .serverTimer: firesTimers
         case .frontend(let key, let view): devices[key]?.isReading == true && devices[key]?.frontend == view
         case .openFailed, .report, .timer, .drained, .adjusted, .driver, .entry, .command, .domainGone, .end: false
         }
@@ -195,13 +196,14 @@ struct Shift {
     case .room(let id): .room(self(id))
     case .drain(let id): .drain(self(id))
     case .end(let id): .end(self(id))
+    case .claim(let id): .claim(self(id))
     }
   }
 
   /// Timers that nobody waits for any more differ in nothing but their numbers: one of them is enough.
   func isRecent(_ timer: DeviceTimer) -> Bool {
     switch timer {
-    case .start(let id), .room(let id), .drain(let id), .end(let id): Self.base - id.number < 2
+    case .start(let id), .room(let id), .drain(let id), .end(let id), .claim(let id): Self.base - id.number < 2
     }
   }
 }
@@ -232,6 +234,8 @@ extension DeviceMachine {
       }
       connection = .xenbus(handshake)
     }
+    if case .delayed(let id) = claim { claim = .delayed(shift(id)) }
+    failedClaims = min(failedClaims, 1)
     drain = drain.map { shift($0) }
     endNumber = endNumber.map { shift($0) }
     restarts.count = 0

@@ -28,6 +28,8 @@ struct PlayedGuest: Hashable {
     case removeTraces(Int)
     case leaveServer
     case closeServer
+    case claim(Int)
+    case releaseMemory
   }
 
   /// The world around one device.
@@ -47,6 +49,9 @@ struct PlayedGuest: Hashable {
     var isReading = false
     /// The entry has another description than at the last start.
     var isCorrected = false
+    /// Its guest looks for it whether it is there or not.
+    var hasWindow = false
+    var isClaimed = false
     var closedWrites = 0
     var gone = 0
     var isFilling = false
@@ -82,20 +87,21 @@ struct PlayedGuest: Hashable {
 
   mutating func add(
     _ key: Int, _ origin: GuestMachine<Int>.Origin, _ style: BusStyle, earlier: Earlier = .nothing,
-    mode: RestartPolicy.Mode = .onFailure, pause: Milliseconds = 0, fuse: String? = nil
+    mode: RestartPolicy.Mode = .onFailure, pause: Milliseconds = 0, fuse: String? = nil, hasWindow: Bool = false
   ) {
     var isInserted = false
     if style == .registers, case .adoptable = earlier { isInserted = true }
     var rules = Self.rules
     rules.restart.mode = mode
     var device = Device(style: style, isSpare: origin == .profile, isInserted: isInserted)
+    device.hasWindow = hasWindow
     switch earlier {
     case .adoptable, .lost: device.frontend = FrontendView(state: .connected, setup: .page(sequence: 2, reference: 9))
     case .nothing, .offered: break
     }
     devices[key] = device
     handle(
-      .add(key, origin, DeviceMachine(style, rules, earlier: earlier), after: pause, fuse: fuse))
+      .add(key, origin, DeviceMachine(style, rules, hasWindow: hasWindow, earlier: earlier), after: pause, fuse: fuse))
   }
 
   // MARK: Events
@@ -137,6 +143,7 @@ struct PlayedGuest: Hashable {
       isHandedOver = true
       queue.append(.leaveServer)
     case .closeServer: queue.append(.closeServer)
+    case .releaseMemory: queue.append(.releaseMemory)
     case .joinThread:
       if !queue.isEmpty { violate("the guest's thread is joined with \(queue) left") }
       isThreadJoined = true
@@ -182,6 +189,7 @@ struct PlayedGuest: Hashable {
       expect(key, id, .open, effect)
       require(!device.isInserted, "inserted twice")
       queue.append(.insert(key, id))
+    case .claim: queue.append(.claim(key))
     case .plug(let id):
       expect(key, id, .open, effect)
       queue.append(.plug(key, id))
@@ -193,7 +201,9 @@ struct PlayedGuest: Hashable {
     case .writeState(.connected, _):
       require(device.isInserted && (device.style == .registers || device.isMapped), "connected and is not")
     case .writeState(.closed, _): require(!device.isMapped, "closed with pages mapped")
-    case .writeState(let state, _): require(state == .initWait, "state \(state)")
+    case .writeState(let state, _):
+      require(state == .initWait, "state \(state)")
+      require(!device.hasWindow || device.isClaimed, "the guest is let go on while nobody answers its accesses")
     case .writeClosed:
       device.closedWrites += 1
       require(device.closedWrites == 1, "closed is written again")
@@ -256,6 +266,15 @@ struct PlayedGuest: Hashable {
       hasServer = outcome == .good
       handle(outcome == .good ? .serverStarted : .serverFailed("no server"))
     case .leaveServer: hasServer = false
+    case .claim(let key):
+      if outcome == .good, hasServer { devices[key]?.isClaimed = true }
+      tell(key, .claimed(outcome == .good && hasServer ? nil : "no room"))
+    case .releaseMemory:
+      for (key, device) in devices where machine[key]?.isReleased ?? true {
+        require(device.backends.isEmpty, "memory is released while \(key) has \(device.backends)")
+      }
+      if devices.values.allSatisfy({ $0.backends.isEmpty }) { hasMemory = false }
+      handle(.memoryReleased)
     case .removeTraces(let key): tell(key, .cleared)
     case .closeServer:
       for (key, device) in devices {
@@ -263,13 +282,18 @@ struct PlayedGuest: Hashable {
         require(!device.isMapped, "\(key) is mapped when the guest's memory goes")
         require(isHandedOver || !device.isInserted, "\(key) is in its place when the server goes")
       }
+      require(
+        isHandedOver || machine.isDomainGone || !devices.values.contains { $0.isClaimed },
+        "the server goes while the guest runs that looks for its devices")
       hasServer = false
       hasMemory = false
       handle(.serverClosed)
     case .insert(let key, let id):
       if outcome == .good {
         devices[key]?.isInserted = true
+        if devices[key]?.hasWindow == true { devices[key]?.isClaimed = true }
         devices[key]?.behindTransport = id
+        hasMemory = true
       }
       tell(key, outcome == .good ? .plugged(id, .absent) : .insertFailed(id, "no room"))
     case .plug(let key, let id):

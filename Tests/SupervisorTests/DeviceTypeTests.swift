@@ -25,6 +25,7 @@ import Xen
     var slot: UInt8?
     var limits = RateLimits()
     var offered: FeatureBits?
+    var transport: RegisterTransport?
     var brightness = 3
 
     init() {}
@@ -156,6 +157,7 @@ import Xen
     var slot: UInt8?
     var limits = RateLimits()
     var offered: FeatureBits?
+    var transport: RegisterTransport?
 
     init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {}
     var optionTexts: [(name: String, value: String)] { [] }

@@ -47,7 +47,7 @@ import Xen
     let world = try World()
     defer { world.end() }
     let domain = try world.domain(5, name: "plain")
-    try world.start(profiles: #"{"version": 1, "guests": [{"devices": [{"type": "entropy"}]}]}"#)
+    try world.start(profiles: #"{"version": 1, "guests": [{"guest": "p*", "devices": [{"type": "entropy"}]}]}"#)
     let server = try world.serveControl()
     defer { server.stop() }
     #expect(eventually { world.state("plain", "rng0") == "ready" })
@@ -63,6 +63,11 @@ import Xen
     _ = try world.domain(6, name: "none", type: "pv")
     let none = vxctl(world, ["explain", "none"])
     #expect(none.status == 1 && none.output.contains("no virtio device whose backend is this domain"), "\(none.output)")
+    // One that cannot have what its profile declares, too: PV guests, and those on Arm, have no slots.
+    _ = try world.domain(7, name: "plainer", type: "pvh")
+    #expect(eventually { world.state("plainer", "rng0") == "failed" })
+    let refused = vxctl(world, ["explain", "plainer"])
+    #expect(refused.status == 1 && refused.output.contains("on Arm a line in its configuration"), "\(refused.output)")
   }
 
   /// A driver domain knows its guests by their numbers alone, and may not look at them.

@@ -62,32 +62,17 @@ import Xen
     static let style = BusStyle.registers
     static let hasServer = false
     static let hostNodes: [String] = []
-    static let guestNeeds = "a wire"
-    static func serves(_ facts: GuestFacts) -> Bool { facts.type == "wired" }
+    let guestNeeds = "a wire"
+    static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool { guest.type == "wired" }
 
-    let thread: LoopThread
     private let host: BusHost
     private let memory: ForeignMappingPool
     private var wires: [DeviceKey: Wire] = [:]
 
-    init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
-      self.host = host
-      memory = ForeignMappingPool(guest: try host.hypervisor.open(facts.domain), bucketShift: 16, budgetBytes: 1 << 20)
-      do throws(Errno) { thread = try LoopThread(name: "wires") } catch { throw XenError("thread", error) }
-    }
-
-    var facts: BusFacts { BusFacts() }
-    func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] { [] }
-    var unclaimed: [DeviceKey] { [] }
-    func startServer(uuid: String?) -> BusJob { { .serverStarted } }
-    func leaveServer() -> BusJob { { nil } }
-
-    func closeServer() -> BusJob {
-      let memory = memory
-      return {
-        memory.close()
-        return .serverClosed
-      }
+    init(_ ground: GuestGround) throws(XenError) {
+      host = ground.host
+      memory = ForeignMappingPool(
+        guest: try host.hypervisor.open(ground.facts.domain), bucketShift: 16, budgetBytes: 1 << 20)
     }
 
     func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
@@ -116,8 +101,6 @@ import Xen
         return .device(key, .removed)
       }
     }
-
-    func discard(_ key: DeviceKey) -> BusJob { { nil } }
   }
 
   @Test func newTransportServesDevicesLikeTheOthers() throws {

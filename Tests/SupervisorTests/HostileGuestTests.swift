@@ -134,7 +134,7 @@ import Xen
       #expect(
         eventually {
           !stage.daemon.threads.contains { name in
-            ["vxd-hostile", "vxd-ioreq", "vxd-storage"].contains { name.hasPrefix($0) }
+            ["vxd-hostile", "vxd-guest", "vxd-storage"].contains { name.hasPrefix($0) }
           }
         }, "seed \(seed): \(stage.daemon.threads)")
     }

@@ -98,17 +98,20 @@ import Xen
     let domain = try world.domain(5, name: "web1")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
     #expect(eventually { world.state("web1", "xvde") == "ready" })
-    domain.rangeFailures.store(1, ordering: .relaxed)
+    // Its window, and the device in it.
+    domain.rangeFailures.store(2, ordering: .relaxed)
     // Where libxl says that it is, as on Arm: its window is claimed for it alone.
     try world.toolstack.attach(
       disk: "xvdf", image: world.image("second"), to: 5, changes: ["base": "33554432", "irq": "33"])
     #expect(eventually { world.reasons(.deviceFailed).contains { $0.hasPrefix("base: map_io_range") } })
-    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvdf", domain: 5))
     if corrects {
       #expect(eventually { world.state("web1", "xvdf") == "failed" })
       #expect(world.toolstack.value("error", disk: "xvdf", of: 5)?.hasPrefix("base: ") == true)
+      // The guest would find nobody there.
+      #expect(world.toolstack.value("state", disk: "xvdf", of: 5) == "1")
       try world.toolstack.set("params", world.image("third"), disk: "xvdf", of: 5)
     }
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvdf", domain: 5))
     #expect(eventually { world.state("web1", "xvdf") == "ready" })
     #expect(world.toolstack.value("error", disk: "xvdf", of: 5) == nil)
     let registers = TrappedRegisters(domain: domain, base: 33_554_432, vcpu: 0)
@@ -124,7 +127,8 @@ import Xen
     domain.rangeFailures.store(0, ordering: .relaxed)
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
     #expect(eventually { world.state("web1", "xvde") == "ready" })
-    domain.rangeFailures.store(1, ordering: .relaxed)
+    // Its window, and the device in it.
+    domain.rangeFailures.store(2, ordering: .relaxed)
     try world.toolstack.attach(
       disk: "xvdf", image: world.image("second"), to: 5, changes: ["base": "33554432", "irq": "33"])
     #expect(eventually { world.state("web1", "xvdf") == "failed" })

@@ -17,7 +17,7 @@ import Xen
       var name = [CChar](repeating: 0, count: 32)
       guard fgets(&name, 32, file) != nil else { return nil }
       return String(decoding: name.prefix { $0 != 0 && $0 != 10 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    }.filter { $0.hasPrefix("vxd-storm") || $0.hasPrefix("vxd-ioreq-1") && $0.count == "vxd-ioreq-1000".count }
+    }.filter { $0.hasPrefix("vxd-storm") || $0.hasPrefix("vxd-guest-1") && $0.count == "vxd-guest-1000".count }
   }
 
   /// Descriptors of files in a folder.

@@ -86,7 +86,7 @@ final class World: @unchecked Sendable {
       let passed = Latch()
       thread.perform {
         supervisor.assumeIsolated { supervisor in
-          let guests = supervisor.table.guests.values.map(\.bus.thread)
+          let guests = supervisor.table.guests.values.map(\.buses.thread)
           let data = supervisor.table.guests.values.flatMap { guest in
             guest.devices.values.flatMap { $0.running?.threads ?? [] }
           }
@@ -114,10 +114,10 @@ final class World: @unchecked Sendable {
   }
 
   /// Ends the supervisor in good order.
-  func stop() {
+  func stop(handsOver: Bool = true) {
     guard let thread, let supervisor else { return }
     let latch = Latch()
-    thread.loop.enqueue { supervisor.assumeIsolated { $0.stop { latch.open() } } }
+    thread.loop.enqueue { supervisor.assumeIsolated { $0.stop(handsOver: handsOver) { latch.open() } } }
     latch.wait()
     thread.stopAndJoin()
     self.thread = nil
@@ -168,11 +168,12 @@ final class World: @unchecked Sendable {
   }
 
   /// A PVH guest's driver on a disk over Xenbus.
-  func bootXenbus(_ domain: SimulatedDomain, disk: String = "xvde", queueSize: UInt16 = 64, queueCount: Int = 1) throws
-    -> (guest: SimulatedBlockGuest, registers: XenbusRegisters)
-  {
+  func bootXenbus(
+    _ domain: SimulatedDomain, disk: String = "xvde", queueSize: UInt16 = 64, queueCount: Int = 1,
+    area: UInt64 = 1 << 20
+  ) throws -> (guest: SimulatedBlockGuest, registers: XenbusRegisters) {
     let registers = try XenbusRegisters(server: server, domain: domain, disk: disk)
-    let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
+    let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: area)
     try driver.start(
       wanted: [.indirectDescriptors, .eventIndex, .blockFlush, .blockConfigureWriteback], queueSize: queueSize,
       queueCount: queueCount)
@@ -183,7 +184,14 @@ final class World: @unchecked Sendable {
   func boot(_ domain: SimulatedDomain, slot: Int = 0, area: UInt64 = 1 << 20, vcpu: Int = 0) throws
     -> SimulatedBlockGuest
   {
-    let registers = TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base, vcpu: vcpu)
+    try boot(domain, base: SlotTable.slot(slot).base, area: area, vcpu: vcpu)
+  }
+
+  /// The guest's driver on the disk at an address.
+  func boot(_ domain: SimulatedDomain, base: UInt64, area: UInt64 = 1 << 20, vcpu: Int = 0) throws
+    -> SimulatedBlockGuest
+  {
+    let registers = TrappedRegisters(domain: domain, base: base, vcpu: vcpu)
     let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: area)
     try driver.start(wanted: [.indirectDescriptors, .eventIndex], queueSize: 64)
     return SimulatedBlockGuest(domain: domain, driver: driver)

@@ -49,6 +49,43 @@ import Xen
     #expect(pool.statistics.buckets == 4)
   }
 
+  /// Unmapping may be slow (Arm): it goes a bucket at a time, and who needs another bucket meanwhile gets it.
+  @Test func slowUnmappingHoldsUpNobodyWhoMisses() throws {
+    for bucket: UInt64 in 0..<4 { _ = try pool.bucket(bucket) }
+    let (isUnmapping, mayGoOn) = (Latch(), Latch())
+    let calls = Atomic<Int>(0)
+    domain.beforeUnmapping.withLock {
+      $0 = {
+        guard calls.wrappingAdd(1, ordering: .relaxed).oldValue == 0 else { return }
+        isUnmapping.open()
+        mayGoOn.wait()
+      }
+    }
+    let invalidation = try LoopThread(name: "invalidation")
+    let isInvalidated = Latch()
+    let pool = pool
+    invalidation.loop.enqueue {
+      pool.invalidate()
+      isInvalidated.open()
+    }
+    isUnmapping.wait()
+    let other = try LoopThread(name: "miss")
+    let hasMissed = Latch()
+    other.loop.enqueue {
+      if (try? pool.bucket(5)) != nil { hasMissed.open() }
+    }
+    #expect(hasMissed.wait(seconds: 20))
+    // Whoever gave the pages back is answered when the last one is unmapped, and not before.
+    #expect(!isInvalidated.wait(seconds: 0))
+    mayGoOn.open()
+    #expect(isInvalidated.wait(seconds: 20))
+    #expect(pool.statistics.buckets == 1 && pool.statistics.mappedPages == 4 && pool.statistics.unmapCalls == 4)
+    #expect(domain.usage.mappings == 1)
+    invalidation.stopAndJoin()
+    other.stopAndJoin()
+    domain.beforeUnmapping.withLock { $0 = nil }
+  }
+
   /// A guest can have its device map pieces of its memory over and over. What one batch does ends with it; what other batches do meanwhile
   /// must not pile up.
   @Test func mappingsThatWaitForALongBatchAreBounded() throws {

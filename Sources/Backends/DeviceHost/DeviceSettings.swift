@@ -23,6 +23,8 @@ package protocol DeviceSettings: Equatable, Sendable {
   var offered: FeatureBits? { get set }
   /// Its device number on the guest's PCI bus; nil for vxd's choice. Of no meaning to other transports.
   var slot: UInt8? { get set }
+  /// How an HVM guest finds the device; nil as its other devices.
+  var transport: RegisterTransport? { get set }
   /// What a disk stores its data in, "" for an empty spare; nil for devices of other types.
   var image: String? { get set }
   var readOnly: Bool { get }

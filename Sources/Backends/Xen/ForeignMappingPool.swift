@@ -24,6 +24,10 @@ package struct PoolStatistics: Equatable, Sendable {
 /// Mappings are withdrawn in two steps (`MappingLimbo`). An invalidation waits for the second, since it may be answered only when the
 /// mappings are gone; an eviction does not. Those between the steps are bounded: batches with many misses end early (`RunBudget`), and
 /// where another thread's batch lasts, buckets are mapped beyond the budget rather than evicted, and in the end not at all.
+///
+/// Unmapping is dear where Xen has to be asked for each page (Arm: a hypercall and a flush of the TLB; the kernel holds the process's memory
+/// map meanwhile). So it goes a bucket at a time, without the pool's lock: other guests' threads, and this guest's that miss, wait for one
+/// bucket at most.
 package final class ForeignMappingPool: GuestMemorySource {
   /// A mapping and its bookkeeping. Lives until it is unmapped.
   private struct Mapping {
@@ -45,6 +49,8 @@ package final class ForeignMappingPool: GuestMemorySource {
     var nextRange: UInt64 = 1
     /// Left the pool, still mapped.
     var limbo = MappingLimbo<Mapping>()
+    /// Taken out of it, and being unmapped by some thread.
+    var unmapping = 0
     var statistics = PoolStatistics()
     var isClosed = false
   }
@@ -99,10 +105,8 @@ package final class ForeignMappingPool: GuestMemorySource {
   }
 
   package func remove(viewer: MemoryViewer) {
-    update { state in
-      state.limbo.remove(viewer)
-      reclaim(&state)
-    }
+    update { state in state.limbo.remove(viewer) }
+    reclaimSome()
   }
 
   package func bucket(_ number: UInt64) throws(GuestMemoryFault) -> BucketMapping {
@@ -114,9 +118,9 @@ package final class ForeignMappingPool: GuestMemorySource {
   }
 
   private func bucket(_ number: UInt64, afresh: Bool) throws(GuestMemoryFault) -> BucketMapping {
+    reclaimSome()
     let result: Result<BucketMapping, GuestMemoryFault> = update { state in
       guard !state.isClosed else { return .failure(.mappingFailed) }
-      reclaim(&state)
       state.statistics.misses &+= 1
       generation.clock.wrappingAdd(1, ordering: .relaxed)
       if let known = state.buckets[number] {
@@ -149,9 +153,9 @@ package final class ForeignMappingPool: GuestMemorySource {
     let (end, overflow) = address.addingReportingOverflow(UInt64(max(length, 1) - 1))
     guard !overflow else { throw .addressOverflow }
     let pages = Int(truncatingIfNeeded: (end >> 12) &- first) &+ 1
+    reclaimSome()
     let result: Result<RangeMapping, GuestMemoryFault> = update { state in
       guard !state.isClosed else { return .failure(.mappingFailed) }
-      reclaim(&state)
       guard let mapping = map(first: first, pages: pages, &state) else { return .failure(.unmapped(address: address)) }
       guard mapping.holes == 0 else {
         unmap(mapping, &state)
@@ -168,12 +172,14 @@ package final class ForeignMappingPool: GuestMemorySource {
   }
 
   package func unmapRange(_ range: RangeMapping) {
-    update { state in
+    let taken: Mapping? = update { state in
       // Gone already after an invalidation: then there is nothing to do.
-      guard let mapping = state.ranges.removeValue(forKey: range.identifier) else { return }
+      guard let mapping = state.ranges.removeValue(forKey: range.identifier) else { return nil }
       state.statistics.rangePages -= mapping.pages
-      unmap(mapping, &state)
+      state.unmapping += 1
+      return mapping
     }
+    if let taken { finish(taken) }
   }
 
   // MARK: Withdrawal
@@ -202,13 +208,11 @@ package final class ForeignMappingPool: GuestMemorySource {
       state.statistics.rangePages = 0
       return next
     }
-    guard target != nil else { return }
+    guard let target else { return }
     // The vCPU that gave the pages back waits meanwhile.
     waitForBatches {
-      update { state in
-        reclaim(&state)
-        return state.limbo.isEmpty
-      }
+      while reclaimOne() {}
+      return state.withLock { $0.limbo.isDone(target) && $0.unmapping == 0 }
     }
   }
 
@@ -218,9 +222,35 @@ package final class ForeignMappingPool: GuestMemorySource {
     state.limbo.put(mapping, generation.advance())
   }
 
-  /// Unmaps what left the pool and is used by nobody any more.
-  private func reclaim(_ state: inout State) {
-    for mapping in state.limbo.takeUnused() { unmap(mapping, &state) }
+  /// Mappings that a miss gives back at most: more than it makes, so that they do not gather.
+  private static let reclaimedByMiss = 2
+
+  /// Unmaps a little of what left the pool.
+  private func reclaimSome() {
+    for _ in 0..<Self.reclaimedByMiss where !reclaimOne() { return }
+  }
+
+  /// Unmaps one mapping that left the pool and is used by nobody any more, outside the lock.
+  ///
+  /// - Returns: false when there is none.
+  private func reclaimOne() -> Bool {
+    let taken: Mapping? = state.withLock { state in
+      let taken = state.limbo.takeUnused(limit: 1).first
+      if taken != nil { state.unmapping += 1 }
+      return taken
+    }
+    guard let taken else { return false }
+    finish(taken)
+    return true
+  }
+
+  /// Unmaps what was taken out of the pool, which is counted as being unmapped.
+  private func finish(_ mapping: Mapping) {
+    guest.unmap(mapping.base, count: mapping.pages)
+    update { state in
+      state.unmapping -= 1
+      note(mapping, &state)
+    }
   }
 
   // MARK: Mapping calls
@@ -260,10 +290,16 @@ package final class ForeignMappingPool: GuestMemorySource {
     return mapping
   }
 
+  /// Of a mapping that nobody has seen.
   private func unmap(_ mapping: Mapping, _ state: inout State) {
+    guest.unmap(mapping.base, count: mapping.pages)
+    note(mapping, &state)
+  }
+
+  /// A mapping is no more.
+  private func note(_ mapping: Mapping, _ state: inout State) {
     state.statistics.unmapCalls &+= 1
     state.statistics.mappedPages -= mapping.pages
-    guest.unmap(mapping.base, count: mapping.pages)
     mapping.valid?.deallocate()
     mapping.stamp.deallocate()
   }

@@ -101,12 +101,16 @@ package final class IOReqServer: EventSource {
     mapped.append(first...last)
   }
 
-  /// Puts a device into a slot; one that is claimed already (x86), or claims the slot's window (Arm).
+  /// Claims a device's window where it is not claimed yet. It reads as an empty slot while there is no device.
+  package func claim(window base: UInt64) throws(XenError) {
+    let last = base &+ (MMIOTransport.windowSize - 1)
+    guard !mapped.contains(where: { $0.lowerBound <= base && last <= $0.upperBound }) else { return }
+    try claim(first: base, last: last)
+  }
+
+  /// Puts a device into a slot, whose window is claimed for it where it is not yet.
   package func attach(_ transport: MMIOTransport, to slot: DeviceSlot) throws(XenError) {
-    let last = slot.base &+ (MMIOTransport.windowSize - 1)
-    if !mapped.contains(where: { $0.lowerBound <= slot.base && last <= $0.upperBound }) {
-      try claim(first: slot.base, last: last)
-    }
+    try claim(window: slot.base)
     windows.removeAll { $0.slot.base == slot.base }
     windows.append((slot, transport))
   }
@@ -193,15 +197,16 @@ package final class IOReqServer: EventSource {
     if let (function, offset) = functions.target(at: address) { return function.read(offset: offset, width: width) }
     guard let (transport, offset) = transport(at: address), let transport else {
       // A BAR may have moved between the access and its answer.
-      return mapped.contains { $0.contains(address) } ? Self.emptySlot(address, width) : .max
+      guard let range = mapped.first(where: { $0.contains(address) }) else { return .max }
+      return Self.emptySlot((address &- range.lowerBound) & (SlotTable.windowStride - 1), width)
     }
     return transport.read(offset: offset, width: width)
   }
 
   /// A slot without a device: magic and version are there, the device's number is 0 (virtio 1.2, 4.2.3.1.1), the rest is 0.
-  private static func emptySlot(_ address: UInt64, _ width: Int) -> UInt64 {
+  private static func emptySlot(_ offset: UInt64, _ width: Int) -> UInt64 {
     guard width == 4 else { return 0 }
-    switch address & (SlotTable.windowStride - 1) {
+    switch offset {
     case 0x000: return 0x7472_6976
     case 0x004: return 2
     default: return 0

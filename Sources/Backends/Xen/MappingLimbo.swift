@@ -18,6 +18,9 @@ struct MappingLimbo<Mapping>: ~Copyable {
   var isEmpty: Bool { entries.isEmpty }
   var count: Int { entries.count }
 
+  /// Whether nothing waits any more that was put here under a generation or one before it.
+  func isDone(_ generation: UInt64) -> Bool { entries.first.map { $0.generation > generation } ?? true }
+
   mutating func add(_ viewer: MemoryViewer) { viewers.append(viewer) }
 
   mutating func remove(_ viewer: MemoryViewer) { viewers.removeAll { $0 === viewer } }
@@ -28,7 +31,9 @@ struct MappingLimbo<Mapping>: ~Copyable {
   mutating func put(_ mapping: Mapping, _ generation: UInt64) { entries.append((mapping, generation)) }
 
   /// Gives out what no batch can use any more, to be unmapped.
-  mutating func takeUnused() -> [Mapping] {
+  ///
+  /// - Parameter limit: so many at most.
+  mutating func takeUnused(limit: Int = .max) -> [Mapping] {
     guard !entries.isEmpty else { return [] }
     var oldest = UInt64.max
     for viewer in viewers {
@@ -36,7 +41,7 @@ struct MappingLimbo<Mapping>: ~Copyable {
       if epoch != 0 { oldest = min(oldest, epoch) }
     }
     // Generations grow, so what may go stands before what must stay.
-    let count = entries.firstIndex { $0.generation > oldest } ?? entries.count
+    let count = min(entries.firstIndex { $0.generation > oldest } ?? entries.count, limit)
     guard count > 0 else { return [] }
     let unused = entries[..<count].map(\.mapping)
     entries.removeFirst(count)

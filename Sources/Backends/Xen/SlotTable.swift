@@ -8,11 +8,12 @@ package struct DeviceSlot: Equatable, Sendable {
     case spi(UInt32)
   }
 
-  package var index: Int
+  /// In the table of an HVM guest's slots; nil where the toolstack chose the place.
+  package var index: Int?
   package var base: UInt64
   package var interrupt: Interrupt
 
-  package init(index: Int, base: UInt64, interrupt: Interrupt) {
+  package init(index: Int?, base: UInt64, interrupt: Interrupt) {
     self.index = index
     self.base = base
     self.interrupt = interrupt
@@ -30,6 +31,15 @@ package enum SlotTable {
   package static let maximumCount = 32
   package static let firstBase: UInt64 = 0xfeb0_0000
   package static let windowStride: UInt64 = 0x1000
+
+  /// Addresses of the first `count` windows, with what lies between them; nil where guests have no such slots.
+  package static func row(count: Int) -> ClosedRange<UInt64>? {
+    #if arch(x86_64)
+      firstBase...firstBase + windowStride * UInt64(count) - 1
+    #else
+      nil
+    #endif
+  }
 
   /// Global system interrupt of a slot.
   package static func gsi(slot: Int) -> Int {

@@ -24,6 +24,11 @@ package final class SimulatedToolstack {
     "/local/domain/0/backend/virtio_disk/\(domain)/\(deviceNumber(disk))"
   }
 
+  /// What libxl writes otherwise of the first virtio disk of a guest on Arm, which it has put into the guest's device tree.
+  package static let armDisk: [String: String?] = [
+    "base": "33554432", "irq": "33", "transport": "mmio", "grant_usage": "0",
+  ]
+
   /// Makes a domain without devices.
   ///
   /// - Parameter type: as xl's: hvm, pvh, pv.
@@ -71,12 +76,14 @@ package final class SimulatedToolstack {
   /// Adds a generic device, as libxl 4.18 does for `virtio = [ "type=..." ]`.
   ///
   /// - Parameter options: what `vxctl attach` writes beside it.
-  package func attachGeneric(type: String, device: Int, to domain: DomainID, options: String? = nil) throws(XenError) {
+  package func attachGeneric(
+    type: String, device: Int, to domain: DomainID, options: String? = nil, base: String = "0", irq: String = "0"
+  ) throws(XenError) {
     let frontend = "/local/domain/\(domain)/device/virtio/\(device)"
     let backend = "/local/domain/0/backend/virtio/\(domain)/\(device)"
     var keys = [
       ("frontend", frontend), ("frontend-id", "\(domain)"), ("online", "1"), ("state", "1"), ("type", type),
-      ("transport", "mmio"), ("base", "0"), ("irq", "0"), ("grant_usage", "0"),
+      ("transport", "mmio"), ("base", base), ("irq", irq), ("grant_usage", "0"),
     ]
     if let options { keys.append(("vx-options", options)) }
     try store.transaction { transaction throws(XenError) in

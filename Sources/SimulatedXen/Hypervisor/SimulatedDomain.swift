@@ -56,8 +56,12 @@ package final class SimulatedDomain: @unchecked Sendable {
   package let rangeFailures = Atomic<Int>(0)
   package let pageFailures = Atomic<Int>(0)
   package let lostEvents = Atomic<Int>(0)
+  /// Accesses to memory that nobody has claimed: a kernel on Arm dies of the first.
+  package let aborts = Atomic<UInt64>(0)
   /// Runs when a vCPU has selected its server and not yet written to its slot: where a test lets something happen in between.
   package let beforeSending = Mutex<(@Sendable () -> Void)?>(nil)
+  /// Runs when a mapping is about to be taken away.
+  package let beforeUnmapping = Mutex<(@Sendable () -> Void)?>(nil)
   let state = Mutex(State())
   /// Opened whenever a line rises.
   private let interruptGate = Latch()
@@ -114,13 +118,16 @@ package final class SimulatedDomain: @unchecked Sendable {
   // MARK: The guest's side
 
   /// An access of a vCPU to an address that is no memory. Blocks that vCPU until a server has answered; addresses that nobody
-  /// claims read as ones and drop writes, as on x86.
+  /// claims read as ones and drop writes, as on x86; on Arm they abort (`aborts`).
   package func access(
     vcpu: Int, address: UInt64, size: Int, write value: UInt64? = nil, count: UInt32 = 1, buffer: UInt64? = nil,
     stepsDown: Bool = false
   ) -> UInt64 {
     let last = address &+ UInt64(size - 1)
-    guard let found = server(where: { $0.covers(address, last) }) else { return .max }
+    guard let found = server(where: { $0.covers(address, last) }) else {
+      if isRunning { aborts.wrappingAdd(1, ordering: .relaxed) }
+      return .max
+    }
     return exchange(
       found, vcpu, kind: .memory, address: address, data: buffer ?? value ?? 0, size: UInt32(size), count: count,
       isRead: value == nil, isPointer: buffer != nil, stepsDown: stepsDown)

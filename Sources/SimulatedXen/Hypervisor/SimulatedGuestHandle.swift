@@ -259,6 +259,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   }
 
   func unmap(_ start: UnsafeMutableRawPointer, count: Int) {
+    domain.beforeUnmapping.withLock { $0 }?()
     munmap(start, count * 4096)
     domain.state.withLock { $0.usage.mappings -= 1 }
   }

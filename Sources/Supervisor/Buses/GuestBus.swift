@@ -6,23 +6,28 @@ import Transport
 import Virtqueue
 import Xen
 
-/// What decides how a guest's devices are reached.
+/// What of a guest decides how its devices are reached.
 struct GuestFacts: Sendable {
   var domain: DomainID
   /// Whether vxd runs in a driver domain, which has no rights over its guests.
   var isDriverDomain: Bool
-  /// libxl's type of the guest: hvm, pv, pvh; nil where nobody says.
+  /// libxl's type of the guest: hvm, pv, pvh (every guest on Arm); nil where nobody says.
   var type: String?
-  /// What the profile says, or what the guest has had since an earlier daemon.
-  var transport = GuestTransport.mmio
+  /// Of its devices of which nothing else is said: by the profile, or as it was when an earlier daemon began to serve the guest.
+  var transport = RegisterTransport.mmio
   /// When the toolstack started it, as it says: a guest that is restarted keeps its UUID, and may get its number again.
   var started: String?
+
+  /// Whether it is a PV or PVH guest: libxl's word for every guest on Arm is pvh.
+  var isParavirtual: Bool { type == "pv" || type == "pvh" }
 }
 
-/// How the registers of an HVM guest's devices are found by it.
-enum GuestTransport: String, CaseIterable, Sendable {
-  case mmio
-  case pci
+/// What of a device decides how it is reached.
+struct DeviceWish: Sendable {
+  /// Where the toolstack has told the guest that it is: a node of the guest's device tree (Arm). 0 where nobody has.
+  var base: UInt64 = 0
+  /// What its options say, or else the guest's.
+  var transport = RegisterTransport.mmio
 }
 
 /// What of the host a bus needs.
@@ -44,43 +49,71 @@ enum BusReport: Sendable {
 /// Work for the guest's thread; what it returns is reported to the guest's machine.
 typealias BusJob = @Sendable () -> GuestEvent<DeviceKey>?
 
-/// How one guest reaches its devices: one object for each guest, which owns what the guest's thread works with. Its functions are called
-/// on the supervisor's loop; the jobs that they return run on the guest's thread, one after the other.
+/// What the buses of one guest have in common: its thread, and the server of its registers where one of them has any.
 ///
-/// A new transport is a type that conforms, and a line in `GuestBuses.all`. Nothing above asks which one a guest has: what is special of
-/// it reaches operators as `facts`.
+/// Confined to the supervisor's loop.
+final class GuestGround {
+  let facts: GuestFacts
+  let host: BusHost
+  /// Runs the jobs of all buses of the guest, one after the other.
+  let thread: LoopThread
+  /// Made with the first bus that needs it.
+  private(set) var server: RegisterServer?
+
+  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
+    self.facts = facts
+    self.host = host
+    do throws(Errno) {
+      thread = try LoopThread(name: "vxd-guest-\(facts.domain)")
+      thread.label("\(facts.domain)")
+    } catch {
+      throw XenError("start of the guest's thread", error)
+    }
+  }
+
+  /// The guest's ioreq server and foreign mappings, which all of its devices with registers share.
+  func registers() throws(XenError) -> RegisterServer {
+    if let server { return server }
+    let made = try RegisterServer(facts, host, thread)
+    server = made
+    return made
+  }
+}
+
+/// How some or all devices of one guest are reached: one object for each guest and transport. Its functions are called on the supervisor's
+/// loop; the jobs that they return run on the guest's thread, one after the other.
+///
+/// A new transport is a type that conforms, and a line in `GuestBuses.all`. Nothing above asks which one a device has: what is special of
+/// it reaches operators as `facts`. `GuestBuses` gives each device its bus.
 protocol GuestBus: AnyObject, SendableMetatype {
   /// As operators see it in `vxctl show`.
   static var name: String { get }
   static var style: BusStyle { get }
   /// Device nodes of the host that it works with.
   static var hostNodes: [String] { get }
-  /// What a guest needs for its drivers to find devices there: for operators whose guest has not.
-  static var guestNeeds: String { get }
-  /// What operators of such guests should know; nil for nothing.
-  static var note: String? { get }
   /// Whether accesses of the guest are served by a server that must be made first.
   static var hasServer: Bool { get }
-  /// Whether the guest's devices are reached this way. The first bus in the list that says so has the guest.
-  static func serves(_ facts: GuestFacts) -> Bool
-  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError)
+  /// Whether a device is reached this way. The first bus in the list that says so has the device.
+  static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool
+  /// Whether a device that an earlier daemon left is put back in its place by `restore`.
+  static func restores(_ place: DeviceState.Place) -> Bool
+  /// Whether the guest looks for a device whatever becomes of it, where nobody answers but the bus, see `DeviceMachine.Claim`.
+  static func hasWindow(_ device: DeviceWish) -> Bool
+  init(_ ground: GuestGround) throws(XenError)
 
-  var thread: LoopThread { get }
-  /// For the status board.
-  var facts: BusFacts { get }
+  /// What a guest needs for its drivers to find devices there: for operators whose guest has not.
+  var guestNeeds: String { get }
+  /// What operators of such guests should know; nil for nothing.
+  var note: String? { get }
+  /// What operators see of the bus as a whole.
+  var facts: [Fact] { get }
 
-  // MARK: The guest
+  // MARK: What an earlier daemon left
 
-  /// Finds what an earlier daemon left of the guest.
-  ///
-  /// - Returns: what could not be used of it, for the log.
-  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)]
-  /// Devices that `restore` found and nobody has asked for with `earlier` so far.
+  /// Puts a device that an earlier daemon served back in its place, without a backend.
+  func restore(_ key: DeviceKey, _ state: DeviceState)
+  /// Devices that were restored and nobody has asked for with `earlier` so far.
   var unclaimed: [DeviceKey] { get }
-  func startServer(uuid: String?) -> BusJob
-  func leaveServer() -> BusJob
-  /// Closes the server unless it was left, and the guest's memory.
-  func closeServer() -> BusJob
 
   // MARK: Devices
 
@@ -98,6 +131,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   func place(of key: DeviceKey) -> DeviceState.Place
   func transport(of key: DeviceKey) -> (any DeviceTransport)?
   func facts(of key: DeviceKey) -> DeviceFacts
+  /// Answers accesses to a device's window from now on, whether the device is there or not.
+  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob
   func remove(_ key: DeviceKey) -> BusJob
   /// A device that nobody asked for: out of its place without a word.
@@ -128,7 +163,14 @@ protocol GuestBus: AnyObject, SendableMetatype {
 }
 
 extension GuestBus {
-  static var note: String? { nil }
+  static func restores(_ place: DeviceState.Place) -> Bool { false }
+  static func hasWindow(_ device: DeviceWish) -> Bool { false }
+  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { { .device(key, .claimed(nil)) } }
+  var note: String? { nil }
+  var facts: [Fact] { [] }
+  func restore(_ key: DeviceKey, _ state: DeviceState) {}
+  var unclaimed: [DeviceKey] { [] }
+  func discard(_ key: DeviceKey) -> BusJob { { nil } }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
 }
@@ -154,19 +196,14 @@ extension GuestBus {
   }
 }
 
-enum GuestBuses {
-  /// Every transport, in the order in which they are asked.
-  static let all: [any GuestBus.Type] = [XenbusBus.self, PCIBus.self, MMIOBus.self]
-}
-
 /// One thing to know.
 struct Fact: Sendable {
   var name: String
   var value: String
 }
 
-/// What operators see of a guest's bus.
-struct BusFacts: Sendable {
+/// What operators see of a guest's server.
+struct ServerFacts: Sendable {
   /// In words, for `vxctl explain`.
   var rows: [Fact] = []
   var vcpus = 0

@@ -6,19 +6,32 @@ import Transport
 import Virtqueue
 import Xen
 
-/// Devices behind virtio-mmio registers: an ioreq server answers the guest's accesses, foreign mappings reach its memory. For HVM guests
-/// of dom0.
+/// Devices behind virtio-mmio registers: an ioreq server answers the guest's accesses, foreign mappings reach its memory. For guests of
+/// dom0: where the toolstack has put the device into the guest's device tree (Arm), or in a slot of an HVM guest's table.
 final class MMIOBus: GuestBus {
   static let name = "mmio"
   static let style = BusStyle.registers
   static let hasServer = true
   static let hostNodes = ["evtchn", "privcmd"]
-  static let guestNeeds =
-    "virtio_mmio, the device's driver, and the slots' ACPI table: acpi_firmware=\"/usr/share/vxd/slots.aml\" in its configuration"
-  static let note: String? =
-    "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
 
-  static func serves(_ facts: GuestFacts) -> Bool { !facts.isDriverDomain }
+  var guestNeeds: String {
+    let slots =
+      guest.isParavirtual
+      ? "" : ", and the slots' ACPI table: acpi_firmware=\"/usr/share/vxd/slots.aml\" in its configuration"
+    return "virtio_mmio and the device's driver\(slots)"
+  }
+
+  /// xl has no such commands for guests on Arm.
+  var note: String? { guest.isParavirtual ? nil : RegisterServer.note }
+
+  static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
+    !guest.isDriverDomain && (device.base != 0 || !guest.isParavirtual)
+  }
+
+  /// A kernel on Arm dies of an access that nobody answers; those on x86 read ones.
+  static func hasWindow(_ device: DeviceWish) -> Bool { device.base != 0 }
+
+  static func restores(_ place: DeviceState.Place) -> Bool { !place.isXenbus && place.pciDevice == nil }
 
   /// Where a device is, and with what the guest's thread answers for it.
   private struct Seat {
@@ -28,51 +41,36 @@ final class MMIOBus: GuestBus {
     var restored: DeviceState?
   }
 
-  private let domain: DomainID
+  private let guest: GuestFacts
   private let host: BusHost
   private let server: RegisterServer
   private var seats: [DeviceKey: Seat] = [:]
-  /// Devices whose saved state cannot be used, and why.
-  private var lost: [DeviceKey: String] = [:]
 
-  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
-    domain = facts.domain
-    self.host = host
-    server = try RegisterServer(facts, host)
+  init(_ ground: GuestGround) throws(XenError) {
+    guest = ground.facts
+    host = ground.host
+    server = try ground.registers()
+    server.prepare { [unowned self] in preparation }
   }
-
-  var thread: LoopThread { server.thread }
-  var facts: BusFacts { server.facts }
 
   // MARK: What an earlier daemon left
 
-  /// Puts the devices that an earlier daemon served back into the guest's slots, without backends: registers are answered at once, so no
-  /// vCPU waits for an image to be opened.
-  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] {
-    for key in server.earlierDevices(folder, uuid: uuid) { restore(key, folder) }
-    return lost.map { ($0.key, $0.value) }
-  }
-
-  private func restore(_ key: DeviceKey, _ folder: StateFolder) {
-    let state: DeviceState
-    do throws(StateFault) {
-      state = try DeviceState(path: folder.devicePath(key))
-    } catch {
-      folder.forget(key)
-      lost[key] = error.message
-      return
-    }
+  func restore(_ key: DeviceKey, _ state: DeviceState) {
     let place = state.place
-    guard !place.isXenbus, place.pciDevice == nil else { return folder.forget(key) }
     let slot =
       place.sharedInterrupt == 0
       ? SlotTable.slot(min(max(place.index, 0), SlotTable.maximumCount - 1))
-      : DeviceSlot(index: 0, base: place.base, interrupt: .spi(place.sharedInterrupt))
+      : DeviceSlot(index: nil, base: place.base, interrupt: .spi(place.sharedInterrupt))
     let saved = state.saved
     let transport = MMIOTransport(
       restoring: state.shape.profile, saved.registers, saved.status, configuration: saved.configuration,
       line: slot.line(of: server.handle), state: state, onStatus: statusReporter(key))
-    seats[key] = Seat(slot: slot, transport: transport, restored: state)
+    take(key, Seat(slot: slot, transport: transport, restored: state))
+  }
+
+  private func take(_ key: DeviceKey, _ seat: Seat) {
+    seats[key] = seat
+    server.setPin(seat.slot.interrupt, of: key)
   }
 
   var unclaimed: [DeviceKey] { seats.filter { $0.value.restored != nil }.map(\.key) }
@@ -82,7 +80,6 @@ final class MMIOBus: GuestBus {
       seats[key]?.restored = nil
       return (.adoptable(seat.transport.map { Driver($0.currentStatus) } ?? .absent), state)
     }
-    if let reason = lost.removeValue(forKey: key) { return (.lost(reason), nil) }
     if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
       return (.lost("no saved state for a device in use: the guest must reset it"), nil)
     }
@@ -97,45 +94,45 @@ final class MMIOBus: GuestBus {
 
   // MARK: The server
 
-  func startServer(uuid: String?) -> BusJob {
+  /// Slots are claimed as a row, windows of the device tree one by one.
+  private var preparation: RegisterServer.Preparation {
     let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.slot) } }
-    #if arch(x86_64)
-      let window: (UInt64, UInt64)? = (
-        SlotTable.firstBase, SlotTable.firstBase + SlotTable.windowStride * UInt64(host.settings.slots) - 1
-      )
-    #else
-      let window: (UInt64, UInt64)? = nil
-    #endif
-    return server.start(
-      uuid: uuid, transport: .mmio, needs: "virtio-mmio needs an HVM guest and, on x86, dom0"
-    ) { server throws(XenError) in
-      if let window { try server.claim(first: window.0, last: window.1) }
+    let row = guest.isParavirtual ? nil : SlotTable.row(count: host.settings.slots)
+    return { server throws(XenError) in
+      if let row { try server.claim(first: row.lowerBound, last: row.upperBound) }
       for (transport, slot) in restored { try server.attach(transport, to: slot) }
     }
   }
-
-  func leaveServer() -> BusJob { server.leave() }
-  func closeServer() -> BusJob { server.close() }
 
   // MARK: Devices
 
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
     guard seats[key] == nil else { return }
-    let taken = Set(seats.values.map(\.slot.index))
+    if let wanted = entry.settings.transport, wanted != .mmio, entry.base != 0 {
+      throw EntryFault(
+        "transport",
+        "expected none, not '\(wanted)': the toolstack has put the device at 0x\(String(entry.base, radix: 16)) of the guest's device tree"
+      )
+    }
     let count = host.settings.slots
+    var taken = Set(seats.values.compactMap(\.slot.index))
+    taken.formUnion((0..<count).filter { server.isTaken(SlotTable.slot($0).interrupt) })
     guard !key.kind.isInXenstore else {
-      seats[key] = Seat(slot: try entry.slot(key, taken: taken, count: count))
-      return
+      return take(key, Seat(slot: try entry.slot(key, taken: taken, count: count)))
     }
     // The last slots are for what the toolstack does not know of, so that its disks keep theirs.
     guard let free = (0..<count).last(where: { !taken.contains($0) }) else {
       throw EntryFault("devices", "the guest's \(count) virtio-mmio slots are all in use (vxd --slots)")
     }
-    seats[key] = Seat(slot: SlotTable.slot(free))
+    take(key, Seat(slot: SlotTable.slot(free)))
   }
 
-  func vacate(_ key: DeviceKey) { seats[key] = nil }
-  func forget(_ key: DeviceKey) { seats[key] = nil }
+  func vacate(_ key: DeviceKey) { forget(key) }
+
+  func forget(_ key: DeviceKey) {
+    seats[key] = nil
+    server.setPin(nil, of: key)
+  }
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
@@ -143,16 +140,21 @@ final class MMIOBus: GuestBus {
     guard let slot = seats[key]?.slot else { return DeviceState.Place(base: 0, index: 0, sharedInterrupt: 0) }
     var interrupt: UInt32 = 0
     if case .spi(let number) = slot.interrupt { interrupt = number }
-    return DeviceState.Place(base: slot.base, index: slot.index, sharedInterrupt: interrupt)
+    return DeviceState.Place(base: slot.base, index: slot.index ?? 0, sharedInterrupt: interrupt)
   }
 
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
 
   func facts(of key: DeviceKey) -> DeviceFacts {
     let slot = seats[key]?.slot
-    let row = slot.map { Fact(name: "slot", value: "\($0.index) at 0x\(String($0.base, radix: 16))") }
-    return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: RegisterServer.warning(key), slot: slot)
+    let row = slot.map { slot in
+      let base = "0x\(String(slot.base, radix: 16))"
+      return slot.index.map { Fact(name: "slot", value: "\($0) at \(base)") } ?? Fact(name: "window", value: base)
+    }
+    return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: server.warning(key), slot: slot)
   }
+
+  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { server.claim(window: wish.base, of: key) }
 
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
     guard let slot = seats[key]?.slot else {

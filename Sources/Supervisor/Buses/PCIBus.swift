@@ -7,23 +7,21 @@ import Virtqueue
 import Xen
 
 /// Devices as functions on an HVM guest's PCI bus, which every operating system and its firmware look through: an ioreq server answers
-/// for their configuration spaces and BARs, foreign mappings reach the guest's memory. For guests of dom0 whose profile says so.
+/// for their configuration spaces and BARs, foreign mappings reach the guest's memory. For guests and devices of dom0 whose profile says so.
 final class PCIBus: GuestBus {
   static let name = "pci"
   static let style = BusStyle.registers
   static let hasServer = true
   static let hostNodes = ["evtchn", "privcmd"]
-  static let guestNeeds = "virtio_pci and the device's driver"
-  static let note: String? =
-    "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
 
-  static func serves(_ facts: GuestFacts) -> Bool {
-    #if arch(x86_64)
-      facts.transport == .pci && !facts.isDriverDomain
-    #else
-      false
-    #endif
+  let guestNeeds = "virtio_pci and the device's driver"
+  let note: String? = RegisterServer.note
+
+  static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
+    device.transport == .pci && device.base == 0 && !guest.isParavirtual && !guest.isDriverDomain
   }
+
+  static func restores(_ place: DeviceState.Place) -> Bool { place.pciDevice != nil }
 
   /// Device numbers on the bus that are ours. QEMU fills the bus from below: its chipset is 0 and 1, the Xen platform device, graphics,
   /// network cards and passed-through devices follow.
@@ -43,49 +41,39 @@ final class PCIBus: GuestBus {
   private var seats: [DeviceKey: Seat] = [:]
   /// What QEMU has on the bus, as its monitor said; nil before.
   private var others: Set<PCIAddress>?
-  /// Devices whose saved state cannot be used, and why.
-  private var lost: [DeviceKey: String] = [:]
 
-  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
-    self.host = host
-    server = try RegisterServer(facts, host)
+  init(_ ground: GuestGround) throws(XenError) {
+    host = ground.host
+    server = try ground.registers()
     messages = GuestMessages(guest: server.handle)
+    server.prepare { [unowned self] in preparation }
   }
 
-  var thread: LoopThread { server.thread }
-
-  var facts: BusFacts {
-    var facts = server.facts
+  var facts: [Fact] {
     let refused = messages.refused.load(ordering: .relaxed)
-    if refused > 0 { facts.rows.append(Fact(name: "interrupts that Xen refused", value: "\(refused)")) }
-    return facts
+    return refused > 0 ? [Fact(name: "interrupts that Xen refused", value: "\(refused)")] : []
   }
 
   // MARK: What an earlier daemon left
 
-  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] {
-    for key in server.earlierDevices(folder, uuid: uuid) { restore(key, folder) }
-    return lost.map { ($0.key, $0.value) }
-  }
-
-  private func restore(_ key: DeviceKey, _ folder: StateFolder) {
-    let state: DeviceState
-    do throws(StateFault) {
-      state = try DeviceState(path: folder.devicePath(key))
-    } catch {
-      folder.forget(key)
-      lost[key] = error.message
-      return
-    }
-    guard let device = state.place.pciDevice else { return folder.forget(key) }
+  func restore(_ key: DeviceKey, _ state: DeviceState) {
+    guard let device = state.place.pciDevice else { return }
     let address = PCIAddress(device: device)
     let saved = state.saved
     let transport = PCITransport(
       restoring: state.shape.profile, saved.registers, saved.status, state.savedFunction,
       configuration: saved.configuration, line: line(address), sender: messages, state: state,
       onStatus: statusReporter(key))
-    seats[key] = Seat(address: address, transport: transport, restored: state)
+    take(key, Seat(address: address, transport: transport, restored: state))
   }
+
+  private func take(_ key: DeviceKey, _ seat: Seat) {
+    seats[key] = seat
+    server.setPin(Self.pin(seat.address.device), of: key)
+  }
+
+  /// The pin that a function without MSI-X drives.
+  private static func pin(_ device: UInt8) -> DeviceSlot.Interrupt { .pciIntx(device: device, pin: 0) }
 
   private func line(_ address: PCIAddress) -> any InterruptLine {
     IntxLine(guest: server.handle, device: address.device, pin: 0)
@@ -98,7 +86,6 @@ final class PCIBus: GuestBus {
       seats[key]?.restored = nil
       return (.adoptable(seat.transport.map { Driver($0.currentStatus) } ?? .absent), state)
     }
-    if let reason = lost.removeValue(forKey: key) { return (.lost(reason), nil) }
     if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
       return (.lost("no saved state for a device in use: the guest must look for its devices again"), nil)
     }
@@ -113,16 +100,12 @@ final class PCIBus: GuestBus {
 
   // MARK: The server
 
-  func startServer(uuid: String?) -> BusJob {
+  private var preparation: RegisterServer.Preparation {
     let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.address) } }
-    return server.start(uuid: uuid, transport: .pci, needs: "virtio-pci needs an HVM guest and dom0") {
-      server throws(XenError) in
+    return { server throws(XenError) in
       for (transport, address) in restored { try server.attach(transport, at: address) }
     }
   }
-
-  func leaveServer() -> BusJob { server.leave() }
-  func closeServer() -> BusJob { server.close() }
 
   // MARK: Devices
 
@@ -130,7 +113,8 @@ final class PCIBus: GuestBus {
   /// know of comes from 31 down.
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
     if let seat = seats[key] { return try checkCollision(seat.address.device) }
-    let taken = Set(seats.values.map(\.address.device))
+    // A slot of the guest's table drives a pin of one of these devices.
+    let taken = Set(seats.values.map(\.address.device) + Self.devices.filter { server.isTaken(Self.pin($0)) })
     if let wanted = entry.settings.slot {
       guard !taken.contains(wanted) else {
         throw EntryFault(
@@ -138,15 +122,14 @@ final class PCIBus: GuestBus {
           "another of the guest's devices is PCI device \(wanted) already; expected one that is free, from 3 to 31")
       }
       try checkCollision(wanted)
-      seats[key] = Seat(address: PCIAddress(device: wanted))
-      return
+      return take(key, Seat(address: PCIAddress(device: wanted)))
     }
     guard let device = Self.place(key, taken: taken.union((others ?? []).map(\.device))) else {
       throw EntryFault(
         key.kind.isInXenstore ? "params" : "devices",
         "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use")
     }
-    seats[key] = Seat(address: PCIAddress(device: device))
+    take(key, Seat(address: PCIAddress(device: device)))
   }
 
   private func checkCollision(_ device: UInt8) throws(EntryFault) {
@@ -178,8 +161,12 @@ final class PCIBus: GuestBus {
     return free.first
   }
 
-  func vacate(_ key: DeviceKey) { seats[key] = nil }
-  func forget(_ key: DeviceKey) { seats[key] = nil }
+  func vacate(_ key: DeviceKey) { forget(key) }
+
+  func forget(_ key: DeviceKey) {
+    seats[key] = nil
+    server.setPin(nil, of: key)
+  }
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
@@ -204,7 +191,7 @@ final class PCIBus: GuestBus {
         )
         rows.append(Fact(name: "vectors", value: "\(transport.vectorCount), \(transport.interrupts.sentCount) sent"))
         return rows
-      }, warning: RegisterServer.warning(key))
+      }, warning: server.warning(key))
   }
 
   func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {

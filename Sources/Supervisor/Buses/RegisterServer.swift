@@ -10,30 +10,53 @@ final class RegisterServer {
   let thread: LoopThread
   let handle: any GuestHandle
   let pool: ForeignMappingPool
-  private let domain: DomainID
-  private let started: String?
+  private let guest: GuestFacts
   private let host: BusHost
   private let cell = ServerCell()
+  private var domain: DomainID { guest.domain }
+  /// What each bus does before the first access is answered: it puts restored devices in their places.
+  private var preparations: [() -> Preparation] = []
+  private var isStarted = false
+  /// The guest's, as it was when the server was started.
+  private var uuid: String?
+  /// Windows that the guest looks for devices in as long as it runs, whatever becomes of those.
+  private var windows: Set<UInt64> = []
+  /// INTx pins of the guest's PCI bus that its devices drive, on whatever bus: each may belong to one only, since a level has one owner.
+  private var pins: [DeviceKey: DeviceSlot.Interrupt] = [:]
 
-  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
-    domain = facts.domain
-    started = facts.started
+  static let note =
+    "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
+
+  typealias Preparation = @Sendable (IOReqServer) throws(XenError) -> Void
+
+  init(_ guest: GuestFacts, _ host: BusHost, _ thread: LoopThread) throws(XenError) {
+    self.guest = guest
     self.host = host
-    handle = try host.hypervisor.open(domain)
+    self.thread = thread
+    handle = try host.hypervisor.open(guest.domain)
     pool = ForeignMappingPool(
       guest: handle, bucketShift: host.settings.bucketShift, budgetBytes: host.settings.mappingBudget)
-    do throws(Errno) {
-      thread = try LoopThread(name: "vxd-ioreq-\(domain)")
-      thread.label("\(domain)")
-    } catch {
-      throw XenError("start of the ioreq thread", error)
-    }
   }
 
-  var facts: BusFacts {
+  /// - Parameter body: makes the preparation, each time that the server is started; where it is there already, at once.
+  func prepare(_ body: @escaping () -> Preparation) {
+    preparations.append(body)
+    guard isStarted else { return }
+    let (cell, late) = (cell, body())
+    // What fails here is claimed with the first device.
+    thread.loop.enqueue { if let server = cell.server { try? late(server) } }
+  }
+
+  /// Notes which pin a device drives; nil for none.
+  func setPin(_ pin: DeviceSlot.Interrupt?, of key: DeviceKey) { pins[key] = pin }
+
+  /// Whether another device drives a pin.
+  func isTaken(_ pin: DeviceSlot.Interrupt) -> Bool { pins.values.contains(pin) }
+
+  var facts: ServerFacts {
     let server = cell.report.withLock { $0 }
     let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
-    return BusFacts(
+    return ServerFacts(
       rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, channels: server?.vcpus ?? 0, server: server?.report,
       mappings: { [pool] in pool.statistics })
   }
@@ -42,29 +65,27 @@ final class RegisterServer {
   /// this one: rings of that time are not to be served.
   func earlierDevices(_ folder: StateFolder, uuid: String?) -> [DeviceKey] {
     guard let saved = folder.guest(domain) else { return [] }
-    guard saved.isOf(uuid: uuid, started: started) else {
+    guard saved.isOf(uuid: uuid, started: guest.started) else {
       folder.forgetAll(domain)
       return []
     }
     cell.earlier.withLock { $0 = saved.server }
+    windows = Set(saved.windows)
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
   // MARK: Jobs for the guest's thread
 
   /// Makes the ioreq server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
-  ///
-  /// - Parameters:
-  ///   - needs: what a guest must have for it, when it cannot be made.
-  ///   - prepare: puts restored devices in their places, before the first access is answered.
-  func start(
-    uuid: String?, transport: GuestTransport, needs: String,
-    prepare: @escaping @Sendable (IOReqServer) throws(XenError) -> Void
-  ) -> BusJob {
+  func start(uuid: String?) -> BusJob {
     let (domain, folder, cell, handle, pool, loop) = (
       domain, host.settings.stateFolder, cell, handle, pool, thread.loop
     )
-    let started = started
+    let preparations = preparations.map { $0() }
+    let windows = windows.sorted()
+    isStarted = true
+    self.uuid = uuid
+    let (transport, started) = (guest.transport, guest.started)
     let ignoresInvalidations = host.settings.ignoresInvalidations
     return {
       do throws(XenError) {
@@ -73,10 +94,12 @@ final class RegisterServer {
         ) { identifier in
           // Known to a later daemon before it can hold up a vCPU.
           try? folder?.save(
-            StateFolder.Guest(server: identifier, uuid: uuid, transport: transport, started: started), of: domain)
+            StateFolder.Guest(server: identifier, uuid: uuid, transport: transport, started: started, windows: windows),
+            of: domain)
         }
         cell.server = server
-        try prepare(server)
+        for window in windows { try server.claim(window: window) }
+        for prepare in preparations { try prepare(server) }
         server.serveAll()
         cell.report.withLock {
           $0 = (
@@ -86,8 +109,39 @@ final class RegisterServer {
         return .serverStarted
       } catch {
         cell.giveUp()
-        return .serverFailed("cannot create an ioreq server for the guest (\(error)); \(needs)")
+        return .serverFailed(
+          "cannot create an ioreq server for the guest (\(error)); it needs dom0, an HVM guest or one on Arm, and there a Xen that is built with CONFIG_IOREQ_SERVER"
+        )
       }
+    }
+  }
+
+  /// Has accesses to a window answered for as long as the guest runs: an empty slot, until a device is put there.
+  func claim(window base: UInt64, of key: DeviceKey) -> BusJob {
+    windows.insert(base)
+    let (windows, domain, folder, guest, uuid) = (windows.sorted(), domain, host.settings.stateFolder, guest, uuid)
+    let claim = use { server throws(XenError) in
+      try server.claim(window: base)
+      let saved = StateFolder.Guest(
+        server: server.identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
+      try? folder?.save(saved, of: domain)
+    }
+    return {
+      do throws(XenError) {
+        try claim()
+        return .device(key, .claimed(nil))
+      } catch {
+        return .device(key, .claimed("base: \(error)"))
+      }
+    }
+  }
+
+  /// Gives all mappings back; the server stays, and the guest's accesses are answered.
+  func releaseMemory() -> BusJob {
+    let pool = pool
+    return {
+      pool.invalidate()
+      return .memoryReleased
     }
   }
 
@@ -126,9 +180,11 @@ final class RegisterServer {
     }
   }
 
-  /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image.
-  static func warning(_ key: DeviceKey) -> String? {
-    guard key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else { return nil }
+  /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image. Guests on Arm have no QEMU.
+  func warning(_ key: DeviceKey) -> String? {
+    guard !guest.isParavirtual, key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else {
+      return nil
+    }
     return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
       + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
   }

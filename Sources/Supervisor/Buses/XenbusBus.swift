@@ -7,16 +7,19 @@ import Virtqueue
 import Xen
 
 /// Devices over Xenbus (deploy/guest-module/PROTOCOL.md): grants reach the guest's memory, event channels its driver, and Xenstore holds the
-/// handshake. For PV and PVH guests, and for every guest of a driver domain, which has no rights over its guests.
+/// handshake. For devices of PV and PVH guests that have no address in the guest, and for every guest of a driver domain, which has
+/// no rights over its guests.
 final class XenbusBus: GuestBus {
   static let name = "xenbus"
   static let style = BusStyle.handshake
   static let hasServer = false
   static let hostNodes = ["evtchn", "gntdev"]
-  static let guestNeeds = "the kernel module virtio_xenbus (deploy/guest-module) and the device's driver"
 
-  static func serves(_ facts: GuestFacts) -> Bool {
-    facts.isDriverDomain || facts.type == "pv" || facts.type == "pvh"
+  let guestNeeds = "the kernel module virtio_xenbus (deploy/guest-module) and the device's driver"
+
+  /// A device with an address has a driver that looks for registers there.
+  static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
+    device.base == 0 && (guest.isDriverDomain || guest.isParavirtual)
   }
 
   /// Pages that a guest may take of the budget that all share: twice what its module grants for each queue.
@@ -41,7 +44,6 @@ final class XenbusBus: GuestBus {
     }
   }
 
-  let thread: LoopThread
   private let domain: DomainID
   private let host: BusHost
   private let share: GrantShare
@@ -49,27 +51,13 @@ final class XenbusBus: GuestBus {
   private var grants: (any GrantHandle)?
   private var seats: [DeviceKey: Seat] = [:]
 
-  init(_ facts: GuestFacts, _ host: BusHost) throws(XenError) {
-    domain = facts.domain
-    self.host = host
+  init(_ ground: GuestGround) throws(XenError) {
+    domain = ground.facts.domain
+    host = ground.host
     share = GrantShare(of: host.grantBudget, limit: host.settings.grantShare)
-    do throws(Errno) {
-      thread = try LoopThread(name: "vxd-xenbus-\(facts.domain)")
-      thread.label("\(facts.domain)")
-    } catch {
-      throw XenError("start of the guest's thread", error)
-    }
   }
 
-  var facts: BusFacts { BusFacts(rows: [Fact(name: "guest memory", value: "by grants, no privilege needed")]) }
-
-  // MARK: The guest
-
-  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] { [] }
-  var unclaimed: [DeviceKey] { [] }
-  func startServer(uuid: String?) -> BusJob { { .serverStarted } }
-  func leaveServer() -> BusJob { { nil } }
-  func closeServer() -> BusJob { { .serverClosed } }
+  var facts: [Fact] { [Fact(name: "guest memory", value: "by grants, no privilege needed")] }
 
   // MARK: Devices
 
@@ -105,6 +93,17 @@ final class XenbusBus: GuestBus {
   }
 
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
+    guard key.kind.isInXenstore else {
+      throw EntryFault(
+        key.kind == .spare ? "spareDisks" : "devices",
+        """
+        this guest has no slots that it could find the device in (only HVM guests have); use 'vxctl attach' while it runs, or on Arm a \
+        line in its configuration: \(key.kind == .spare ? "disk = [ ... ]" : "virtio = [ ... ]" + #" and "create": false here"#)
+        """)
+    }
+    if let wanted = entry.settings.transport, seats[key]?.transport == nil, seats[key]?.registers == nil {
+      throw EntryFault("transport", "expected none, not '\(wanted)': the guest has this device over Xenbus")
+    }
     do throws(XenError) {
       if grants == nil { grants = try host.hypervisor.openGrants(domain) }
     } catch {
@@ -155,8 +154,6 @@ final class XenbusBus: GuestBus {
       return .device(key, .removed)
     }
   }
-
-  func discard(_ key: DeviceKey) -> BusJob { { nil } }
 
   func leave(_ key: DeviceKey) -> BusJob {
     let seat = seats[key]

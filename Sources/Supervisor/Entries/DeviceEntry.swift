@@ -139,7 +139,7 @@ package struct DeviceEntry: Sendable {
   ///
   /// - Parameter taken: indexes of the x86 slots in use.
   package func slot(_ key: DeviceKey, taken: Set<Int>, count: Int) throws(EntryFault) -> DeviceSlot {
-    guard base == 0 else { return DeviceSlot(index: 0, base: base, interrupt: .spi(irq)) }
+    guard base == 0 else { return DeviceSlot(index: nil, base: base, interrupt: .spi(irq)) }
     // The same disk gets the same slot, and so the same name in the guest, whatever else the guest has.
     if let wanted = Self.diskIndex(key.device).map({ $0 - 4 }), wanted >= 0, wanted < count, !taken.contains(wanted) {
       return SlotTable.slot(wanted)

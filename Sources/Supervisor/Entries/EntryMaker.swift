@@ -27,6 +27,44 @@ struct EntryMaker {
     }
   }
 
+  /// What decides how a device is reached, as far as it can be read: the rest of the entry may be wrong.
+  ///
+  /// - Parameters:
+  ///   - guest: the name by which the profiles know it.
+  ///   - fallback: of devices of which nothing else is said.
+  func wish(
+    _ key: DeviceKey, _ nodes: [String: String], guest: String, uuid: String?, else fallback: RegisterTransport
+  ) -> DeviceWish {
+    let base = nodes["base"].flatMap { try? DeviceEntry.number("base", $0) } ?? 0
+    return DeviceWish(base: base, transport: transport(key, nodes, guest, uuid) ?? fallback)
+  }
+
+  private func transport(
+    _ key: DeviceKey, _ nodes: [String: String], _ guest: String, _ uuid: String?
+  ) -> RegisterTransport? {
+    var members: [JSONValue.Member]?
+    switch key.kind {
+    case .disk, .spare:
+      let name = key.kind == .spare ? Self.spareName(key) : nodes["dev"] ?? "\(key.device)"
+      var disk = BlockSettings(path: "/", readOnly: false, discard: false, serial: name)
+      profiles.apply(to: &disk, guest: guest, uuid: uuid, device: name, number: key.device)
+      return disk.transport
+    case .generic:
+      members =
+        profiles.options(guest: guest, uuid: uuid).devices.first {
+          !$0.isCreated && $0.number == key.device
+        }?.options
+      let own = nodes["vx-options"].flatMap { try? JSONText.parse(Array($0.utf8)) }?["transport"]
+      if let own { return own.stringValue.flatMap(RegisterTransport.init) }
+    case .declared:
+      members =
+        profiles.options(guest: guest, uuid: uuid).devices.first {
+          $0.isCreated && $0.kind == key.kind && $0.number == key.device
+        }?.options
+    }
+    return members?.last { $0.name == "transport" }?.value.stringValue.flatMap(RegisterTransport.init)
+  }
+
   /// A disk with the options of the daemon and of the profiles.
   private func finished(_ disk: BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) -> BlockSettings {
     var disk = disk
@@ -43,7 +81,7 @@ struct EntryMaker {
   ///
   /// - Parameter image: what it is filled with; empty for nothing.
   func spare(_ key: DeviceKey, image: String, limits: RateLimits, of guest: Guest) -> DeviceEntry {
-    let name = "spare\(key.device)"
+    let name = Self.spareName(key)
     var disk = BlockSettings(path: image, readOnly: false, discard: true, serial: name)
     disk.limits = limits
     disk = finished(disk, key, name, guest)
@@ -51,6 +89,8 @@ struct EntryMaker {
     disk.path = image
     return DeviceEntry(frontend: "", name: name, settings: disk, base: 0, irq: 0)
   }
+
+  private static func spareName(_ key: DeviceKey) -> String { "spare\(key.device)" }
 
   // MARK: Devices of profiles
 

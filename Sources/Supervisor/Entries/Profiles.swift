@@ -34,7 +34,7 @@ package struct Profiles: Equatable, Sendable {
     /// Network, console and entropy devices.
     var devices: [DeclaredDevice] = []
     /// How the guest finds its devices.
-    var transport = GuestTransport.mmio
+    var transport = RegisterTransport.mmio
 
     static func options(_ types: [any DeviceSettings.Type]) -> OptionTable<GuestOptions> {
       OptionTable([
@@ -47,7 +47,7 @@ package struct Profiles: Equatable, Sendable {
           "spareDisks", 0...16, \.spareDisks, "placeholder disks of size 0 that vxctl attach fills (HVM guests)"),
         .choice(
           "transport", \.transport,
-          "how an HVM guest finds its devices: `mmio` (slots of an ACPI table) or `pci` (functions on its PCI bus); kept for the guest's life"
+          "how an HVM guest finds its devices that say nothing else: `mmio` (slots of an ACPI table) or `pci` (functions on its PCI bus); kept for the guest's life"
         ),
         OptionRow(
           "spareImages", .array, "images that operators (role operate) may attach there and grow; see below",

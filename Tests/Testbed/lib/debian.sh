@@ -98,6 +98,8 @@ add_debian() { # FOLDER
   debian_initrd "$1"
   base_image "$next"
   debian_initrd "$next"
+  # busybox's switch_root wants one of this name.
+  mv "$next/debian-init" "$next/init"
   cp "$TESTBED/driver/driver-lib.sh" "$next/"
   cp -r "$1/packages" "$next/"
   pack "$next" "$1/guest/debian.cpio"

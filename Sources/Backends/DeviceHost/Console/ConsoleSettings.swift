@@ -12,6 +12,7 @@ package struct ConsoleSettings: DeviceSettings {
   package var slot: UInt8?
   package var limits = RateLimits()
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
   /// The first is the guest's console.
   package var ports: [ConsolePortSettings]
 

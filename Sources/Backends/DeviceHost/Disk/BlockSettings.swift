@@ -46,6 +46,7 @@ package struct BlockSettings: DeviceSettings {
   package var stopsWhenStorageIsGone = false
   /// Offer exactly these features: what the driver of a running device knows. What the store cannot do of them fails as unsupported.
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
   /// What its supervisor does when the backend fails.
   package var restart = RestartPolicy()
   package var slot: UInt8?

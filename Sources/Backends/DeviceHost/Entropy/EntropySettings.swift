@@ -11,6 +11,7 @@ package struct EntropySettings: DeviceSettings {
   package var slot: UInt8?
   package var limits = RateLimits()
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
 
   package init() {}
 

@@ -12,6 +12,7 @@ package struct NetSettings: DeviceSettings {
   package var slot: UInt8?
   package var limits = RateLimits()
   package var offered: FeatureBits?
+  package var transport: RegisterTransport?
   package var attachment: NetAttachment
   /// The tap's name where vxd makes it.
   package var tapName: String

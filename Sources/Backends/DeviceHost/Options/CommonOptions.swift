@@ -23,6 +23,11 @@ extension DeviceSettings {
         "slot", .number(3...31), "device number on the guest's PCI bus; only with the transport `pci`",
         default: "chosen by vxd", read: { $0.slot.map { "\($0)" } ?? "chosen by vxd" }
       ) { settings, given in settings.slot = UInt8(clamping: given.number) },
+      OptionRow(
+        "transport", .choice(RegisterTransport.allCases.map(\.rawValue)),
+        "how an HVM guest finds this device, `mmio` or `pci`; see the guest's", default: "the guest's",
+        read: { $0.transport?.rawValue ?? "the guest's" }
+      ) { $0.transport = RegisterTransport(rawValue: $1.text) },
     ]
   }
 }

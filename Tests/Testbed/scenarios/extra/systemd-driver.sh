@@ -11,7 +11,7 @@ name = "driver"
 type = "pvh"
 kernel = "/guest/vmlinux"
 ramdisk = "/guest/debian.cpio"
-extra = "console=hvc0 rdinit=/debian-init loglevel=4 quiet"
+extra = "console=hvc0 rdinit=/init loglevel=4 quiet"
 memory = 512
 vcpus = 1
 tsc_mode = "native"
