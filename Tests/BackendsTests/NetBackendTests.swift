@@ -79,13 +79,14 @@ import Virtqueue
     fixture.driver.notify(queue: 1)
   }
 
-  private func command(_ fixture: DeviceFixture, _ bytes: [UInt8]) -> UInt8? {
+  /// - Parameter asks: the driver notifies only when the device wants it.
+  private func command(_ fixture: DeviceFixture, _ bytes: [UInt8], asks: Bool = false) -> UInt8? {
     let address = fixture.buffers + 65536
     fixture.put(bytes, at: address)
     fixture.put([0xee], at: address + 16384)
     _ = fixture.driver.add(
       [.init(address, UInt32(bytes.count), writable: false), .init(address + 16384, 1, writable: true)], queue: 2)
-    fixture.driver.notify(queue: 2)
+    if asks { fixture.driver.notifyIfWanted(queue: 2) } else { fixture.driver.notify(queue: 2) }
     guard fixture.waitForUsed(2) != nil else { return nil }
     return fixture.bytes(at: address + 16384, count: 1)[0]
   }
@@ -402,6 +403,19 @@ import Virtqueue
     defer { fixture.stop() }
     #expect(command(fixture, bytes) == 1)
     #expect(command(fixture, [0, 1, 1]) == 0)
+  }
+
+  /// More than the device pays for at once, each with the answer to the one before.
+  @Test func commandsBeyondTheirRateAreAllAnswered() throws {
+    let wire = Wire()
+    let fixture = try fixture(wire)
+    defer { fixture.stop() }
+    for number in 0..<300 {
+      guard command(fixture, [0, 1, UInt8(number & 1)], asks: true) == 0 else {
+        Issue.record("command \(number) is not answered")
+        return
+      }
+    }
   }
 
   // MARK: Life

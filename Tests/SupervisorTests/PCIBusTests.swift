@@ -54,13 +54,13 @@ import Xen
     #expect(world.device("web1", "xvde")["transport"] == "pci")
     #expect(facts(world, "web1", "xvde")["function"] == "00:10.0")
     #expect(facts(world, "web1", "xvde")["BAR"] == "0xf3000000")
-    // Each interrupt came the way that it should, by the queue's vector.
+    // Interrupts came the way that they should, by the queue's vector; answers that the driver has seen by then need none.
     if interrupts == .messages {
-      #expect(domain.messages[registers.message(1)] ?? 0 >= 3)
+      #expect(domain.messages[registers.message(1)] ?? 0 >= 1)
       #expect(!domain.level(16 * 4))
     } else {
       #expect(domain.messages.isEmpty)
-      #expect(domain.interrupts.load(ordering: .relaxed) >= 3)
+      #expect(domain.interrupts.load(ordering: .relaxed) >= 1)
     }
     // The other guest has none of it.
     #expect(world.device("db1", "xvde")["transport"] == "mmio")

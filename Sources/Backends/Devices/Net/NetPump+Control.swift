@@ -24,8 +24,11 @@ extension NetPump {
     var turn = Turn.empty
     for _ in 0..<Self.commandLimit {
       guard commandsPaid <= now else {
-        if controlQueue.hasPending { wait(until: commandsPaid) }
-        turn = .limited
+        // Without a command that waits there is nothing to come back for but the driver's notification, which has to be enabled then.
+        if controlQueue.hasPending {
+          wait(until: commandsPaid)
+          turn = .limited
+        }
         break
       }
       guard let chain = try controlQueue.next(&memory, &budget) else { break }

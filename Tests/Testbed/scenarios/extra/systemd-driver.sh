@@ -4,6 +4,7 @@
 # processors: 5
 # The driver domain is an unprivileged PVH Debian 12 with systemd, on a disk of its own, and vxd comes as its package: restart, watchdog and
 # upgrade under the I/O of a guest, and a reboot of the driver domain.
+MAY_REBOOT=3
 rounds_more() { wait_until 200 has_rounds one $(($(rounds_of one) + $1)) && ! console_says one CORRUPT; }
 create_debian() {
   cat >/root/driver.cfg <<CONFIG
