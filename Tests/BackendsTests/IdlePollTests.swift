@@ -10,12 +10,18 @@ import Virtqueue
 
   /// A driver whose next chain comes `gap` behind each answer; what the thread does with it, on a clock of its own.
   private struct Played {
-    var idle = IdlePoll()
+    var idle: IdlePoll
+    let sharers: UInt64
     var time: UInt64 = 1_000_000
     var watched: UInt64 = 0
     var futile: UInt64 = 0
     var found = 0
     var watches = 0
+
+    init(sharers: Int = 1) {
+      idle = IdlePoll(sharers: sharers)
+      self.sharers = UInt64(sharers)
+    }
 
     /// One chain: the watch if there is one, then its arrival, then `service` for it.
     mutating func chain(gap: UInt64, service: UInt64) {
@@ -55,6 +61,17 @@ import Virtqueue
   @Test func nothingIsKnownOfADriverAtFirst() {
     var idle = IdlePoll()
     #expect(idle.rests(at: 1000) == 0)
+  }
+
+  /// What the thread does for one queue keeps it from the others.
+  @Test(arguments: [1, 2, 4, 64]) func queuesOnOneThreadDivideTheLongestWatch(sharers: Int) {
+    let limit = IdlePoll.maximum / UInt64(sharers)
+    for (gap, isWatched) in [(limit / 2, true), (limit * 9 / 10, true), (limit * 11 / 10 + 1, false)] {
+      var played = Played(sharers: sharers)
+      for _ in 0..<60 { played.chain(gap: gap, service: 1_000_000) }
+      #expect((played.watches > 0) == isWatched, "\(gap) of \(limit)")
+      #expect(played.watched <= UInt64(played.watches) * limit)
+    }
   }
 
   @Test func longPauseClosesTheWindowAtOnce() {
@@ -104,10 +121,11 @@ import Virtqueue
   /// Whatever a driver does, also one that tries to keep the thread watching in vain.
   @Test(arguments: 1...20) func watchingTakesNoMoreThanItsShareOfACore(seed: UInt64) {
     var random = SeededGenerator(seed: seed)
-    var played = Played()
+    // Some of them have their thread with other queues together.
+    var played = Played(sharers: [2, 1, 7, 1][Int(seed % 4)])
     let begun = played.time
     for _ in 0..<20_000 {
-      let window = min(max(2 * played.idle.expected, IdlePoll.smallest), IdlePoll.maximum)
+      let window = min(max(2 * played.idle.expected, IdlePoll.smallest), played.idle.limit)
       let gap: UInt64
       switch UInt64.random(in: 0..<3, using: &random) {
       // Soon, as late as is still found, and just behind the end of the watch: the dearest for the thread.
@@ -117,7 +135,7 @@ import Virtqueue
       }
       played.chain(gap: gap, service: UInt64.random(in: 0...2000, using: &random))
       let passed = played.time - begun
-      let allowed = passed * IdlePoll.share / 100 + IdlePoll.burst
+      let allowed = passed * IdlePoll.share / 100 / played.sharers + IdlePoll.burst
       let paid = played.watched - played.futile + IdlePoll.futilePrice * played.futile
       guard paid <= allowed else {
         #expect(paid <= allowed, "seed \(seed): \(played.watched) ns watched, \(played.futile) in vain, of \(passed)")

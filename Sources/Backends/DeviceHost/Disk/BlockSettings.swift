@@ -81,6 +81,8 @@ package struct BlockSettings: DeviceSettings {
     settings.cache = cache
     settings.errors = errors
     settings.stopsWhenStorageIsGone = stopsWhenStorageIsGone
+    let threads = max(1, min(self.threads, queues))
+    settings.queuesOnThread = (queues + threads - 1) / threads
     return settings
   }
 

@@ -96,6 +96,8 @@ package struct BlockPumpSettings: Sendable {
   package var copiesAlways = false
   /// See `IdlePoll`; off where driver and device share a thread.
   package var pollsWhenIdle = true
+  /// Queues that the pump's thread serves, its own included.
+  package var queuesOnThread = 1
   package var cache = BlockCacheMode.writeback
   package var errors = BlockErrorPolicy()
   /// A store that is gone stops the queue, with its requests in the journal, instead of failing them.

@@ -59,7 +59,7 @@ package struct BlockPump: ~Copyable {
   var rangesInFlight = 0
   var budget = RunBudget()
   var tally = Tally()
-  private var idle = IdlePoll()
+  private var idle: IdlePoll
   /// Time of the batch, in nanoseconds.
   var now: UInt64 = 0
   /// Whether writes of the present life must be durable when they complete, or whether the driver decides by `writeback`.
@@ -111,6 +111,7 @@ package struct BlockPump: ~Copyable {
     self.writeback = writeback
     self.flushFault = flushFault
     self.settings = settings
+    idle = IdlePoll(sharers: settings.queuesOnThread)
     geometry = engine.geometry
     serial = Array(settings.serial.prefix(20))
     groupLimit = engine.movesDataInSubmit ? 16 : RunBudget.chains

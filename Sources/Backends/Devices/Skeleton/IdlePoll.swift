@@ -7,7 +7,8 @@
 ///
 /// What watching may cost is bounded by `credit`, whatever the driver does. Time that passes earns `share` of itself, `burst` at most; a watch
 /// costs its length, and `futilePrice` times that when nothing came, and is not begun without the credit for the latter. So over any time a
-/// queue is watched for `share` of it and `burst` at most, and in vain for an eighth of that.
+/// queue is watched for `share` of it and `burst` at most, and in vain for an eighth of that. Queues that have a thread together divide both the
+/// longest watch and the share among them: what the thread does for one keeps it from the others.
 ///
 /// A value that knows no clock: times are monotonic nanoseconds.
 package struct IdlePoll {
@@ -30,7 +31,15 @@ package struct IdlePoll {
   /// Since when there is nothing to do; 0 while there is something.
   private var idleSince: UInt64 = 0
 
-  package init() {}
+  /// The longest watch where the thread has other queues too.
+  package let limit: UInt64
+  private let sharers: UInt64
+
+  /// - Parameter sharers: queues that the thread serves, this one included.
+  package init(sharers: Int = 1) {
+    self.sharers = UInt64(max(1, sharers))
+    limit = Self.maximum / self.sharers
+  }
 
   /// The device has nothing left to do: no chain waits, and its engine works on none.
   ///
@@ -40,8 +49,8 @@ package struct IdlePoll {
     guard idleSince == 0 else { return 0 }
     idleSince = max(now, 1)
     earn(now)
-    guard expected <= Self.maximum else { return 0 }
-    let window = min(max(expected &* 2, Self.smallest), Self.maximum)
+    guard expected <= limit else { return 0 }
+    let window = min(max(expected &* 2, Self.smallest), limit)
     return credit >= window &* Self.futilePrice ? window : 0
   }
 
@@ -69,7 +78,8 @@ package struct IdlePoll {
 
   private mutating func earn(_ now: UInt64) {
     if earnedUpTo != 0, now > earnedUpTo {
-      credit = min(credit &+ min(now &- earnedUpTo, 2 &* Self.burst) &* Self.share / 100, Self.burst)
+      let passed = min(now &- earnedUpTo, 100 &* Self.burst)
+      credit = min(credit &+ passed &* Self.share / (100 &* sharers), Self.burst)
     }
     earnedUpTo = max(now, earnedUpTo)
   }
