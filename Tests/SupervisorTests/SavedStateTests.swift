@@ -46,7 +46,9 @@ import Xen
     let folder = try StateFolder(path: world.folder.path + "/state")
     let domain = try world.domain(5, name: "web1")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
-    try world.start(profiles: #"{"version": 1, "disks": [{"guest": "*", "blockSize": 4096}]}"#) { $0.stateFolder = folder }
+    try world.start(profiles: #"{"version": 1, "disks": [{"guest": "*", "blockSize": 4096}]}"#) {
+      $0.stateFolder = folder
+    }
     #expect(eventually { world.state("web1", "xvde") == "ready" })
     let guest = try world.boot(domain)
     #expect(guest.driver.registers.read(0x100 + 20) == 4096)
