@@ -159,7 +159,10 @@ final class EffectRunner {
     var entry = try entries.entry(device.key, device.nodes, of: guest)
     guest.machine.set(entry.settings.restart, of: device.key)
     device.set(entry.settings.limits)
-    if let state = device.state { entry.settings.keep(state.shape.profile) }
+    if let state = device.state {
+      entry.settings.keep(state.shape.profile)
+      if isKnown { entry.settings.keep(configuration: state.savedConfiguration) }
+    }
     device.entry = entry
     device.entryNodes = device.nodes
     return entry

@@ -58,6 +58,43 @@ import Testing
     withExtendedLifetime((first, second)) {}
   }
 
+  /// A disk with a partition table for blocks of 512 bytes, on a store whose sectors have 4096: as it is, the guest would not find its partitions.
+  @Test(.enabled(if: canMakeLargeSectors, "loop devices with large sectors cannot be made here"))
+  func diskKeepsSmallBlocksOnAStoreWithLargeOnes() throws {
+    let file = folder.file("store", bytes: 4 << 20)
+    let made = try ChildProcess.run("losetup", ["--sector-size", "4096", "--find", "--show", file])
+    let device = made.output.split(separator: "\n").first.map(String.init) ?? ""
+    #expect(made.status == 0 && device.hasPrefix("/dev/loop"))
+    defer { _ = try? ChildProcess.run("losetup", ["--detach", device]) }
+    do {
+      let image = try RawImage(path: device, holder: "a", readOnly: false, discard: false)
+      #expect(image.geometry.logicalBlock == 4096 && image.isDirect && !image.hasSmallBlocks)
+    }
+    let image = try RawImage(path: device, holder: "a", readOnly: false, discard: false, block: 512)
+    #expect(image.geometry.logicalBlock == 512 && !image.isDirect && image.hasSmallBlocks)
+    #expect(image.memoryAlignment == 1)
+    var sector = [UInt8](repeating: 9, count: 512)
+    #expect(pwrite(image.descriptor, &sector, 512, 512) == 512 && fdatasync(image.descriptor) == 0)
+    #expect(pread(image.descriptor, &sector, 512, 0) == 512 && sector == [UInt8](repeating: 0, count: 512))
+    #expect(pread(image.descriptor, &sector, 512, 512) == 512 && sector == [UInt8](repeating: 9, count: 512))
+  }
+
+  private static let canMakeLargeSectors: Bool = {
+    let folder = TemporaryFolder()
+    let file = folder.file("probe", bytes: 1 << 20)
+    guard let made = try? ChildProcess.run("losetup", ["--sector-size", "4096", "--find", "--show", file]),
+      made.status == 0, let device = made.output.split(separator: "\n").first
+    else { return false }
+    _ = try? ChildProcess.run("losetup", ["--detach", String(device)])
+    return true
+  }()
+
+  @Test func blocksMayBeLargerThanTheStoreNeeds() throws {
+    let image = try RawImage(
+      path: folder.file("disk", bytes: 1 << 20 | 512), holder: "a", readOnly: false, discard: false, block: 4096)
+    #expect(image.geometry.logicalBlock == 4096 && image.geometry.capacity == 1 << 20 && !image.hasSmallBlocks)
+  }
+
   @Test func lockEndsWithTheImage() throws {
     let path = folder.file("disk", bytes: 1 << 20)
     for _ in 0..<3 { _ = try RawImage(path: path, holder: "a", readOnly: false, discard: false) }

@@ -44,6 +44,8 @@ package protocol DeviceSettings: Equatable, Sendable {
 
   /// Keeps the shape that the guest's driver knows of a device that runs.
   mutating func keep(queueSizes: [UInt16])
+  /// Keeps what the guest's driver has read of the configuration space of a device that runs.
+  mutating func keep(configuration: [UInt8])
   /// Starts a backend, see `DeviceBackend.start`.
   func start(
     _ surroundings: DeviceBackend.Surroundings,
@@ -64,6 +66,7 @@ extension DeviceSettings {
   }
   package var readOnly: Bool { false }
   package mutating func keep(queueSizes: [UInt16]) {}
+  package mutating func keep(configuration: [UInt8]) {}
   package func removeTraces(_ device: DeviceTraces) {}
   package static func removeOrphans(where isOrphan: (DomainID) -> Bool) {}
 

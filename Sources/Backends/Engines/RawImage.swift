@@ -16,6 +16,8 @@ package final class RawImage: @unchecked Sendable {
   package let isBlockDevice: Bool
   /// Alignment of memory that direct I/O needs, in bytes; 1 for buffered I/O.
   package let memoryAlignment: Int
+  /// Direct I/O was wanted, and would have needed larger blocks than were asked for.
+  package let hasSmallBlocks: Bool
 
   package var descriptor: Int32 { owned.raw }
 
@@ -34,8 +36,11 @@ package final class RawImage: @unchecked Sendable {
   /// - Parameters:
   ///   - holder: who uses it, for the error message that another one gets.
   ///   - direct: whether to try O_DIRECT; where the file system refuses it, buffered I/O is used.
+  ///   - block: the logical block size that is wanted, a power of two from 512 to 4096; nil for what the store needs. Smaller ones than direct I/O needs make I/O
+  ///     buffered.
   package init(
-    path: String, holder: String, readOnly: Bool, discard: Bool, direct wantsDirect: Bool = true
+    path: String, holder: String, readOnly: Bool, discard: Bool, direct wantsDirect: Bool = true,
+    block wantedBlock: UInt32? = nil
   ) throws(ImageFault) {
     self.path = path
     self.holder = holder
@@ -106,6 +111,15 @@ package final class RawImage: @unchecked Sendable {
       limits.discardGranularity = UInt64(clamping: status.st_blksize)
     }
     guard bytes >= 512 else { throw .tooSmall(path: path, bytes: bytes) }
+    let needed = logical
+    if let wantedBlock { logical = wantedBlock }
+    hasSmallBlocks = direct && logical < needed
+    if hasSmallBlocks {
+      guard fcntl(raw, F_SETFL, fcntl(raw, F_GETFL) & ~clinux_o_direct()) == 0 else {
+        throw .host(what: "cannot leave direct I/O on '\(path)'", Errno.last)
+      }
+      direct = false
+    }
     identity = try ImageLock.take(raw, path: path, holder: holder, exclusive: !readOnly)
     owned = descriptor
     isDirect = direct

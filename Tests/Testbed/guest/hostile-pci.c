@@ -1,9 +1,8 @@
 /* A guest's program that does to a virtio function on its PCI bus what no driver should: to its configuration space, its BAR, its vectors and its
  * queues, whose rings it fills with noise. From a seed, which repeats it.
  *
- * usage: hostile-pci FUNCTION SEED ROUNDS MEMORY OTHER-BAR
+ * usage: hostile-pci FUNCTION SEED ROUNDS OTHER-BAR
  *   FUNCTION   as in /sys/bus/pci/devices; no driver may be bound to it
- *   MEMORY     physical address of 8 MiB that the kernel does not use (mem=): what devices write by noise must not be the kernel's
  *   OTHER-BAR  physical address of another function's BAR
  */
 #define _GNU_SOURCE
@@ -16,12 +15,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { MEMORY_BYTES = 8 << 20, RING = 0x10000 };
+enum { PAGES = 512, PAGE = 4096 };
 
 static uint64_t state;
 static int config;
 static volatile uint8_t *bar, *memory;
-static uint64_t memory_base, other_bar, home;
+/* Where each page of the program's memory is: what the device writes by noise must be nobody else's. */
+static uint64_t frames[PAGES], other_bar, home;
 static long accesses;
 
 static uint64_t next(void) {
@@ -43,7 +43,7 @@ static uint64_t number(void) {
   case 0: return below(16);
   case 1: return 1ULL << below(64);
   case 2: return (1ULL << below(64)) - 1;
-  case 3: return memory_base + (below(MEMORY_BYTES) & ~15u);
+  case 3: return frames[below(PAGES - 1)] + (below(PAGE) & ~15u);
   case 4: return other_bar + below(0x5000);
   default: return next();
   }
@@ -78,8 +78,7 @@ static uint64_t get(unsigned at, int size) {
   }
 }
 
-/* Where the rings are allowed to be: what the device makes of their noise it writes to where they say, so the descriptors' addresses are in the
- * free memory, or nowhere. */
+/* Where rings and buffers may be: in the program's memory, or where there is none. */
 static uint64_t harmless(void) {
   switch (below(8)) {
   case 0: return other_bar + below(0x4000);
@@ -87,7 +86,7 @@ static uint64_t harmless(void) {
   case 2: return 0xfeff0000 + below(0x8000);
   case 3: return (1ULL << 40) + (next() & 0xffffffff);
   case 4: return UINT64_MAX - below(4096);
-  default: return memory_base + RING + below(MEMORY_BYTES - 2 * RING);
+  default: return frames[3 + below(PAGES - 4)] + (below(PAGE) & ~15u);
   }
 }
 
@@ -98,13 +97,13 @@ static void noise_in_rings(void) {
     *(volatile uint32_t *)(descriptor + 8) = below(4) ? (uint32_t[]){16, 512, 4096, 1}[below(4)] : (uint32_t)next();
     *(volatile uint16_t *)(descriptor + 12) = (uint16_t[]){0, 1, 1, 2, 3, 4, 5, 7}[below(8)];
     *(volatile uint16_t *)(descriptor + 14) = below(10) ? below(64) : next();
-    *(volatile uint16_t *)(memory + 0x1004 + 2 * i) = below(70);
+    *(volatile uint16_t *)(memory + PAGE + 4 + 2 * i) = below(70);
   }
-  *(volatile uint16_t *)(memory + 0x1002) += below(20) ? below(64) : (uint16_t)next();
+  *(volatile uint16_t *)(memory + PAGE + 2) += below(20) ? below(64) : (uint16_t)next();
   /* Headers of requests, and tables, where the descriptors point. */
   for (int i = 0; i < 256; i++) {
-    volatile uint8_t *place = memory + RING + (below(MEMORY_BYTES - 2 * RING) & ~15u);
-    *(volatile uint64_t *)place = (uint64_t[]){0, 1, 4, 8, 11, 13, 99, memory_base + RING}[below(8)];
+    volatile uint8_t *place = memory + 3 * PAGE + (below((PAGES - 4) * PAGE) & ~15u);
+    *(volatile uint64_t *)place = (uint64_t[]){0, 1, 4, 8, 11, 13, 99, harmless()}[below(8)];
     *(volatile uint64_t *)(place + 8) = below(3) ? below(1000) : next();
   }
 }
@@ -121,7 +120,7 @@ static void initialize(void) {
   for (int queue = 0; queue < 2; queue++) {
     put(0x16, 2, queue);
     put(0x18, 2, below(6) ? 64 : number());
-    uint64_t places[] = {memory_base, memory_base + 0x1000, memory_base + 0x2000};
+    uint64_t places[] = {frames[0], frames[1], frames[2]};
     for (int area = 0; area < 3; area++) {
       uint64_t place = below(10) ? places[area] : harmless();
       put(0x20 + 8 * area, 4, place);
@@ -181,9 +180,10 @@ static void configuration_space(void) {
 
 /* A BAR over memory, over pages of Xen's, over interrupt controllers, over another function. */
 static void move_bar(void) {
-  uint32_t places[] = {memory_base + 0x400000, 0x00000000, 0x000a0000, 0xfee00000, 0xfec00000, 0xfeff0000, 0xfc000000, 0xfffc0000,
+  uint64_t frame = frames[PAGES - 1];
+  uint32_t places[] = {frame & ~0x3fffULL, 0x00000000, 0x000a0000, 0xfee00000, 0xfec00000, 0xfeff0000, 0xfc000000, 0xfffc0000,
                        other_bar, 0x80000000, 0xfbffc000, 0xfbfff000};
-  volatile uint32_t *mark = (volatile uint32_t *)(memory + 0x400000);
+  volatile uint32_t *mark = (volatile uint32_t *)(memory + (PAGES - 1) * PAGE);
   uint32_t expected = 0x5a5a0000 + below(1000);
   *mark = expected;
   for (int i = 1 + below(6); i > 0; i--) {
@@ -192,7 +192,7 @@ static void move_bar(void) {
     config_write(0x10, 4, place);
     config_write(4, 2, below(8) ? 0x406 : next() & 0x7ff);
     if (*mark != expected) {
-      printf("GUEST FAIL memory at 0x%llx is not memory with the BAR at 0x%x\n", (long long)memory_base + 0x400000, place);
+      printf("GUEST FAIL memory at 0x%llx is not memory with the BAR at 0x%x\n", (long long)frame, place);
       exit(1);
     }
   }
@@ -203,19 +203,23 @@ static void move_bar(void) {
 
 int main(int count, char **arguments) {
   char path[256];
-  if (count != 6) return 2;
+  if (count != 5) return 2;
   state = strtoull(arguments[2], NULL, 0) * 0x9e3779b97f4a7c15ULL | 1;
   long rounds = strtol(arguments[3], NULL, 0);
-  memory_base = strtoull(arguments[4], NULL, 0);
-  other_bar = strtoull(arguments[5], NULL, 0);
+  other_bar = strtoull(arguments[4], NULL, 0);
   snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/config", arguments[1]);
   if ((config = open(path, O_RDWR)) < 0) fail(path);
   home = config_read(0x10, 4) & ~15u;
   config_write(4, 2, 0x406);
-  int mem = open("/dev/mem", O_RDWR | O_SYNC);
-  if (mem < 0) fail("/dev/mem");
-  memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, mem, memory_base);
-  if (memory == MAP_FAILED) fail("the free memory");
+  memory = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED, -1, 0);
+  if (memory == MAP_FAILED) fail("memory");
+  int map = open("/proc/self/pagemap", O_RDONLY);
+  if (map < 0) fail("/proc/self/pagemap");
+  for (int page = 0; page < PAGES; page++) {
+    uint64_t entry;
+    if (pread(map, &entry, 8, ((uintptr_t)memory / PAGE + page) * 8) != 8 || !(entry >> 63) || !(entry << 9 >> 9)) fail("a page's place");
+    frames[page] = (entry << 9 >> 9) * PAGE;
+  }
   snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/resource0", arguments[1]);
   int resource = open(path, O_RDWR | O_SYNC);
   if (resource < 0) fail(path);

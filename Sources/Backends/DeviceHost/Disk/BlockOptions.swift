@@ -12,6 +12,11 @@ extension BlockSettings {
       .flag("packed", \.packed, "offer the packed ring format (not over Xenbus)"),
       .flag("inOrder", \.inOrder, "offer in-order use of buffers"),
       .flag("direct", \.direct, "try O_DIRECT"),
+      OptionRow(
+        "blockSize", .powerOfTwo(512...4096),
+        "logical block size of the disk in bytes; smaller than direct I/O on the image needs, it makes I/O buffered",
+        default: "what direct I/O on the image needs", read: { $0.blockSize.map { "\($0)" } ?? "not set" }
+      ) { settings, given in settings.blockSize = UInt32(clamping: given.number) },
       .choice(
         "cache", \.cache,
         "`writeback`: durable on flush, and the guest may switch to write-through; `writethrough`: every write is durable when it "

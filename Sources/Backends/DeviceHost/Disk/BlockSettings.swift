@@ -16,6 +16,8 @@ package struct BlockSettings: DeviceSettings {
   package var serial: String
   /// Try O_DIRECT first.
   package var direct = true
+  /// The logical block size that the guest sees, a power of two from 512 to 4096; nil for what the store needs.
+  package var blockSize: UInt32?
   package var cache = BlockCacheMode.writeback
   package var errors = BlockErrorPolicy()
   /// How long a request is tried again where `errors` says so, in milliseconds.
@@ -121,6 +123,11 @@ package struct BlockSettings: DeviceSettings {
     queues = queueSizes.count
     threads = min(threads, queues)
     queueSize = queueSizes.first ?? queueSize
+  }
+
+  /// The size of its blocks is what the driver of a running disk asked for once: another store follows it.
+  package mutating func keep(configuration: [UInt8]) {
+    if let size = BlockConfiguration.logicalBlock(of: configuration) { blockSize = size }
   }
 
   package func start(

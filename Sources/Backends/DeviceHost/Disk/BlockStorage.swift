@@ -20,7 +20,7 @@ enum BlockStorage {
       return .raw(
         try RawImage(
           path: settings.path, holder: name, readOnly: settings.readOnly, discard: settings.discard,
-          direct: settings.direct))
+          direct: settings.direct, block: settings.blockSize))
     }
     let address = try NBDAddress(settings.path)
     return .nbd(address, first: try connect(address, settings, notice))
@@ -64,7 +64,9 @@ enum BlockStorage {
   /// How data gets to the store, for people.
   var mode: String {
     switch self {
-    case .raw(let image): image.isDirect ? "direct I/O" : "buffered I/O: the file system refuses O_DIRECT"
+    case .raw(let image) where image.isDirect: "direct I/O"
+    case .raw(let image) where image.hasSmallBlocks: "buffered I/O: direct I/O needs larger blocks than the disk has"
+    case .raw: "buffered I/O: the file system refuses O_DIRECT"
     case .nbd: "NBD"
     case .empty: "empty"
     }

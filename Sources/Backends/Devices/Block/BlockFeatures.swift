@@ -60,6 +60,13 @@ package enum BlockConfiguration {
     bytes.prefix(8).enumerated().reduce(0) { $0 | UInt64($1.element) << UInt64(8 * $1.offset) } &* sectorSize
   }
 
+  /// The field `blk_size` of a configuration space; nil where it is none that a store can have.
+  package static func logicalBlock(of bytes: [UInt8]) -> UInt32? {
+    guard bytes.count >= 24 else { return nil }
+    let size = bytes[20..<24].reversed().reduce(UInt32(0)) { $0 << 8 | UInt32($1) }
+    return size.nonzeroBitCount == 1 && (512...4096).contains(size) ? size : nil
+  }
+
   /// Writes the field `capacity` of a configuration space.
   package static func set(capacity: UInt64, in bytes: inout [UInt8]) {
     for index in 0..<8 { bytes[index] = UInt8(truncatingIfNeeded: (capacity / sectorSize) >> UInt64(8 * index)) }

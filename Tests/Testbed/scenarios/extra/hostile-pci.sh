@@ -13,7 +13,7 @@ remember_resources
 pid=$(vxd_pid)
 write_config beta "vx.bus=pci vx.test=crash vx.disks=2" "$(disk xvde /disks/boot-beta.img)" "$(disk xvdf /disks/neighbour.img)"
 GUEST_VCPUS=2 GUEST_MEMORY=256
-write_config alpha "mem=224M vx.bus=pci vx.test=hostilepci vx.seeds=3 vx.rounds=300" "$(disk xvde /disks/boot-alpha.img)" \
+write_config alpha "vx.bus=pci vx.test=hostilepci vx.seeds=3 vx.rounds=300" "$(disk xvde /disks/boot-alpha.img)" \
   "$(disk xvdf /disks/victim.img)" "$(disk xvdg /disks/third.img)"
 for name in alpha beta; do
   sed -i -e '/acpi_firmware/d' -e '/device_model_args_hvm/,/\]$/d' /root/$name.cfg
@@ -28,10 +28,11 @@ step "the hostile guest"
 check "xl create succeeds" create alpha
 check "its disk works before" wait_console alpha "GUEST VERIFIED vdb" 400
 rounds_more() { wait_until 200 has_rounds beta $(($(rounds_of beta) + $1)) || { tail -n 20 "$(console_of beta)"; return 1; }; }
+has_written() { test "$(grep -c 'GUEST HOSTILE 100 rounds' "$(console_of alpha)")" -ge "$1"; }
 # It answers, whatever it finds.
 doctor() { timeout 30 vxctl doctor >/tmp/doctor.out 2>&1; test $? -le 1 && test -s /tmp/doctor.out; }
 for turn in 1 2 3; do
-  check "turn $turn: rubbish is written" wait_console alpha "GUEST HOSTILE 100 rounds" 400
+  check "turn $turn: rubbish is written" wait_until 400 has_written $turn
   check "turn $turn: vxctl show answers" timeout 30 vxctl show alpha/xvdf
   check "turn $turn: vxctl doctor answers" doctor
   check "turn $turn: the neighbour goes on" rounds_more 1
