@@ -7,11 +7,12 @@ PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
+.PHONY: help deps arm64 test-arm64 test-all api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
 	@echo 'make test     everything: format, warnings, unit tests, real Xen scenarios'
+	@echo 'make test-all that and the scenarios on Xen for Arm (make test-arm64)'
 	@echo 'make unit     the fast lane: unit tests only'
 	@echo 'make testbed  the scenarios on real Xen only (SCENARIO=name for one; make shell for a console)'
 	@echo 'make asan     the unit tests under AddressSanitizer; make tsan under ThreadSanitizer'
@@ -19,8 +20,16 @@ help:
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind), compared with Benchmarks/counts (KEEP=1 writes it)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
 	@echo 'make build    release binaries in .build/release'
+	@echo 'make arm64    vxd and vxctl for arm64 in .build/arm64, cross-built from packages'
 	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
 	@echo 'make install  the same files below DESTDIR (default /)'
+
+# The scenarios on Xen for Arm, and all that there is.
+test-arm64: arm64
+	deploy/build/install-dependencies qemu-system-arm gcc-aarch64-linux-gnu bison flex
+	$(TESTBED) run $$($(TESTBED) list arm64)
+
+test-all: test test-arm64
 
 deps:
 	@deploy/build/install-dependencies
@@ -30,6 +39,12 @@ build: deps
 	deploy/build/check-dependencies
 	swift build $(SWIFT_RELEASE) --product vxd
 	swift build $(SWIFT_RELEASE) --product vxctl
+
+# For arm64, on x86-64: in .build/arm64.
+arm64: deps
+	swift package resolve
+	deploy/build/check-dependencies
+	deploy/build/arm64
 
 # The control socket's description, generated from the code; a test compares them.
 api: deps

@@ -43,8 +43,8 @@ deaths() {
 
 show_logs() {
   # All of it whole, by the second serial port, for the folder of the run.
-  stty raw -F /dev/ttyS1
-  (cp -r $VXD_LOG /run/vxd/state /var/log/xen/; cd /var/log/xen && tar cz . >/dev/ttyS1) 2>/dev/null
+  [ ! -c /dev/ttyS1 ] || stty raw -F /dev/ttyS1
+  [ ! -c /dev/ttyS1 ] || (cp -r $VXD_LOG /run/vxd/state /var/log/xen/; cd /var/log/xen && tar cz . >/dev/ttyS1) 2>/dev/null
   for log in $VXD_LOG /var/log/xen/guest-*.log /var/log/xen/qemu-dm-*.log /var/log/xen/xl-*.log /var/log/xen/earlier-*.log /tmp/xl-*.out; do
     [ -s "$log" ] || continue
     echo "LOG $log"
@@ -147,11 +147,12 @@ disk() { # VDEV PATH [ACCESS] : a disk for write_config
   echo "\"format=raw, vdev=$1, access=${3:-rw}, backendtype=standalone, specification=virtio, target=$2\""
 }
 
-write_config() { # NAME KERNEL_WORDS DISK... : an ordinary xl configuration of an HVM guest
+write_config() { # NAME KERNEL_WORDS DISK... : an ordinary xl configuration of an HVM guest, or of a guest on Arm
   name=$1 words=$2
   shift 2
   disks=
   for entry in "$@"; do disks="$disks${disks:+, }$entry"; done
+  [ "$ARCHITECTURE" = amd64 ] || { write_arm64_config; return; }
   cp /guest/boot.img "/disks/boot-$name.img"
   printf '%-480s' "console=hvc0 rdinit=/init loglevel=4 no_timer_check vx.seed=$DELAY $words" |
     dd of="/disks/boot-$name.img" bs=1 seek="$(cat /guest/boot.img.offset)" conv=notrunc 2>/dev/null
@@ -176,11 +177,28 @@ $(virtio_line)
 CONFIG
 }
 
+# Of write_config's: no type, no slots, and no disk to boot from.
+write_arm64_config() {
+  cat >"/root/$name.cfg" <<CONFIG
+name = "$name"
+kernel = "/guest/Image"
+ramdisk = "/guest/guest.cpio.gz"
+extra = "console=hvc0 rdinit=/init loglevel=4 vx.seed=$DELAY $words"
+memory = ${GUEST_MEMORY:-200}
+vcpus = ${GUEST_VCPUS:-1}
+on_poweroff = "destroy"
+on_reboot = "destroy"
+on_crash = "destroy"
+disk = [ $disks ]
+$(virtio_line)
+CONFIG
+}
+
 # Generic devices of the guest's, in GUEST_VIRTIO by their type's number: libxl's since 4.18.
 virtio_line() {
   [ -n "${GUEST_VIRTIO:-}" ] || return
   printf 'virtio = ['
-  for type in $GUEST_VIRTIO; do printf ' "type=virtio,device%s,transport=mmio",' "$type"; done
+  for type in $GUEST_VIRTIO; do printf ' "type=virtio,device%s,transport=mmio%s",' "$type" "$([ "$ARCHITECTURE" = amd64 ] || echo ,grant_usage=0)"; done
   echo ' ]'
 }
 

@@ -9,11 +9,12 @@ archive() { # main | security
 }
 
 # Sets APT, options for apt-get and apt-cache. STATE is a folder of ours; TYPES deb or deb-src. The lists are as new as those of a machine that
-# is updated every day.
-own_apt() { # STATE RELEASE TYPES
-  local state=$1 release=$2 types=$3 main security
+# is updated every day. ARCHITECTURE: of the packages, where it is not this machine's.
+own_apt() { # STATE RELEASE TYPES [ARCHITECTURE]
+  local state=$1 release=$2 types=$3 architecture=${4:-} main security
   APT="-qq -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=$state/parts -o Dir::Etc::main=/dev/null -o Dir::Etc::parts=$state/none
     -o Dir::State=$state -o Dir::State::status=$state/status -o Dir::Cache=$state -o APT::Install-Recommends=false -o APT::Sandbox::User=root"
+  [ -z "$architecture" ] || APT+=" -o APT::Architecture=$architecture -o APT::Architectures::=$architecture"
   mkdir -p "$state/parts" "$state/none" "$state/lists/partial"
   [ -e "$state/status" ] || : >"$state/status"
   main=$(archive main)

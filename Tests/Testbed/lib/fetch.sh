@@ -19,7 +19,14 @@ choose_release() { # NAME : sets RELEASE, XEN_VERSION, LINUX_VERSION, RELEASE_PA
       LINUX_VERSION=6.12
       RELEASE_PACKAGES+=" util-linux zstd dash coreutils sed grep mawk findutils diffutils make gcc libaio1t64 libjson-c5 libsystemd0 libstdc++6 openvswitch-switch"
       ;;
-    *) die "the testbed knows no Debian release '$RELEASE': bookworm and trixie" ;;
+    arm64)
+      fetch_arm64_xen
+      LINUX_VERSION=6.12
+      RELEASE_PACKAGES="xen-utils-4.20 xenstore-utils busybox-static e2fsprogs util-linux iperf3 qemu-guest-agent libgcc-s1 libaio1t64 libjson-c5
+        libsystemd0 libstdc++6"
+      return
+      ;;
+    *) die "the testbed knows no Debian release '$RELEASE': bookworm, trixie, and arm64" ;;
   esac
   RELEASE_PACKAGES+=" xen-hypervisor-$XEN_VERSION-amd64 xen-utils-$XEN_VERSION libxenmisc$XEN_VERSION"
 }

@@ -4,6 +4,7 @@
 # What PROGRAM is linked to, in lines of ldd's. Another release's loader answers for its own programs, and for ours in its place.
 list_libraries() { # PROGRAM
   case $RELEASE in
+    arm64) list_arm64_libraries "$1" ;;
     bookworm) LD_LIBRARY_PATH="$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu:$PACKAGES_ROOT/lib/x86_64-linux-gnu" ldd "$1" 2>/dev/null ;;
     *)
       "$PACKAGES_ROOT/lib64/ld-linux-x86-64.so.2" --library-path "$PACKAGES_ROOT/usr/lib/x86_64-linux-gnu" --list "$1" 2>/dev/null |
@@ -50,6 +51,11 @@ base_image() { # IMAGE : folders and busybox
   install -m 755 "$PACKAGES_ROOT/bin/busybox" "$1/bin/busybox"
   ln -s busybox "$1/bin/sh"
   ln -s ../lib "$1/usr/lib"
+  [ "$RELEASE" != arm64 ] || {
+    install -m 755 "$PACKAGES_ROOT/usr/lib/aarch64-linux-gnu/ld-linux-aarch64.so.1" "$1/lib/"
+    install -m 755 "$PACKAGES_ROOT/usr/lib/aarch64-linux-gnu/libgcc_s.so.1" "$1/lib/"
+    return
+  }
   [ "$RELEASE" = bookworm ] || {
     install -D -m 755 "$PACKAGES_ROOT/lib64/ld-linux-x86-64.so.2" "$1/lib64/ld-linux-x86-64.so.2"
     # glibc loads it when a thread is cancelled, as iperf3 does from 3.16 on.
@@ -244,13 +250,19 @@ prepare_images_alone() { # [RELEASE]
     fetch_packages
   fi
   local key
-  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/lib/arm64.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$RELEASE-$key
   [ -e "$IMAGES/complete" ] && touch "$IMAGES" && return
   say "building the dom0 and guest images in $IMAGES"
   # Those of other days; a checkout beside this one may be using its own.
   find "$CACHE" -maxdepth 1 -name 'images-*' -mtime +3 -exec rm -rf {} +
   mkdir -p "$IMAGES"
+  if [ "$RELEASE" = arm64 ]; then
+    fetch_arm64_fio
+    build_arm64_images
+    touch "$IMAGES/complete"
+    return
+  fi
   zcat "$PACKAGES_ROOT/boot/xen-$XEN_VERSION-amd64.gz" >"$IMAGES/xen" || die "cannot write to $IMAGES (is the disk full?)"
   cp "$PACKAGES_ROOT"/boot/vmlinuz-"$LINUX_VERSION"* "$IMAGES/vmlinuz"
   build_guest_module

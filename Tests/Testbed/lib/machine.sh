@@ -16,10 +16,11 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   add_vxd "$folder"
   cp "$REPO/deploy/acpi/slots.aml" "$folder/etc/vxd/"
   cp "$TESTBED/dom0/lib.sh" "$folder/testbed-lib.sh"
-  printf 'RELEASE=%s\nDELAY=%s\nLIMIT=%s\n' "$RELEASE" "${DELAY:-0}" "${LIMIT:-3600}" >"$folder/testbed-run.sh"
+  printf 'RELEASE=%s\nARCHITECTURE=%s\nDELAY=%s\nLIMIT=%s\n' "${RELEASE/arm64/trixie}" "$([ "$RELEASE" = arm64 ] && echo arm64 || echo amd64)" \
+    "${DELAY:-0}" "${LIMIT:-3600}" >"$folder/testbed-run.sh"
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
   ! needs_debian "$2" || add_debian "$folder"
-  needs_xenbus "$2" || return 0
+  needs_xenbus "$2" && [ "$RELEASE" != arm64 ] || return 0
   mkdir -p "$folder/guest" "$folder/driver"
   add_vxd "$folder/driver"
   pack "$folder/driver" "$folder/guest/vxd.cpio"
@@ -30,7 +31,7 @@ add_vxd() { # FOLDER : as they are shipped
   local name
   for name in vxd vxctl; do
     copy_with_libraries "$1" "$BINARIES/$name" "/bin/$name"
-    strip "$1/bin/$name"
+    "$([ "$RELEASE" = arm64 ] && echo aarch64-linux-gnu-)strip" "$1/bin/$name"
   done
 }
 
@@ -50,6 +51,7 @@ choose_variation() { # NUMBER : sets SHIFT and DELAY
 # Its console on standard output; what dom0 sends by its second serial port goes to FOLDER/logs.tar.gz. Its monitor is FOLDER/monitor: a name
 # of its own folder, since a socket's name has at most 107 characters.
 boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
+  [ "$RELEASE" != arm64 ] || boot_arm64 "$@"
   local initrd=$1 folder=$2
   shift 2
   local clock=(-accel "tcg,thread=single" -icount "shift=${SHIFT:-1},sleep=off" -rtc "base=$MACHINE_DATE,clock=vm")
@@ -73,5 +75,5 @@ prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
   rm -rf "$folder"
   INITRD=$2/initrd
   cat "$IMAGES/dom0.cpio" "$2/overlay.cpio" >"$INITRD"
-  ! needs_xenbus "$1" || cat "$IMAGES/xenbus.cpio" >>"$INITRD"
+  ! needs_xenbus "$1" || [ "$RELEASE" = arm64 ] || cat "$IMAGES/xenbus.cpio" >>"$INITRD"
 }
