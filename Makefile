@@ -7,7 +7,7 @@ PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
+.PHONY: help deps api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -18,6 +18,7 @@ help:
 	@echo 'make fuzz     coverage-guided fuzzing of fourteen targets (SECONDS=n each, two at a time; TARGET=name for one; KEEP=1 keeps what is found)'
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
+	@echo 'make compare  vxd beside blkback and netback under emulated Xen, by instructions (PART=block or network)'
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
 	@echo 'make install  the same files below DESTDIR (default /)'
@@ -82,6 +83,9 @@ bench: deps
 	swift build $(SWIFT_RELEASE) --product vxd-bench
 	.build/release/vxd-bench
 	.build/release/vxd-bench rates
+
+compare: build
+	Benchmarks/compare/run $(PART)
 
 DESTDIR ?= /
 install: build install-files
