@@ -176,9 +176,10 @@ build_compare_image() { # ARCHIVE
   local image guest driver folder tool
   image=$(mktemp -d) guest=$(mktemp -d) driver=$(mktemp -d)
   gcc -O2 -Wall -Werror -static -o "$IMAGES/aiorand" "$COMPARE/aiorand.c" -laio || die "aiorand does not build (libaio-dev is missing? run: make deps)"
+  gcc -O2 -Wall -Werror -static -o "$IMAGES/packets" "$COMPARE/packets.c" || die "packets does not build"
   gcc -O2 -Wall -Werror -shared -fPIC -o "$IMAGES/counts.so" "$COMPARE/counts.c" || die "the plugin that counts does not build"
   base_image "$guest"
-  install -m 755 "$IMAGES/aiorand" "$guest/bin/aiorand"
+  install -m 755 -t "$guest/bin" "$IMAGES/aiorand" "$IMAGES/packets"
   copy_with_libraries "$guest" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
   copy_modules "$guest" virtio_ring virtio virtio_blk failover net_failover virtio_net xen-blkfront xen-netfront
   cp "$MODULE" "$guest/modules/"
@@ -187,6 +188,7 @@ build_compare_image() { # ARCHIVE
     copy_modules "$folder" brd xen-blkback xen-netback
     install -D -m 755 -t "$folder/compare" "$COMPARE"/hotplug-*
     cp "$COMPARE"/*lib.sh "$folder/compare/"
+    install -D -m 755 -t "$folder/bin" "$IMAGES/packets"
   done
   copy_with_libraries "$driver" "$PACKAGES_ROOT/usr/bin/xenstore-list" /bin/xenstore-list
   mkdir -p "$image/guest" "$image/etc/xen/scripts"
@@ -269,7 +271,7 @@ prepare_images_alone() { # [RELEASE]
     fetch_packages
   fi
   local key
-  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$COMPARE"/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$COMPARE"/*.{c,sh} "$COMPARE"/{guest-init,hotplug-*} "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$RELEASE-$key
   [ -e "$IMAGES/complete" ] && touch "$IMAGES" && return
   say "building the dom0 and guest images in $IMAGES"

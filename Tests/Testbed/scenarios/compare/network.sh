@@ -15,13 +15,14 @@ attach() { # NAME BACKEND
 }
 attach_dom0() { attach "$1" 0; }
 attach_driver() { attach "$1" driver; }
-BRIDGE='load_modules llc stp bridge tun xen-netback; brctl addbr br0; ip addr add 10.7.0.1/24 dev br0; ip link set br0 up; iperf3 -s -D </dev/null >/dev/null 2>&1'
+BRIDGE='load_modules llc stp bridge tun xen-netback; brctl addbr br0; ip addr add 10.7.0.1/24 dev br0; ip link set br0 up; iperf3 -s -D </dev/null >/dev/null 2>&1; packets serve </dev/null >/dev/null 2>&1 &'
 
 load_modules llc stp bridge tun xen-netback
 brctl addbr br0
 ip addr add 10.7.0.1/24 dev br0
 ip link set br0 up
 iperf3 -s -D >/dev/null 2>&1
+packets serve &
 for type in pv pvh; do guest netback-dom0-$type $type netfront 'vif = [ "bridge=br0,script=vif-bridge" ]'; done
 start_vxd
 for type in pv pvh; do BESIDE=attach_dom0 guest vxd-dom0-$type $type virtio ''; done
