@@ -7,7 +7,7 @@ PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps arm64 test-arm64 test-all api man build unit asan tsan fuzz profile testbed shell test demo bench format lint clean install install-files deb
+.PHONY: help deps arm64 test-arm64 test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -19,6 +19,7 @@ help:
 	@echo 'make fuzz     coverage-guided fuzzing of fourteen targets (SECONDS=n each, two at a time; TARGET=name for one; KEEP=1 keeps what is found)'
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind), compared with Benchmarks/counts (KEEP=1 writes it)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
+	@echo 'make compare  vxd beside blkback and netback under emulated Xen, by instructions (PART=block or network)'
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make arm64    vxd and vxctl for arm64 in .build/arm64, cross-built from packages'
 	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
@@ -98,6 +99,9 @@ bench: deps
 	swift build $(SWIFT_RELEASE) --product vxd-bench
 	.build/release/vxd-bench
 	.build/release/vxd-bench rates
+
+compare: build
+	Benchmarks/compare/run $(PART)
 
 DESTDIR ?= /
 install: build install-files

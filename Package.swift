@@ -84,7 +84,7 @@ let package = Package(
       dependencies: [
         "DeviceHost", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
       ],
-      path: "Benchmarks", exclude: ["profile", "counts"], swiftSettings: house),
+      path: "Benchmarks", exclude: ["compare", "profile", "counts"], swiftSettings: house),
 
     .target(name: "CThreadSanitizer", path: "Tests/CThreadSanitizer"),
     .target(name: "CStoreTrace", path: "Tests/CStoreTrace"),

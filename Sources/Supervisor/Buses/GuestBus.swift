@@ -91,6 +91,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   static var style: BusStyle { get }
   /// Device nodes of the host that it works with.
   static var hostNodes: [String] { get }
+  /// Entries of each queue of a disk, where no profile says how many.
+  static var diskQueueSize: UInt16 { get }
   /// Whether accesses of the guest are served by a server that must be made first.
   static var hasServer: Bool { get }
   /// Whether a device is reached this way. The first bus in the list that says so has the device.
@@ -163,6 +165,7 @@ protocol GuestBus: AnyObject, SendableMetatype {
 }
 
 extension GuestBus {
+  static var diskQueueSize: UInt16 { 256 }
   static func restores(_ place: DeviceState.Place) -> Bool { false }
   static func hasWindow(_ device: DeviceWish) -> Bool { false }
   func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { { .device(key, .claimed(nil)) } }

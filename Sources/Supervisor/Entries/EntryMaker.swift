@@ -69,6 +69,7 @@ struct EntryMaker {
   private func finished(_ disk: BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) -> BlockSettings {
     var disk = disk
     disk.direct = settings.direct
+    if let bus = guest.devices[key]?.bus { disk.queueSize = type(of: bus).diskQueueSize }
     profiles.apply(to: &disk, guest: guest.profileName, uuid: guest.uuid, device: name, number: key.device)
     disk.stopsWhenStorageIsGone = disk.restart.mode != .never
     return disk

@@ -229,9 +229,9 @@ driver_disk() { # VDEV TARGET [ACCESS] : a disk from the driver domain
   echo "\"format=raw, vdev=$1, access=${3:-rw}, backend=driver, backendtype=standalone, specification=virtio, target=$2\""
 }
 
-# A driver domain: an ordinary guest without any right over others, with vxd in it.
+# A driver domain: an ordinary guest without any right over others, with vxd in it. DRIVER_MORE: an archive that its RAM disk gets too.
 create_driver_domain() { # [TYPE]
-  cat /guest/driver.cpio /guest/vxd.cpio >/root/driver-ramdisk
+  cat /guest/driver.cpio /guest/vxd.cpio ${DRIVER_MORE:-} >/root/driver-ramdisk
   cat >/root/driver.cfg <<CONFIG
 name = "driver"
 type = "${1:-pvh}"

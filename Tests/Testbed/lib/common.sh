@@ -2,6 +2,7 @@
 # Sourced, never run. Needs: TESTBED (the folder of this testbed), set by the caller.
 
 REPO=$(cd "$TESTBED/../.." && pwd)
+COMPARE=$REPO/Benchmarks/compare
 CACHE=${VXD_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/vxd}
 OUTPUT=${VXD_TESTBED_OUTPUT:-$REPO/.build/testbed}
 

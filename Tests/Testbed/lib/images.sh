@@ -179,6 +179,35 @@ build_xenbus_image() { # ARCHIVE GUEST_ARCHIVE
   rm -rf "$image"
 }
 
+# What `make compare` measures with, for scenarios that say "# needs: compare": its guest, and what dom0 and the driver domain need beside.
+build_compare_image() { # ARCHIVE
+  local image guest driver folder tool
+  image=$(mktemp -d) guest=$(mktemp -d) driver=$(mktemp -d)
+  gcc -O2 -Wall -Werror -static -o "$IMAGES/aiorand" "$COMPARE/aiorand.c" -laio || die "aiorand does not build (libaio-dev is missing? run: make deps)"
+  gcc -O2 -Wall -Werror -static -o "$IMAGES/packets" "$COMPARE/packets.c" || die "packets does not build"
+  gcc -O2 -Wall -Werror -shared -fPIC -o "$IMAGES/counts.so" "$COMPARE/counts.c" || die "the plugin that counts does not build"
+  base_image "$guest"
+  install -m 755 -t "$guest/bin" "$IMAGES/aiorand" "$IMAGES/packets"
+  copy_with_libraries "$guest" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
+  copy_modules "$guest" virtio_ring virtio virtio_blk failover net_failover virtio_net xen-blkfront xen-netfront
+  cp "$MODULE" "$guest/modules/"
+  install -m 755 "$COMPARE/guest-init" "$guest/init"
+  for folder in "$image" "$driver"; do
+    copy_modules "$folder" brd xen-blkback xen-netback
+    install -D -m 755 -t "$folder/compare" "$COMPARE"/hotplug-*
+    cp "$COMPARE"/*lib.sh "$folder/compare/"
+    install -D -m 755 -t "$folder/bin" "$IMAGES/packets"
+  done
+  copy_with_libraries "$driver" "$PACKAGES_ROOT/usr/bin/xenstore-list" /bin/xenstore-list
+  mkdir -p "$image/guest" "$image/etc/xen/scripts"
+  cp "$image/compare/hotplug-block" "$image/etc/xen/scripts/block"
+  cp "$image/compare/hotplug-vif" "$image/etc/xen/scripts/vif-bridge"
+  pack "$guest" "$image/guest/compare.cpio"
+  pack "$driver" "$image/guest/driver-compare.cpio"
+  pack "$image" "$1"
+  rm -rf "$image" "$guest" "$driver"
+}
+
 # Open vSwitch. Bookworm's list of packages is without what it depends on.
 add_virtual_switch() { # IMAGE
   local tool
@@ -250,7 +279,7 @@ prepare_images_alone() { # [RELEASE]
     fetch_packages
   fi
   local key
-  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/lib/arm64.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT"; cat "$TESTBED"/lib/images.sh "$TESTBED"/lib/arm64.sh "$TESTBED"/dom0/init "$TESTBED"/dom0/*.c "$TESTBED"/guest/* "$TESTBED"/driver/* "$COMPARE"/*.{c,sh} "$COMPARE"/{guest-init,hotplug-*} "$REPO"/deploy/guest-module/*) | sha256sum | cut -c1-16)
   IMAGES=$CACHE/images-$RELEASE-$key
   [ -e "$IMAGES/complete" ] && touch "$IMAGES" && return
   say "building the dom0 and guest images in $IMAGES"
@@ -268,6 +297,7 @@ prepare_images_alone() { # [RELEASE]
   build_guest_module
   build_guest_image "$IMAGES/guest.cpio"
   build_xenbus_image "$IMAGES/xenbus.cpio" "$IMAGES/guest.cpio"
+  build_compare_image "$IMAGES/compare.cpio"
   build_dom0_image "$IMAGES/dom0.cpio" "$IMAGES/guest.cpio"
   touch "$IMAGES/complete"
 }

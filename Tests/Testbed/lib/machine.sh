@@ -35,6 +35,7 @@ add_vxd() { # FOLDER : as they are shipped
   done
 }
 
+needs_compare() { [ -n "$1" ] && grep -q '^# needs: compare' "$1"; }
 needs_xenbus() { [ -n "$1" ] && grep -q '^# needs: .*xenbus' "$1"; }
 
 # Variation 0 is the run that has no number. Others start the scenario a little later (DELAY, microseconds), and every second one has a
@@ -60,10 +61,12 @@ boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
   # dom0's disk, and one of the same content for a driver domain. What is written goes to snapshots in the machine's own folder.
   [ -z "${DISK:-}" ] || { init=/debian-init; export TMPDIR=$folder; disk=(-drive "if=none,id=root,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=root,bus=ide.0"
     -drive "if=none,id=second,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=second,bus=ide.1"); }
+  # Counts what is between marks in the guest; elsewhere there are none.
+  [ -z "${PLUGIN:-}" ] || clock+=(-plugin "$PLUGIN,out=counts")
   cd "$folder" || exit 1
   exec "$@" "$EMULATOR" -L /usr/share/qemu -L /usr/share/seabios -machine q35 "${clock[@]}" -cpu qemu64,+svm,+npt -smp "${MACHINE_CPUS:-4}" -m "$MACHINE_MEMORY" \
     -monitor unix:monitor,server=on,wait=off -serial stdio -serial file:logs.tar.gz -no-reboot -nodefaults -display none \
-    -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=2 dom0_vcpus_pin bootscrub=0 loglvl=warning guest_loglvl=warning" \
+    -kernel "$IMAGES/xen" -append "console=com1 com1=115200,8n1 dom0_mem=1500M,max:1500M dom0_max_vcpus=${DOM0_CPUS:-2} dom0_vcpus_pin bootscrub=0 loglvl=warning guest_loglvl=warning" \
     -initrd "$IMAGES/vmlinuz console=hvc0 rdinit=$init quiet,$initrd" "${disk[@]}"
 }
 
@@ -76,4 +79,5 @@ prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
   INITRD=$2/initrd
   cat "$IMAGES/dom0.cpio" "$2/overlay.cpio" >"$INITRD"
   ! needs_xenbus "$1" || [ "$RELEASE" = arm64 ] || cat "$IMAGES/xenbus.cpio" >>"$INITRD"
+  ! needs_compare "$1" || cat "$IMAGES/compare.cpio" >>"$INITRD"
 }

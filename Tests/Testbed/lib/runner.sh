@@ -152,8 +152,11 @@ run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
   choose_binaries "$RELEASE"
   choose_variation "$(variation_of "$name")"
   MACHINE_CPUS=$(header "$file" processors 4)
+  DOM0_CPUS=$(header "$file" "dom0 processors" 2)
   PARALLEL=$(header "$file" parallel no)
   LIMIT=$(header "$file" limit 420)
+  PLUGIN=
+  ! needs_compare "$file" || PLUGIN=$IMAGES/counts.so
   mkdir -p "$folder"
   rm -f "$folder"/*.log "$folder/logs.tar.gz" "$folder/console.fifo"
   DISK=

@@ -2,7 +2,7 @@
 
 # Seconds of real time without a word of the machine. Its clock speaks every two emulated seconds (watch_limit in dom0/lib.sh), which take some
 # 10 s when all processors work and the clock is at its finest.
-STALL=300
+STALL=${VXD_TESTBED_STALL:-300}
 
 watch_machine() { # FOLDER PID : until the process is gone
   local folder=$1 pid=$2 size=0 now silent=0
