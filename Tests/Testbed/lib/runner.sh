@@ -51,6 +51,10 @@ make_queue() { # FOLDER NAME...
   for name; do
     release=$(release_of "$name")
     [ -e "$queue/images-$release" ] || { prepare "$release" && printf '%s\n%s\n' "$IMAGES" "$PACKAGES_ROOT" >"$queue/images-$release"; }
+    ! needs_debian "$(scenario_of "$name")" || {
+      { read -r IMAGES; read -r PACKAGES_ROOT; } <"$queue/images-$release"
+      prepare_debian
+    }
     number=$((number + 1))
     echo "$name" >"$queue/waiting/$number"
   done

@@ -1,4 +1,4 @@
-# takes: 150 s
+# takes: 160 s
 # limit: 1200 s
 # needs: debian xenbus
 # processors: 4
