@@ -1,5 +1,6 @@
 # takes: 108 s
 # limit: 900 s
+# also on: arm64
 # The ends of guests: destroyed under I/O, shut down by the toolstack; a guest that waits for vxd; a lower domain number.
 make_disk /disks/one.img 64
 make_disk /disks/two.img 64
