@@ -67,6 +67,16 @@ import Xen
     #expect(registers.revokeAll() == 0)
   }
 
+  @Test(arguments: [
+    (nil, "1024"), (#"{"version": 1, "disks": [{"queueSize": 128, "queues": 2}]}"#, "128,128"),
+  ])
+  func ringsAreLargeUnlessAProfileSaysOtherwise(_ profiles: String?, _ sizes: String) throws {
+    let (world, _) = try world(profiles: profiles)
+    defer { world.end() }
+    let offer = try #require(world.toolstack.value("vx-offer", disk: "xvde", of: 5))
+    #expect(offer.split(separator: " ").contains("sizes=\(sizes)"))
+  }
+
   @Test func driverMayResetAndComeBackAnyNumberOfTimes() throws {
     let (world, domain) = try world()
     defer { world.end() }

@@ -11,6 +11,7 @@
 #ifndef VIRTIO_XENBUS_H
 #define VIRTIO_XENBUS_H
 
+#include <linux/bits.h>
 #include <linux/completion.h>
 #include <linux/dma-map-ops.h>
 #include <linux/genalloc.h>
@@ -83,16 +84,28 @@ struct vx_offer {
 
 /* Cells are taken from two pools: units of 64 bytes, and pages. */
 #define VX_SMALL_SHIFT	6
+#define VX_SMALL_UNIT	BIT(VX_SMALL_SHIFT)
 #define VX_SMALL_LIMIT	1024
-/* Cells of 64 to 1024 bytes, and single pages, are kept in lists. */
-#define VX_LISTS	6
-#define VX_LIST_DEPTH	512
+/* Free cells of 64 to 1024 bytes, and of up to so many pages, are kept in lists. */
+#define VX_SMALL_LISTS	5
+#define VX_PAGE_LISTS	16
+#define VX_LISTS	(VX_SMALL_LISTS + VX_PAGE_LISTS)
+#define VX_LIST_DEPTH	252
+/* Those of 64 bytes and of a page before that in slots. */
+#define VX_SLOT_BITS	10
+#define VX_SLOTS	BIT(VX_SLOT_BITS)
 
 struct vx_list {
 	/* Guards count and address; taken with interrupts off. */
 	spinlock_t lock;
 	u32 count;
 	u32 address[VX_LIST_DEPTH];
+} ____cacheline_aligned_in_smp;
+
+/* A free cell of each size, or 0. Who exchanges it for 0 has it. */
+struct vx_slot {
+	u32 unit;
+	u32 page;
 };
 
 /* What a unit of a cell stands for; the backend does not see it. */
@@ -124,7 +137,11 @@ struct vx_arena {
 	void *base;
 	grant_ref_t *ref;
 	struct vx_unit *unit;
+	/* What vx_unit_of takes off: unit[0] is the first small one. */
+	u32 small_first;
+	u32 page_first;
 	struct vx_list *list;
+	struct vx_slot *slot;
 	struct gen_pool *small;
 	struct gen_pool *large;
 	size_t small_start;
@@ -209,6 +226,49 @@ struct vx_device {
 	u8 backend_status;
 };
 
+static inline size_t vx_unit_bytes(const struct vx_arena *arena, u32 address)
+{
+	return address < arena->small_end ? VX_SMALL_UNIT : PAGE_SIZE;
+}
+
+/* Of an address from the small pool's start on. */
+static inline struct vx_unit *vx_unit_of(struct vx_arena *arena, u32 address)
+{
+	if (address < arena->small_end)
+		return &arena->unit[(address >> VX_SMALL_SHIFT) - arena->small_first];
+	/* page_first is modulo 2^32: there may be more small units than pages before. */
+	return &arena->unit[(u32)((address >> PAGE_SHIFT) - arena->page_first)];
+}
+
+void vx_note_rest(struct vx_unit *unit, size_t bytes);
+
+/* Notes what a cell stands for. */
+static inline void vx_note(struct vx_arena *arena, u32 address, phys_addr_t origin,
+			   size_t size, bool from_device)
+{
+	struct vx_unit *unit = vx_unit_of(arena, address);
+	size_t bytes = vx_unit_bytes(arena, address);
+
+	unit->origin = origin;
+	unit->left = size;
+	unit->from_device = from_device;
+	if (size > bytes)
+		vx_note_rest(unit, bytes);
+}
+
+/* A cell stands for nothing any more. */
+static inline void vx_forget(struct vx_arena *arena, u32 address, size_t size)
+{
+	struct vx_unit *unit = vx_unit_of(arena, address);
+	size_t bytes = vx_unit_bytes(arena, address);
+	size_t done = 0;
+
+	do {
+		unit++->left = 0;
+		done += bytes;
+	} while (unlikely(done < size));
+}
+
 static inline struct vx_device *vx_of(struct virtio_device *vdev)
 {
 	return container_of(vdev, struct vx_virtio, vdev)->vx;
@@ -224,13 +284,8 @@ bool vx_is_allowed(const struct vx_device *vx, u32 device);
 /* vx_cells.c */
 int vx_cells_create(struct vx_arena *arena);
 void vx_cells_destroy(struct vx_arena *arena);
-void *vx_take(struct vx_arena *arena, size_t size, u32 *address);
-void vx_give(struct vx_arena *arena, u32 address, size_t size);
-struct vx_unit *vx_unit_of(struct vx_arena *arena, u32 address);
-size_t vx_unit_bytes(const struct vx_arena *arena, u32 address);
-void vx_note(struct vx_arena *arena, u32 address, phys_addr_t origin, size_t size,
-	     bool from_device);
-void vx_forget(struct vx_arena *arena, u32 address, size_t size);
+void *vx_take(struct vx_arena *arena, size_t size, phys_addr_t origin, u32 *address);
+void vx_give(struct vx_arena *arena, u32 address, size_t size, phys_addr_t origin);
 
 /* vx_dma.c */
 extern const struct dma_map_ops vx_dma_ops;

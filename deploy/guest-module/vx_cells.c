@@ -1,69 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Cells of the arena: where a driver's buffers are copied to and from. Small
- * ones come from a pool with units of 64 bytes, large ones from a pool of
- * pages. Of the sizes that every request needs, free cells are kept in lists,
- * since a search through a pool's bitmap costs more than the copy of a header.
+ * Cells of the arena: where a driver's buffers are copied to and from. They come
+ * from two pools: units of 64 bytes for headers, status bytes and tables, and
+ * pages. A search through a pool's bitmap costs more than the copy of a header, so
+ * free cells are kept in front of the pools, by their size, in lists. In front of
+ * these, cells of the two sizes that every request needs are kept in slots that
+ * need no lock: a request's tag has its buffers at the same places each time, and
+ * finds its cells in the same slots. Whatever is kept so goes back to the pools
+ * before a cell is refused: what a pool could give is never missed.
  */
+#include <linux/atomic.h>
+#include <linux/hash.h>
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/slab.h>
 
 #include "virtio_xenbus.h"
 
-size_t vx_unit_bytes(const struct vx_arena *arena, u32 address)
+/* Notes what the units of a cell behind its first one stand for. */
+void vx_note_rest(struct vx_unit *unit, size_t bytes)
 {
-	return address < arena->small_end ? 1 << VX_SMALL_SHIFT : PAGE_SIZE;
-}
-
-/* Of an address from the small pool's start on. */
-struct vx_unit *vx_unit_of(struct vx_arena *arena, u32 address)
-{
-	u32 small = (arena->small_end - arena->small_start) >> VX_SMALL_SHIFT;
-
-	if (address < arena->small_end)
-		return &arena->unit[(address - arena->small_start) >> VX_SMALL_SHIFT];
-	return &arena->unit[small + ((address - arena->small_end) >> PAGE_SHIFT)];
-}
-
-/* Notes what a cell stands for. */
-void vx_note(struct vx_arena *arena, u32 address, phys_addr_t origin, size_t size,
-	     bool from_device)
-{
-	struct vx_unit *unit = vx_unit_of(arena, address);
-	size_t bytes = vx_unit_bytes(arena, address);
+	const struct vx_unit *first = unit;
 	size_t done;
 
-	for (done = 0; done < size; done += bytes, unit++) {
-		unit->origin = origin + done;
-		unit->left = size - done;
-		unit->from_device = from_device;
+	for (done = bytes; done < first->left; done += bytes) {
+		unit++;
+		unit->origin = first->origin + done;
+		unit->left = first->left - done;
+		unit->from_device = first->from_device;
 	}
 }
 
-void vx_forget(struct vx_arena *arena, u32 address, size_t size)
-{
-	struct vx_unit *unit = vx_unit_of(arena, address);
-	size_t bytes = vx_unit_bytes(arena, address);
-	size_t done;
-
-	for (done = 0; done < size; done += bytes, unit++)
-		unit->left = 0;
-}
-
+/* Lists: of 1, 2, 4, 8 and 16 small units, then of 1 to VX_PAGE_LISTS pages. */
 static size_t vx_list_bytes(unsigned int index)
 {
-	return index < VX_LISTS - 1 ? 1 << (VX_SMALL_SHIFT + index) : PAGE_SIZE;
+	if (index < VX_SMALL_LISTS)
+		return VX_SMALL_UNIT << index;
+	return (size_t)(index - VX_SMALL_LISTS + 1) << PAGE_SHIFT;
 }
 
 /* The list for a size, or VX_LISTS when there is none. */
 static unsigned int vx_list_of(size_t size)
 {
-	if (size <= 1 << VX_SMALL_SHIFT)
+	if (size <= VX_SMALL_UNIT)
 		return 0;
 	if (size <= VX_SMALL_LIMIT)
 		return order_base_2(size) - VX_SMALL_SHIFT;
-	return size <= PAGE_SIZE ? VX_LISTS - 1 : VX_LISTS;
+	return min_t(size_t, VX_SMALL_LISTS - 1 + PFN_UP(size), VX_LISTS);
 }
 
 static struct gen_pool *vx_pool_of(struct vx_arena *arena, u32 address)
@@ -112,12 +95,26 @@ static void vx_pool_give(struct vx_arena *arena, u32 address, size_t size)
 	gen_pool_free(vx_pool_of(arena, address), (unsigned long)arena->base + address, size);
 }
 
-/* What lists keep goes back to the pools: it may be what a larger cell lacks. */
+/* What is kept goes back to the pools: it may be what a larger cell lacks. */
 static void vx_drain(struct vx_arena *arena)
 {
 	unsigned int index;
 	u32 address;
 
+	for (index = 0; index < VX_SLOTS; index++) {
+		struct vx_slot *slot = &arena->slot[index];
+
+		if (READ_ONCE(slot->unit)) {
+			address = xchg(&slot->unit, 0);
+			if (address)
+				vx_pool_give(arena, address, VX_SMALL_UNIT);
+		}
+		if (READ_ONCE(slot->page)) {
+			address = xchg(&slot->page, 0);
+			if (address)
+				vx_pool_give(arena, address, PAGE_SIZE);
+		}
+	}
 	for (index = 0; index < VX_LISTS; index++)
 		while (vx_pop(&arena->list[index], &address))
 			vx_pool_give(arena, address, vx_list_bytes(index));
@@ -127,24 +124,35 @@ static bool vx_try(struct vx_arena *arena, size_t size, u32 *address)
 {
 	unsigned int index = vx_list_of(size);
 
-	if (index < VX_LISTS - 1) {
+	if (index < VX_SMALL_LISTS) {
 		if (vx_pop(&arena->list[index], address) ||
 		    vx_pool_take(arena, arena->small, vx_list_bytes(index), address))
 			return true;
-		index = VX_LISTS - 1;
-	}
-	if (index < VX_LISTS) {
+		/* A small cell may come from the pages. */
+		index = VX_SMALL_LISTS;
 		size = PAGE_SIZE;
-		if (vx_pop(&arena->list[index], address))
-			return true;
 	}
+	if (index < VX_LISTS && vx_pop(&arena->list[index], address))
+		return true;
 	return vx_pool_take(arena, arena->large, size, address);
 }
 
-/* A cell, or NULL: virtio drivers try again when others have been given back. */
-void *vx_take(struct vx_arena *arena, size_t size, u32 *address)
+static struct vx_slot *vx_slot_of(struct vx_arena *arena, phys_addr_t origin)
 {
-	if (!vx_try(arena, size, address)) {
+	return &arena->slot[hash_64(origin, VX_SLOT_BITS)];
+}
+
+/* A cell, or NULL: virtio drivers try again when others have been given back. */
+void *vx_take(struct vx_arena *arena, size_t size, phys_addr_t origin, u32 *address)
+{
+	struct vx_slot *slot = vx_slot_of(arena, origin);
+
+	*address = 0;
+	if (size <= VX_SMALL_UNIT)
+		*address = xchg(&slot->unit, 0);
+	else if (size <= PAGE_SIZE && size > VX_SMALL_LIMIT)
+		*address = xchg(&slot->page, 0);
+	if (unlikely(!*address) && !vx_try(arena, size, address)) {
 		vx_drain(arena);
 		if (!vx_try(arena, size, address))
 			return NULL;
@@ -152,13 +160,21 @@ void *vx_take(struct vx_arena *arena, size_t size, u32 *address)
 	return arena->base + *address;
 }
 
-void vx_give(struct vx_arena *arena, u32 address, size_t size)
+void vx_give(struct vx_arena *arena, u32 address, size_t size, phys_addr_t origin)
 {
-	unsigned int index = vx_list_of(size);
+	struct vx_slot *slot = vx_slot_of(arena, origin);
+	unsigned int index;
 
-	/* A small cell may have come from the pages. */
-	if (index < VX_LISTS - 1 && address >= arena->small_end)
-		index = VX_LISTS - 1;
+	if (address >= arena->small_end) {
+		if (size <= PAGE_SIZE && !cmpxchg(&slot->page, 0, address))
+			return;
+		/* A small cell may have come from the pages. */
+		index = vx_list_of(max_t(size_t, size, PAGE_SIZE));
+	} else {
+		if (size <= VX_SMALL_UNIT && !cmpxchg(&slot->unit, 0, address))
+			return;
+		index = vx_list_of(size);
+	}
 	if (index < VX_LISTS) {
 		if (vx_push(&arena->list[index], address))
 			return;
@@ -190,8 +206,12 @@ int vx_cells_create(struct vx_arena *arena)
 	arena->unit = kvcalloc(((size_t)small << (PAGE_SHIFT - VX_SMALL_SHIFT)) + rest - small,
 			       sizeof(*arena->unit), GFP_KERNEL);
 	arena->list = kvcalloc(VX_LISTS, sizeof(*arena->list), GFP_KERNEL);
-	if (!arena->unit || !arena->list)
+	arena->slot = kvcalloc(VX_SLOTS, sizeof(*arena->slot), GFP_KERNEL);
+	if (!arena->unit || !arena->list || !arena->slot)
 		return -ENOMEM;
+	arena->small_first = arena->small_start >> VX_SMALL_SHIFT;
+	arena->page_first = (arena->small_end >> PAGE_SHIFT) -
+			    (small << (PAGE_SHIFT - VX_SMALL_SHIFT));
 	for (index = 0; index < VX_LISTS; index++)
 		spin_lock_init(&arena->list[index].lock);
 	arena->small = vx_pool(arena, VX_SMALL_SHIFT, arena->small_start, arena->small_end);
@@ -207,11 +227,12 @@ static void vx_reclaim(struct vx_arena *arena)
 	u64 address = arena->small_start;
 
 	while (address < end) {
-		size_t size = vx_unit_of(arena, address)->left;
+		struct vx_unit *unit = vx_unit_of(arena, address);
+		size_t size = unit->left;
 
 		if (size) {
 			vx_forget(arena, address, size);
-			vx_give(arena, address, size);
+			vx_give(arena, address, size, unit->origin);
 		}
 		address += ALIGN(max(size, (size_t)1), vx_unit_bytes(arena, address));
 	}
@@ -230,4 +251,5 @@ void vx_cells_destroy(struct vx_arena *arena)
 		gen_pool_destroy(arena->large);
 	kvfree(arena->unit);
 	kvfree(arena->list);
+	kvfree(arena->slot);
 }

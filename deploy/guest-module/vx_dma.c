@@ -15,7 +15,8 @@
 #define VX_STATUS_LIMIT	16
 #define VX_STATUS_NONE	0xff
 
-static void vx_copy(void *cell, phys_addr_t origin, size_t size, bool to_cell)
+static noinline void vx_copy_pages(void *cell, phys_addr_t origin, size_t size,
+				   bool to_cell)
 {
 	while (size) {
 		size_t offset = offset_in_page(origin);
@@ -30,6 +31,20 @@ static void vx_copy(void *cell, phys_addr_t origin, size_t size, bool to_cell)
 		origin += step;
 		size -= step;
 	}
+}
+
+static __always_inline void vx_copy(void *cell, phys_addr_t origin, size_t size,
+				    bool to_cell)
+{
+	struct page *page = pfn_to_page(PHYS_PFN(origin));
+	size_t offset = offset_in_page(origin);
+
+	if (unlikely(offset + size > PAGE_SIZE))
+		vx_copy_pages(cell, origin, size, to_cell);
+	else if (to_cell)
+		memcpy_from_page(cell, page, offset, size);
+	else
+		memcpy_to_page(page, offset, cell, size);
 }
 
 /* What a buffer becomes that no device answered any more. */
@@ -78,7 +93,7 @@ static void *vx_alloc(struct device *dev, size_t size, dma_addr_t *address,
 {
 	struct vx_device *vx = dev_get_drvdata(dev);
 	u32 at;
-	void *cell = vx_take(&vx->arena, PAGE_ALIGN(size), &at);
+	void *cell = vx_take(&vx->arena, PAGE_ALIGN(size), 0, &at);
 
 	if (cell) {
 		memset(cell, 0, PAGE_ALIGN(size));
@@ -94,7 +109,7 @@ static void vx_free(struct device *dev, size_t size, void *cell,
 	struct vx_device *vx = dev_get_drvdata(dev);
 
 	vx_forget(&vx->arena, address, PAGE_ALIGN(size));
-	vx_give(&vx->arena, address, PAGE_ALIGN(size));
+	vx_give(&vx->arena, address, PAGE_ALIGN(size), 0);
 }
 
 static dma_addr_t vx_map_page(struct device *dev, struct page *page,
@@ -109,8 +124,8 @@ static dma_addr_t vx_map_page(struct device *dev, struct page *page,
 
 	if (!size || size > (size_t)arena->pages << PAGE_SHIFT)
 		return DMA_MAPPING_ERROR;
-	cell = vx_take(arena, size, &address);
-	if (!cell)
+	cell = vx_take(arena, size, origin, &address);
+	if (unlikely(!cell))
 		return DMA_MAPPING_ERROR;
 	vx_note(arena, address, origin, size, direction != DMA_TO_DEVICE);
 	if (direction == DMA_FROM_DEVICE)
@@ -121,7 +136,8 @@ static dma_addr_t vx_map_page(struct device *dev, struct page *page,
 }
 
 /* The unit of a part of a mapping, if it is that. */
-static struct vx_unit *vx_mapped(struct vx_device *vx, dma_addr_t address, size_t size)
+static inline struct vx_unit *vx_mapped(struct vx_device *vx, dma_addr_t address,
+					size_t size)
 {
 	struct vx_arena *arena = &vx->arena;
 	struct vx_unit *unit;
@@ -141,16 +157,18 @@ static void vx_unmap_page(struct device *dev, dma_addr_t address, size_t size,
 	struct vx_arena *arena = &vx->arena;
 	struct vx_unit *unit = vx_mapped(vx, address, size);
 	bool from_device = direction != DMA_TO_DEVICE;
+	phys_addr_t origin;
 
 	/* With rings that the backend can write, this is what it can bring about. */
 	if (unlikely(!unit || unit->left != size || unit->from_device != from_device)) {
 		dev_err_once(dev, "a mapping is ended that is none\n");
 		return;
 	}
+	origin = unit->origin;
 	if (from_device && !(attrs & DMA_ATTR_SKIP_CPU_SYNC))
-		vx_end(vx, arena->base + address, unit->origin, size);
+		vx_end(vx, arena->base + address, origin, size);
 	vx_forget(arena, address, size);
-	vx_give(arena, address, size);
+	vx_give(arena, address, size, origin);
 }
 
 static void vx_unmap_sg(struct device *dev, struct scatterlist *list, int count,

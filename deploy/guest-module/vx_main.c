@@ -21,12 +21,13 @@ MODULE_PARM_DESC(arena_pages, "Pages granted for each virtqueue (2048)");
 
 /*
  * With indirect descriptors a request takes one entry of the ring, whatever its
- * size, and costs an allocation and a copy more. Without them many small requests
- * are cheaper, and few large ones fill the ring.
+ * size, and costs an allocation and a copy more. Without them small requests are
+ * cheaper, and few large ones fill a small ring; so disks with large rings (see
+ * vx_is_roomy) do without in any case.
  */
 bool vx_indirect = true;
 module_param_named(indirect, vx_indirect, bool, 0444);
-MODULE_PARM_DESC(indirect, "Use indirect descriptors (Y)");
+MODULE_PARM_DESC(indirect, "Use indirect descriptors where rings are small (Y)");
 
 bool vx_writable_rings;
 module_param_named(writable_rings, vx_writable_rings, bool, 0444);

@@ -8,6 +8,7 @@
 #include <linux/pm.h>
 #include <linux/slab.h>
 #include <linux/string.h>
+#include <linux/virtio_ids.h>
 #include <uapi/linux/virtio_config.h>
 
 #include "virtio_xenbus.h"
@@ -24,6 +25,8 @@
 			 BIT_ULL(VIRTIO_F_SR_IOV) | BIT_ULL(VIRTIO_F_RING_RESET) | \
 			 BIT_ULL(VX_F_NOTIFICATION_DATA))
 #define VX_F_NOTIFICATION_DATA	38
+
+#define VX_DIRECT_RING	1024
 
 enum xenbus_state vx_backend_state(struct vx_device *vx)
 {
@@ -201,10 +204,28 @@ static u64 vx_get_features(struct virtio_device *vdev)
 	return vx_of(vdev)->offer.features & ~VX_WITHHELD;
 }
 
+/*
+ * Whether the rings of a disk have room for the descriptors of its requests
+ * themselves. An indirect table costs an allocation, a cell and a copy more, for
+ * the device another look; but without one a large request takes many entries. A
+ * ring of this size holds more of those than the arena has data for, nearly.
+ */
+static bool vx_is_roomy(const struct vx_device *vx)
+{
+	u32 i;
+
+	if (vx->offer.device != VIRTIO_ID_BLOCK)
+		return false;
+	for (i = 0; i < vx->offer.queues; i++)
+		if (vx->arena.ring[i].size < VX_DIRECT_RING)
+			return false;
+	return true;
+}
+
 static int vx_finalize_features(struct virtio_device *vdev)
 {
 	vring_transport_features(vdev);
-	if (!vx_indirect)
+	if (!vx_indirect || vx_is_roomy(vx_of(vdev)))
 		__virtio_clear_bit(vdev, VIRTIO_RING_F_INDIRECT_DESC);
 	if (!__virtio_test_bit(vdev, VIRTIO_F_VERSION_1) ||
 	    !__virtio_test_bit(vdev, VIRTIO_F_ACCESS_PLATFORM)) {

@@ -57,6 +57,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   static var guestNeeds: String { get }
   /// What operators of such guests should know; nil for nothing.
   static var note: String? { get }
+  /// Entries of each queue of a disk, where no profile says how many.
+  static var diskQueueSize: UInt16 { get }
   /// Whether accesses of the guest are served by a server that must be made first.
   static var hasServer: Bool { get }
   /// Whether the guest's devices are reached this way. The first bus in the list that says so has the guest.
@@ -118,6 +120,7 @@ protocol GuestBus: AnyObject, SendableMetatype {
 
 extension GuestBus {
   static var note: String? { nil }
+  static var diskQueueSize: UInt16 { 256 }
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.

@@ -12,6 +12,8 @@ final class XenbusBus: GuestBus {
   static let name = "xenbus"
   static let style = BusStyle.handshake
   static let hasServer = false
+  /// The guest's module does without indirect descriptors from this size on, since large requests do not fill such a ring.
+  static let diskQueueSize: UInt16 = 1024
   static let hostNodes = ["evtchn", "gntdev"]
   static let guestNeeds = "the kernel module virtio_xenbus (deploy/guest-module) and the device's driver"
 

@@ -31,6 +31,7 @@ struct EntryMaker {
   private func finished(_ disk: BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) -> BlockSettings {
     var disk = disk
     disk.direct = settings.direct
+    disk.queueSize = type(of: guest.bus).diskQueueSize
     profiles.apply(to: &disk, guest: guest.profileName, uuid: guest.uuid, device: name, number: key.device)
     disk.stopsWhenStorageIsGone = disk.restart.mode != .never
     return disk

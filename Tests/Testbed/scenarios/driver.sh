@@ -21,8 +21,8 @@ write_direct_config pv two "vx.test=xenbus" "$(driver_disk xvda /dev/loop0)"
 check "xl creates the PVH guest" create one
 check "xl creates the PV guest" create two
 for guest in one two; do
-  check "$guest: the stock virtio_blk finds the disk, indirect descriptors and event index on" \
-    wait_console $guest "GUEST DISK vda .*features=............................11" 200
+  check "$guest: the stock virtio_blk finds the disk; its ring is large: event index on, indirect descriptors off" \
+    wait_console $guest "GUEST DISK vda .*features=............................01" 200
 done
 in_driver vxctl list | sed 's/^/| /'
 for guest in one two; do

@@ -8,7 +8,8 @@ extension BlockSettings {
       .number("queues", 1...64, \.queues, "virtqueues"),
       .number("threads", 1...64, \.threads, "threads that serve them"),
       .number(
-        "queueSize", 1...32768, \.queueSize, "maximum entries of each queue; a power of two, unless `packed` is true"),
+        "queueSize", 1...32768, \.queueSize,
+        "maximum entries of each queue; a power of two, unless `packed` is true; 1024 over Xenbus when it is not given"),
       .flag("packed", \.packed, "offer the packed ring format (not over Xenbus)"),
       .flag("inOrder", \.inOrder, "offer in-order use of buffers"),
       .flag("direct", \.direct, "try O_DIRECT"),
