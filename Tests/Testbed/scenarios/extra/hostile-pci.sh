@@ -1,3 +1,4 @@
+# by name: yes
 # takes: 250 s
 # limit: 1800 s
 # processors: 6
