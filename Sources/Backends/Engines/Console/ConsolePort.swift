@@ -99,7 +99,18 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
       || settings.logsLines
   }
 
+  /// Takes until nobody has room: an end whose reader was quick may have some again, and would then have nothing to say later.
   package func take(_ bytes: UnsafeRawBufferPointer) -> Int {
+    var done = 0
+    while done < bytes.count {
+      let count = takeOnce(UnsafeRawBufferPointer(rebasing: bytes[done...]))
+      guard count > 0 else { break }
+      done += count
+    }
+    return done
+  }
+
+  private func takeOnce(_ bytes: UnsafeRawBufferPointer) -> Int {
     var count = bytes.count
     let streams = [stream, pty].compactMap { $0 }
     if settings.overflow == .wait { for stream in streams { count = min(count, stream.room) } }
