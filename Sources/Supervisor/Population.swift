@@ -223,12 +223,21 @@ final class Population {
     let host = BusHost(
       hypervisor: hypervisor, settings: settings, grantBudget: grantBudget,
       report: { report in supervisor.onLoop { $0.heard(report) } })
-    let buses = try GuestBuses(facts(domain), host)
+    let facts = facts(domain)
+    let buses = try GuestBuses(facts, host)
     let uuid = reader.uuid(domain) ?? key.flatMap(reader.uuid)
-    let saved = settings.stateFolder?.guest(domain)
+    let saved = settings.stateFolder?.guest(domain).flatMap { $0.isOf(uuid: uuid, started: facts.started) ? $0 : nil }
+    let lost: [(DeviceKey, String)]
+    do throws(XenError) {
+      // Before there is a guest: one whose server cannot be reached now is not taken for one that has none.
+      lost = try settings.stateFolder.map { folder throws(XenError) in try buses.restore(folder, uuid: uuid) } ?? []
+    } catch {
+      buses.thread.stopAndJoin()
+      throw error
+    }
     let guest = Guest(
       domain, name: reader.name(domain) ?? Supervisor.placeholder(domain),
-      uuid: uuid, buses: buses, saved: saved?.uuid == uuid ? saved : nil, rate: RateNode(parent: table.rate),
+      uuid: uuid, buses: buses, saved: saved, rate: RateNode(parent: table.rate),
       numbersAfter: table.newNumbers(), retry: settings.startRetry)
     if guest.profileName.isEmpty, guest.uuid == nil, entries.profiles.namesNumbers {
       log.warning(
@@ -239,7 +248,7 @@ final class Population {
     }
     table.insert(guest)
     guest.set(entries.profiles.options(guest: guest.profileName, uuid: guest.uuid).limits)
-    restore(guest)
+    tellOfRestored(guest, lost)
     table.handle(.begin, of: domain, for: supervisor)
     addDeclared(guest, supervisor)
     reader.watch(name: domain)
@@ -247,9 +256,7 @@ final class Population {
     return guest
   }
 
-  private func restore(_ guest: Guest) {
-    guard let folder = settings.stateFolder else { return }
-    let lost = guest.buses.restore(folder, uuid: guest.uuid)
+  private func tellOfRestored(_ guest: Guest, _ lost: [(DeviceKey, String)]) {
     for (key, reason) in lost {
       log.error("guest \(guest.name), device \(key.device): \(reason)", metadata: ["GUEST": "\(guest.name)"])
     }

@@ -80,6 +80,24 @@ import Xen
     #expect(eventually { domain.usage == .init() })
   }
 
+  /// Whoever could not adopt it leaves it to the next daemon: vCPUs may wait in it.
+  @Test func serverThatCouldNotBeAdoptedIsLeftToTheNextDaemon() throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    world.stop()
+    domain.pageFailures.store(.max, ordering: .relaxed)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "failed" })
+    world.stop()
+    #expect(domain.usage.ioreqServers == 1)
+    domain.pageFailures.store(0, ordering: .relaxed)
+    try world.start { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+  }
+
   /// It cannot be adopted to the end: the guest's accesses must not wait for it for ever.
   @Test func serverThatCannotBeAdoptedIsGivenBackWithItsGuest() throws {
     let (world, domain, folder) = try world()

@@ -67,6 +67,22 @@ import Xen
     #expect(domain.aborts.load(ordering: .relaxed) == 0)
   }
 
+  /// Nothing is claimed where no device can be, whatever an entry says; the device is refused, and the others are served.
+  @Test(arguments: ["0xffffffffffffff00", "0xfffffffffffffe00", "0x2000201", "0x10000000000000"])
+  func addressThatIsNoneIsNotClaimed(base: String) throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try arm(world)
+    try attach(world, "xvda")
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvda", domain: 5))
+    try world.toolstack.attach(
+      disk: "xvdb", image: world.image("b"), to: 5, changes: ["base": base, "irq": "34"])
+    #expect(eventually { world.state("alpha", "xvdb") == "failed" })
+    #expect(world.toolstack.value("error", disk: "xvdb", of: 5)?.contains("base") == true)
+    #expect(try world.boot(domain, base: 0x200_0000).write([UInt8](repeating: 1, count: 512), sector: 0) == 0)
+  }
+
   /// The toolstack waits until the window is claimed, and lets the guest go on then.
   @Test(arguments: [true, false]) func guestIsNotLetGoOnBeforeItsWindowIsClaimed(isRefused: Bool) throws {
     let world = try World()

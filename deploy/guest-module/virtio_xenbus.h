@@ -34,8 +34,6 @@
 #define VX_MAX_PAGES		(VX_MAX_DIRECTORIES * VX_REFS_PER_PAGE)
 #define VX_REFS_PER_PAGE	(PAGE_SIZE / sizeof(__le32))
 #define VX_MAX_MAPPING		(256 * 1024)
-/* Drivers make no larger requests, unless the administrator says so. */
-#define VX_FILLED		(2 * 1024 * 1024)
 
 #define VX_SETUP_MAGIC		0x31535856	/* "VXS1" */
 
@@ -78,7 +76,6 @@ struct vx_offer {
 	/* It maps the pages that are granted read-only as such. */
 	u32 readonly;
 	/* So large a chain it leaves no byte unwritten that it may write. */
-	u32 fills;
 	u16 size[VX_MAX_QUEUES];
 };
 

@@ -70,8 +70,6 @@ int vx_read_offer(struct vx_device *vx, struct vx_offer *offer)
 			err = kstrtou32(value, 0, &offer->epoch);
 		else if (!strcmp(word, "readonly"))
 			err = kstrtou32(value, 0, &offer->readonly);
-		else if (!strcmp(word, "fills"))
-			err = kstrtou32(value, 0, &offer->fills);
 	}
 	if (!err && version != VX_VERSION)
 		err = -EPROTONOSUPPORT;

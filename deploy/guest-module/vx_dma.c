@@ -68,9 +68,9 @@ static void vx_void(phys_addr_t origin, size_t size)
  * A cell for data from the device does not get the buffer's old contents: they
  * are nobody's business outside. What another request left in the cell the
  * backend has seen before, but a short answer must not show it to this request's
- * owner; so the cell becomes zeros, unless the device promised to fill what it
- * answers, or drivers look at no more than is said to be written (vx->blank). A
- * status that the device does not write must not read as success, which is 0.
+ * owner; so the cell becomes zeros, unless drivers look at no more than is said
+ * to be written (vx->blank). A status that the device does not write must not
+ * read as success, which is 0.
  */
 static void vx_begin(struct vx_device *vx, void *cell, size_t size)
 {

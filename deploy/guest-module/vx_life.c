@@ -12,7 +12,10 @@
 /*
  * Whether cells for data must begin as zeros. Of network, console and entropy
  * devices the drivers look at no more than the used length says, which a device
- * must have written; a disk's reader gets the buffer whatever the status is.
+ * must have written. A disk's reader gets the buffer whatever the status is, and
+ * also when the device never had the request: one that cannot be mapped as a
+ * whole is unmapped like one that was answered (virtqueue_add), and tried again.
+ * So what the device promises to fill ("fills") is not enough for it.
  */
 static bool vx_needs_blank(const struct vx_offer *offer)
 {
@@ -21,8 +24,6 @@ static bool vx_needs_blank(const struct vx_offer *offer)
 	case VIRTIO_ID_CONSOLE:
 	case VIRTIO_ID_RNG:
 		return false;
-	case VIRTIO_ID_BLOCK:
-		return offer->fills < VX_FILLED;
 	default:
 		return true;
 	}

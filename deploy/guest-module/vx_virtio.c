@@ -97,7 +97,7 @@ static bool vx_is_same(const struct vx_device *vx, const struct vx_offer *offer)
 	u32 i;
 
 	if (offer->device != vx->offer.device || offer->queues != vx->offer.queues ||
-	    offer->readonly != vx->offer.readonly || offer->fills < vx->offer.fills ||
+	    offer->readonly != vx->offer.readonly ||
 	    offer->pages < vx->arena.pages ||
 	    (vx->virtio->vdev.features & ~offer->features))
 		return false;

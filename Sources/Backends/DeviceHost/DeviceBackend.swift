@@ -89,7 +89,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   private let routes: [Route]
   private let rate: RateNode
   private let signals = Mutex<(any TransportSignals)?>(nil)
-  /// Open from the end of `stop` on.
+  /// Open when `stop` has come so far that nothing touches guest memory any more.
   private let isOver = Latch()
 
   // The guest's thread
@@ -286,14 +286,15 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// goes. Waits, on the device's threads, for what the kernel still works on. The caller joins the threads afterwards.
   package func stop(completion: @escaping @Sendable () -> Void) {
     signals.withLock { $0 = nil }
-    let last = Countdown(left: workers.count) { [isOver] in
-      isOver.open()
-      completion()
-    }
+    // A reset of the driver's waits for the former alone: storage that hangs is not the guest's affair.
+    let withdrawn = Countdown(left: workers.count) { [isOver] in isOver.open() }
+    let closed = Countdown(left: workers.count, completion)
     for worker in workers {
       worker.thread.loop.enqueue {
+        worker.withdraw()
+        withdrawn.step()
         worker.close()
-        last.step()
+        closed.step()
       }
     }
   }

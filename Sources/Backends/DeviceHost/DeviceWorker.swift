@@ -129,7 +129,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
   private func listen(_ queue: Int, to doorbell: (any QueueDoorbell)?) {
     if let old = doorbells[queue] {
       thread.loop.remove(old.token)
-      // Its channel is closed with the last reference.
+      // Whoever listens next rearms it.
       rung.removeAll { $0 === old.bell }
     }
     doorbells[queue] = nil
@@ -143,6 +143,8 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
         run()
       }
       doorbells[queue] = (token, doorbell)
+      // Whoever listened before may have read an event and not have come to rearm: the channel outlives backends.
+      doorbell.rearm()
     } catch {
       fail(.memory)
     }
@@ -225,9 +227,13 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
     }
   }
 
-  package func close() {
+  package func withdraw() {
     rest()
     signals = queues.map { _ in Silence.shared }
+  }
+
+  package func close() {
+    withdraw()
     pump?.close()
     pump = nil
     if timer != 0 { thread.loop.cancel(timer: timer) }
@@ -251,7 +257,10 @@ package protocol DeviceWorking: AnyObject, Sendable {
   /// Takes a queue, or all, from the guest. On the data thread.
   func deactivate(_ queue: Int)
   func deactivate()
-  /// Ends the worker; on the data thread, which waits for what the host still works on.
+  /// Leaves the guest alone: nothing writes to its memory or tells it of anything any more. On the data thread, which waits for what the
+  /// host moves into or out of that memory itself.
+  func withdraw()
+  /// Ends the worker; on the data thread, which waits for all that the host still works on.
   func close()
 }
 

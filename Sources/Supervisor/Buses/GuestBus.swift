@@ -93,6 +93,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   static var hostNodes: [String] { get }
   /// Entries of each queue of a disk, where no profile says how many.
   static var diskQueueSize: UInt16 { get }
+  /// Buffers of a chain at most, of a disk; nil for what its queues could hold.
+  static var longestDiskChain: Int? { get }
   /// Whether accesses of the guest are served by a server that must be made first.
   static var hasServer: Bool { get }
   /// Whether a device is reached this way. The first bus in the list that says so has the device.
@@ -166,6 +168,7 @@ protocol GuestBus: AnyObject, SendableMetatype {
 
 extension GuestBus {
   static var diskQueueSize: UInt16 { 256 }
+  static var longestDiskChain: Int? { nil }
   static func restores(_ place: DeviceState.Place) -> Bool { false }
   static func hasWindow(_ device: DeviceWish) -> Bool { false }
   func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { { .device(key, .claimed(nil)) } }

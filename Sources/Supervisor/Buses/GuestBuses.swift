@@ -67,14 +67,10 @@ final class GuestBuses {
   /// waits for an image to be opened.
   ///
   /// - Returns: what could not be used of it, for the log.
-  func restore(_ folder: StateFolder, uuid: String?) -> [(DeviceKey, String)] {
+  /// - Throws: when the guest cannot be reached now; nothing is forgotten then.
+  func restore(_ folder: StateFolder, uuid: String?) throws(XenError) -> [(DeviceKey, String)] {
     guard folder.guest(ground.facts.domain) != nil else { return [] }
-    do throws(XenError) {
-      let keys = try ground.registers().earlierDevices(folder, uuid: uuid)
-      for key in keys { try restore(key, folder) }
-    } catch {
-      return [(DeviceKey(kind: .disk, domain: ground.facts.domain, device: 0), "\(error)")]
-    }
+    for key in try ground.registers().earlierDevices(folder, uuid: uuid) { try restore(key, folder) }
     return lost.map { ($0.key, $0.value) }
   }
 

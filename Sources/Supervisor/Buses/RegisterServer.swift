@@ -151,6 +151,8 @@ final class RegisterServer {
     return {
       cell.server?.leave()
       cell.server = nil
+      // One that could not be adopted so far is for the later daemon too: vCPUs wait in it.
+      cell.earlier.withLock { $0 = nil }
       return nil
     }
   }

@@ -15,6 +15,8 @@ final class XenbusBus: GuestBus {
   static let hasServer = false
   /// The guest's module does without indirect descriptors from this size on, since large requests do not fill such a ring.
   static let diskQueueSize: UInt16 = 1024
+  /// What the module's driver keeps to, SEG_MAX with header and status: the journals of larger ones would fill /run.
+  static let longestDiskChain: Int? = BlockConfiguration.segmentsMaximum + 2
   static let hostNodes = ["evtchn", "gntdev"]
 
   let guestNeeds = "the kernel module virtio_xenbus (deploy/guest-module) and the device's driver"

@@ -62,7 +62,7 @@ package struct DeviceEntry: Sendable {
       throw EntryFault("frontend-id", "expected \(key.domain), the domain of the entry's path, not \(frontendID)")
     }
     let base = try number("base", required("base"))
-    guard base & 0x1ff == 0, base < 1 << 52 else {
+    guard isWindow(base) else {
       throw EntryFault("base", "expected a multiple of 512 below 2^52, not 0x\(String(base, radix: 16))")
     }
     let irq = try number("irq", required("irq"))
@@ -115,6 +115,9 @@ package struct DeviceEntry: Sendable {
     return path.hasPrefix("/")
       ? nil : "expected an absolute path of an image or an NBD address (nbd://, nbd+unix://), not '\(path)'"
   }
+
+  /// Whether a device's registers can be at an address.
+  static func isWindow(_ base: UInt64) -> Bool { base & 0x1ff == 0 && base < 1 << 52 }
 
   /// A number in decimal or, with 0x, hexadecimal: libxl writes `base` in decimal for disks and in hexadecimal for generic
   /// devices.

@@ -36,7 +36,9 @@ struct EntryMaker {
     _ key: DeviceKey, _ nodes: [String: String], guest: String, uuid: String?, else fallback: RegisterTransport
   ) -> DeviceWish {
     let base = nodes["base"].flatMap { try? DeviceEntry.number("base", $0) } ?? 0
-    return DeviceWish(base: base, transport: transport(key, nodes, guest, uuid) ?? fallback)
+    // One that is none is refused with the entry, and nothing is claimed there.
+    return DeviceWish(
+      base: DeviceEntry.isWindow(base) ? base : 0, transport: transport(key, nodes, guest, uuid) ?? fallback)
   }
 
   private func transport(
@@ -69,7 +71,10 @@ struct EntryMaker {
   private func finished(_ disk: BlockSettings, _ key: DeviceKey, _ name: String, _ guest: Guest) -> BlockSettings {
     var disk = disk
     disk.direct = settings.direct
-    if let bus = guest.devices[key]?.bus { disk.queueSize = type(of: bus).diskQueueSize }
+    if let bus = guest.devices[key]?.bus {
+      disk.queueSize = type(of: bus).diskQueueSize
+      disk.longestChain = type(of: bus).longestDiskChain
+    }
     profiles.apply(to: &disk, guest: guest.profileName, uuid: guest.uuid, device: name, number: key.device)
     disk.stopsWhenStorageIsGone = disk.restart.mode != .never
     return disk

@@ -62,7 +62,8 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
           settings.ringFeatures),
       queueSizes: engines.map { _ in settings.queueSize })
     let shape = DeviceState.Shape(
-      profile: profile, slotCount: settings.slots, chainLimit: BlockPump.chainLimit(queueSize: settings.queueSize))
+      profile: profile, slotCount: settings.slots,
+      chainLimit: settings.longestChain ?? BlockPump.chainLimit(queueSize: settings.queueSize))
     let state = try surroundings.makeState?(shape)
     let writeback = WritebackSwitch()
     let flushFault = FlushFault(

@@ -34,6 +34,9 @@ package struct BlockSettings: DeviceSettings {
   package var threads = 1
   /// Entries of each virtqueue at most, 1 to 32768; a power of two where the driver uses split rings.
   package var queueSize: UInt16 = 256
+  /// Buffers that a chain may have, where the driver is known to look at SEG_MAX; nil for what its queues could hold. Each of them has its
+  /// place in the journal.
+  package var longestChain: Int?
   /// Offer the packed ring format.
   package var packed = false
   /// Offer to use buffers in order: a slow request then holds back the answers of those after it.
