@@ -82,8 +82,8 @@ profile:
 	swift build $(SWIFT_RELEASE) --product vxd-bench
 	Benchmarks/profile .build/release/vxd-bench $(if $(KEEP),--keep)
 
-# Scenarios in a Debian with systemd want the packages: make deb.
-testbed: build
+# Scenarios in a Debian with systemd install the packages.
+testbed: build deb
 	$(TESTBED) run $(SCENARIO)
 
 shell: build

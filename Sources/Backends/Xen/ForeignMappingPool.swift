@@ -197,7 +197,8 @@ package final class ForeignMappingPool: GuestMemorySource {
       if closing { state.isClosed = true }
       if !closing { state.statistics.invalidations &+= 1 }
       // Linux balloons in batches, with one invalidation each: the empty case must be cheap.
-      if state.buckets.isEmpty && state.ranges.isEmpty && state.limbo.isEmpty { return nil }
+      // One that another thread is unmapping is still there.
+      if state.buckets.isEmpty && state.ranges.isEmpty && state.limbo.isEmpty && state.unmapping == 0 { return nil }
       let next = generation.advance()
       generation.invalidations.wrappingAdd(1, ordering: .sequentiallyConsistent)
       for mapping in state.buckets.values { state.limbo.put(mapping, next) }
@@ -211,7 +212,8 @@ package final class ForeignMappingPool: GuestMemorySource {
     guard let target else { return }
     // The vCPU that gave the pages back waits meanwhile.
     waitForBatches {
-      while reclaimOne() {}
+      // What others withdraw meanwhile is not waited for.
+      while !state.withLock({ $0.limbo.isDone(target) }), reclaimOne() {}
       return state.withLock { $0.limbo.isDone(target) && $0.unmapping == 0 }
     }
   }

@@ -6,22 +6,29 @@ debian_base() { # ARCHIVE : unless it is there
   local root mirror
   [ ! -e "$1" ] || return 0
   need_command debootstrap debootstrap
+  mkdir -p "$(dirname "$1")"
   mirror=$(archive main)
   [ -n "$mirror" ] || die "apt knows no Debian archive: run 'apt-get update' on Debian 12 (bookworm) first"
   say "making a Debian to start from (once)"
-  root=$(mktemp -d)
-  mkdir -p "$(dirname "$1")"
+  # Not in /tmp, which may be mounted without devices or programs.
+  root=$(mktemp -d -p "$(dirname "$1")")
   debootstrap --variant=minbase bookworm "$root" "$mirror" >"$(dirname "$1")/debootstrap.log" 2>&1 ||
-    die "debootstrap: $(tail -n 3 "$(dirname "$1")/debootstrap.log")"
-  tar -C "$root" -cf "$1.new" . && mv "$1.new" "$1" || die "cannot write $1 (is the disk full?)"
-  rm -rf --one-file-system "$root"
+    { drop_tree "$root"; die "debootstrap: $(tail -n 3 "$(dirname "$1")/debootstrap.log")"; }
+  tar -C "$root" -cf "$1.$$" . && mv "$1.$$" "$1" || { drop_tree "$root"; die "cannot write $1 (is the disk full?)"; }
+  drop_tree "$root"
+}
+
+drop_tree() { # ROOT : with what is mounted in it
+  umount -l "$1/proc" 2>/dev/null
+  rm -rf --one-file-system "$1"
 }
 
 # How this machine reaches its archives is how the tree does. Security updates too: Debian's Xen libraries come from there.
 use_apt_of_this_machine() { # ROOT
   local security
   cp /etc/resolv.conf "$1/etc/resolv.conf"
-  cp -r /etc/apt/apt.conf.d/. "$1/etc/apt/apt.conf.d/"
+  # Settings, not hooks: those call programs that are not in there.
+  apt-config dump | grep '^Acquire::' >"$1/etc/apt/apt.conf.d/99host"
   security=$(archive security)
   [ -z "$security" ] || grep -q security "$1/etc/apt/sources.list" ||
     echo "deb $security bookworm-security main" >>"$1/etc/apt/sources.list"
@@ -29,6 +36,8 @@ use_apt_of_this_machine() { # ROOT
 
 DEBIAN_PACKAGES="systemd-sysv udev dbus kmod procps iproute2 bridge-utils iputils-ping xen-utils-4.17 xen-utils-common xenstore-utils qemu-system-xen
   libaio1 libjson-c5 libsystemd0 libxencall1 libxendevicemodel1 libxenevtchn1 libxenforeignmemory1 libxengnttab1 libxenstore4"
+
+check_debs() { ls "$DEBS"/vxd_*.deb >/dev/null 2>&1 || die "scenarios in a Debian with systemd want packages, and there are none in $DEBS: run 'make deb' first"; }
 
 # Sets DEBIAN_IMAGE, a disk of one ext4 file system. Its kernel modules are those of the kernel that the testbed boots.
 prepare_debian() {
@@ -43,13 +52,14 @@ prepare_debian() {
     debian_base "$CACHE/chroot-bookworm.tar"
     say "making the disk of a Debian with systemd and Xen's toolstack (once)"
     mkdir -p "${DEBIAN_IMAGE%/*}"
-    root=$(mktemp -d)
+    root=$(mktemp -d -p "${DEBIAN_IMAGE%/*}")
     # Services do not start as they are installed in there.
     tar -C "$root" -xf "$CACHE/chroot-bookworm.tar" && use_apt_of_this_machine "$root" && mount -t proc proc "$root/proc" &&
-      printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" && chmod 755 "$root/usr/sbin/policy-rc.d" || die "cannot make a tree of Debian in $root"
+      printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" && chmod 755 "$root/usr/sbin/policy-rc.d" ||
+      { drop_tree "$root"; die "cannot make a tree of Debian in ${DEBIAN_IMAGE%/*} (are you root, is the disk full?)"; }
     # shellcheck disable=SC2086
     DEBIAN_FRONTEND=noninteractive LC_ALL=C timeout 900 chroot "$root" sh -c "apt-get -q update && apt-get -y -q --no-install-recommends install $(echo $DEBIAN_PACKAGES) && apt-get clean" \
-      >"${DEBIAN_IMAGE%/*}/install.log" 2>&1 </dev/null || { umount "$root/proc"; die "Debian's packages cannot be installed: $(grep -m 1 '^E:' "${DEBIAN_IMAGE%/*}/install.log")"; }
+      >"${DEBIAN_IMAGE%/*}/install.log" 2>&1 </dev/null || { drop_tree "$root"; die "Debian's packages cannot be installed: $(grep -m 1 '^E:' "${DEBIAN_IMAGE%/*}/install.log")"; }
     umount "$root/proc"
     rm -rf "$root/usr/sbin/policy-rc.d" "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* "$root"/usr/share/locale/*
     for name in "$PACKAGES_ROOT"/lib/modules/*; do
@@ -58,7 +68,7 @@ prepare_debian() {
       cp -r "$name"/kernel/{fs,lib,crypto,net} "$root/lib/modules/${name##*/}/kernel/"
       cp -r "$name"/kernel/drivers/{xen,block,virtio,char} "$root/lib/modules/${name##*/}/kernel/drivers/"
       cp "$name"/kernel/drivers/net/{tun,tap,macvlan,macvtap,veth,dummy}.ko "$root/lib/modules/${name##*/}/kernel/drivers/net/"
-      depmod -b "$root" "${name##*/}" || die "depmod is missing; install it with: apt-get install kmod"
+      depmod -b "$root" "${name##*/}" || { drop_tree "$root"; die "depmod is missing; install it with: apt-get install kmod"; }
     done
     # What scenarios are written with, beside Debian's own programs.
     install -m 755 "$PACKAGES_ROOT/bin/busybox" "$root/usr/local/bin/busybox"
@@ -75,9 +85,9 @@ prepare_debian() {
     printf 'XENCONSOLED_ARGS="--log=all --log-dir=/var/log/xen"\n' >>"$root/etc/default/xen"
     printf 'tmpfs /disks tmpfs size=300m 0 0\n' >"$root/etc/fstab"
     echo testbed >"$root/etc/hostname"
-    rm -f "$root/etc/resolv.conf" "$root"/etc/apt/apt.conf.d/*proxy*
+    rm -f "$root/etc/resolv.conf" "$root/etc/apt/apt.conf.d/99host"
     mkfs.ext4 -q -q -F -d "$root" "$DEBIAN_IMAGE.part" 1400M && mv "$DEBIAN_IMAGE.part" "$DEBIAN_IMAGE" || die "cannot write $DEBIAN_IMAGE (is the disk full?)"
-    rm -rf --one-file-system "$root"
+    drop_tree "$root"
   }
   exec {lock}>&-
 }
@@ -88,7 +98,6 @@ needs_debian() { [ -n "$1" ] && grep -q '^# needs: .*debian' "$1"; }
 # driver domain, with what it is told by.
 add_debian() { # FOLDER
   local next
-  ls "$DEBS"/vxd_*.deb >/dev/null 2>&1 || die "there are no packages in $DEBS: run 'make deb' first"
   mkdir -p "$1/packages" "$1/guest"
   cp "$DEBS"/vxd_*.deb "$1/packages/"
   next=$(mktemp -d)

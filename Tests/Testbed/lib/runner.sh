@@ -52,6 +52,7 @@ make_queue() { # FOLDER NAME...
     release=$(release_of "$name")
     [ -e "$queue/images-$release" ] || { prepare "$release" && printf '%s\n%s\n' "$IMAGES" "$PACKAGES_ROOT" >"$queue/images-$release"; }
     ! needs_debian "$(scenario_of "$name")" || {
+      check_debs
       { read -r IMAGES; read -r PACKAGES_ROOT; } <"$queue/images-$release"
       prepare_debian
     }
