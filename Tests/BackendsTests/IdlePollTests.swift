@@ -253,4 +253,31 @@ import Virtqueue
     engine.onSubmit = {}
     pump.close()
   }
+
+  /// Memory that the guest gives back waits for the end of a run.
+  @Test func watchingDoesNotMakeARunLong() throws {
+    var pump = try makePump()
+    var published: UInt16 = 1
+    fixture.publish(Self.heads, index: published)
+    engine.onSubmit = { [engine, fixture] in
+      engine.due = (
+        engine.time + 60_000,
+        {
+          published += 1
+          fixture.publish(Self.heads, index: published)
+        }
+      )
+    }
+    var longest: UInt64 = 0
+    while published < 1000 {
+      let start = engine.time
+      _ = try pump.run(signals: NoSignals())
+      longest = max(longest, engine.time - start)
+      if let due = engine.due { engine.time = max(engine.time, due.time) }
+    }
+    #expect(longest > IdlePoll.longestRun / 2, "\(longest) ns: nothing was watched")
+    #expect(longest < IdlePoll.longestRun + 2 * IdlePoll.maximum, "\(longest) ns")
+    engine.onSubmit = {}
+    pump.close()
+  }
 }

@@ -60,6 +60,7 @@ package struct BlockPump: ~Copyable {
   var budget = RunBudget()
   var tally = Tally()
   private var idle: IdlePoll
+  private var runStart: UInt64 = 0
   /// Time of the batch, in nanoseconds.
   var now: UInt64 = 0
   /// Whether writes of the present life must be durable when they complete, or whether the driver decides by `writeback`.
@@ -256,6 +257,7 @@ package struct BlockPump: ~Copyable {
     self.budget = budget
     defer { budget = self.budget }
     now = engine.now
+    runStart = now
     // For the watchdog: a thread that does not come back from here is stuck in the store's or the hypervisor's hands.
     counters.batchSince.store(now, ordering: .relaxed)
     defer { counters.batchSince.store(0, ordering: .relaxed) }
@@ -358,6 +360,7 @@ package struct BlockPump: ~Copyable {
           now = engine.now
           idle.watched(from: start, to: now, found: true)
           idle.arrives(at: now)
+          if now &- runStart > IdlePoll.longestRun { budget.spend() }
           return true
         }
         clinux_pause()

@@ -77,6 +77,7 @@ package struct NetPump: DevicePump, ~Copyable {
   package internal(set) var nextTime: UInt64 = 0
   var goneResult = 0
   var idle = IdlePoll()
+  private var runStart: UInt64 = 0
   var now: UInt64 = 0
 
   /// A chain of the receive queue that is ready for a packet.
@@ -181,6 +182,7 @@ package struct NetPump: DevicePump, ~Copyable {
     defer { budget = self.budget }
     guard receiveQueue.isActive || transmitQueue.isActive || controlQueue.isActive else { return .idle }
     now = MonotonicClock.now
+    runStart = now
     receiveQueue.counters.batchSince.store(now, ordering: .relaxed)
     nextTime = 0
     isLimited = rate.isLimited
@@ -244,6 +246,7 @@ package struct NetPump: DevicePump, ~Copyable {
           now = MonotonicClock.now
           idle.watched(from: start, to: now, found: true)
           idle.arrives(at: now)
+          if now &- runStart > IdlePoll.longestRun { budget.spend() }
           return true
         }
         clinux_pause()

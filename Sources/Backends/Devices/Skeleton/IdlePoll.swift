@@ -19,6 +19,9 @@ package struct IdlePoll {
   package static let share: UInt64 = 75
   package static let futilePrice: UInt64 = 8
   package static let burst: UInt64 = 100 * maximum
+  /// A run that has lasted so long goes on with another one when a watch has found something: memory that the guest gives back, and the other
+  /// queues of the thread, wait for the end of a run.
+  package static let longestRun: UInt64 = 1_000_000
   /// Looks at a queue between two at the clock, with a pause of the processor behind each.
   package static let looks = 8
   /// The longest time that is taken for a rhythm: one such pause closes the window.
