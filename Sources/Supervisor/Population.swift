@@ -18,6 +18,8 @@ final class Population {
   /// Kinds of devices whose entries have been looked at since the start.
   private var seenKinds: Set<DeviceKey.Kind> = []
   private var hasSwept = false
+  /// Devices whose guest could not be reached; they are tried again (`tryAgain`).
+  private var unreached: Set<DeviceKey> = []
 
   init(
     _ hypervisor: any Hypervisor, _ settings: SupervisorSettings, _ reader: XenstoreReader, _ writer: XenstoreWriter,
@@ -88,6 +90,7 @@ final class Population {
 
   /// Brings one device in line with its entry. May be called at any time, for the same device again and again.
   func reconcile(_ key: DeviceKey, for supervisor: Supervisor) {
+    unreached.remove(key)
     let known = table.known(key)
     let nodes: [String: String]?
     let hasFrontend: Bool
@@ -155,10 +158,18 @@ final class Population {
       let guest = try guest(key.domain, key, supervisor)
       try add(key, nodes, .toolstack, to: guest, for: supervisor)
     } catch {
+      unreached.insert(key)
       let reason = "frontend-id: the guest cannot be reached: \(error)"
       guard nodes["error"] != reason else { return }
       table.herald.tellUnreachable(key.domain, reason)
       writer.write(key, "error", reason)
+    }
+  }
+
+  /// Looks again at devices whose guests could not be reached: for want of descriptors or memory, perhaps.
+  func tryAgain(for supervisor: Supervisor) {
+    for key in unreached.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) {
+      reconcile(key, for: supervisor)
     }
   }
 
@@ -315,7 +326,9 @@ final class Population {
   /// Ends what no entry in Xenstore speaks of any more.
   private func sweepSavedState(_ supervisor: Supervisor) {
     guard let folder = settings.stateFolder else { return }
-    for domain in folder.contents.guests where table.guests[domain] == nil {
+    // Of guests that are there and cannot be reached now: their devices are tried again, and find it.
+    var kept = Set(unreached.map(\.domain))
+    for domain in folder.contents.guests where table.guests[domain] == nil && !kept.contains(domain) {
       do throws(XenError) {
         _ = try guest(domain, nil, supervisor)
         guard reader.name(domain) != nil else {
@@ -326,7 +339,7 @@ final class Population {
         // It stays where the guest looks for devices that are not there any more.
         table.handle(.settle, of: domain, for: supervisor)
       } catch {
-        folder.forgetAll(domain)
+        if reader.name(domain) == nil { folder.forgetAll(domain) } else { kept.insert(domain) }
       }
     }
     for guest in table.guests.values {
@@ -336,7 +349,9 @@ final class Population {
         bus.forget(key)
       }
     }
-    for key in folder.contents.devices where table.known(key) == nil { folder.forget(key) }
+    for key in folder.contents.devices where table.known(key) == nil && !kept.contains(key.domain) {
+      folder.forget(key)
+    }
   }
 
   /// What devices of guests that are no more have left on the host. Other programs may have to be waited for. A domain's number does not

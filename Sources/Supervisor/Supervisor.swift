@@ -158,6 +158,7 @@ package actor Supervisor {
     guard !isStopping else { return }
     defer { checkXenstoreLater() }
     askQEMU()
+    population.tryAgain(for: self)
     guard !reader.isAlive else { return }
     if reader.connection != nil {
       log.error("xenstored does not answer any more: devices go on, new ones wait until it is back")

@@ -272,4 +272,62 @@ import Virtqueue
     #expect(fixture.bytes(at: data, count: 4096) == ours)
     #expect(fixture.driver.status == 0)
   }
+
+  /// Storage that does not answer, while the backend is being stopped.
+  private final class HungEngine: EngineDecorator {
+    let engine: any BlockEngine
+    private let gate: SlowEngine.Gate
+    private var taken: [EngineCompletion] = []
+    // Through buffers of the backend's own.
+    let reachesGuestMemory = false
+
+    init(_ engine: any BlockEngine, _ gate: SlowEngine.Gate) {
+      self.engine = engine
+      self.gate = gate
+    }
+
+    func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
+      for index in 0..<count {
+        taken.append(EngineCompletion(tag: requests[index].tag, result: Int(requests[index].length)))
+      }
+      gate.isReached.open()
+    }
+    func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
+      guard isOver else { return 0 }
+      let count = min(capacity, taken.count)
+      for index in 0..<count { completions[index] = taken[index] }
+      taken.removeFirst(count)
+      return count
+    }
+    func waitForCompletion() {
+      gate.opens.wait()
+      isOver = true
+    }
+    private var isOver = false
+  }
+
+  /// The guest's thread serves all devices of a guest: it waits until its memory is left alone, not for the storage.
+  @Test func resetDoesNotWaitForStorageThatHangs() throws {
+    let gate = SlowEngine.Gate()
+    let settings = disk { $0.direct = true }
+    let fixture = try DeviceFixture(deviceID: 2, queueSize: 64, queueCount: 1) { surroundings, completion in
+      BlockBackend.start(settings, surroundings, decorate: { engine, _ in HungEngine(engine, gate) }) {
+        completion($0.map { $0 })
+      }
+    }
+    defer { fixture.stop() }
+    let (header, data) = (fixture.buffers, fixture.buffers + 4096)
+    fixture.put([UInt8](repeating: 0, count: 16), at: header)
+    _ = fixture.driver.add([
+      .init(header, 16, writable: false), .init(data, 4096, writable: true), .init(header + 64, 1, writable: true),
+    ])
+    fixture.driver.notify()
+    gate.isReached.wait()
+    try fixture.exchange(whileStopping: {
+      // Returns while the storage still hangs.
+      fixture.driver.reset()
+      gate.opens.open()
+    })
+    #expect(fixture.driver.status == 0)
+  }
 }

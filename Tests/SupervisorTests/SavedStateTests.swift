@@ -80,6 +80,23 @@ import Xen
     #expect(eventually { domain.usage == .init() })
   }
 
+  /// The daemon has no descriptor left for a moment: the guest is not taken for one without a server.
+  @Test(arguments: [1, 2, 5]) func guestThatCannotBeReachedAtTheStartIsAdoptedLater(times: Int) throws {
+    let (world, domain, folder) = try world()
+    defer { world.end() }
+    let guest = try world.boot(domain)
+    #expect(try guest.write(block(1), sector: 0) == 0)
+    world.stop()
+    domain.openFailures.store(times, ordering: .relaxed)
+    try world.start {
+      $0.stateFolder = folder
+      $0.xenstoreCheckMilliseconds = 20
+    }
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    #expect(domain.usage.ioreqServers == 1)
+    #expect(try guest.read(sector: 0, count: 4096).bytes == block(1))
+  }
+
   /// Whoever could not adopt it leaves it to the next daemon: vCPUs may wait in it.
   @Test func serverThatCouldNotBeAdoptedIsLeftToTheNextDaemon() throws {
     let (world, domain, folder) = try world()

@@ -50,8 +50,9 @@ package final class SimulatedDomain: @unchecked Sendable {
   /// How often an interrupt line rose, and how often backends sent mapping calls.
   package let interrupts = Atomic<UInt64>(0)
   package let mapCalls = Atomic<UInt64>(0)
-  /// Faults: so many mapping calls fail for want of memory, so many ranges of addresses cannot be claimed, so many ioreq pages cannot be
+  /// Faults: so often the guest cannot be reached at all, so many mapping calls fail for want of memory, so many ranges of addresses cannot be claimed, so many ioreq pages cannot be
   /// mapped, and so many events of vCPUs get lost.
+  package let openFailures = Atomic<Int>(0)
   package let mapFailures = Atomic<Int>(0)
   package let rangeFailures = Atomic<Int>(0)
   package let pageFailures = Atomic<Int>(0)

@@ -12,6 +12,7 @@ package final class SimulatedHypervisor: Hypervisor {
 
   package func open(_ domain: DomainID) throws(XenError) -> any GuestHandle {
     guard let found = domains.withLock({ $0[domain] }) else { throw XenError("open", Errno(3 /* ESRCH */)) }
+    if SimulatedDomain.strikes(found.openFailures) { throw XenError("open", Errno(24 /* EMFILE */)) }
     return try SimulatedGuestHandle(found)
   }
 
