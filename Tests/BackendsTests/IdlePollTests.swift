@@ -213,6 +213,22 @@ import Virtqueue
 
   private static let heads = [UInt16](repeating: 0, count: 8)
 
+  private final class Published { var count: UInt16 = 1 }
+
+  /// The driver makes a chain available now, and another one some time after each.
+  private func comeAgain(after gap: UInt64, _ published: Published) {
+    fixture.publish(Self.heads, index: published.count)
+    engine.onSubmit = { [engine, fixture] in
+      engine.due = (
+        engine.time + gap,
+        {
+          published.count += 1
+          fixture.publish(Self.heads, index: published.count)
+        }
+      )
+    }
+  }
+
   @Test func enginesWakeUpsOpenNoWindow() throws {
     var pump = try makePump()
     for round in 1...200 as ClosedRange<UInt16> {
@@ -231,25 +247,16 @@ import Virtqueue
 
   @Test func driverThatComesSoonNeedsNoNotification() throws {
     var pump = try makePump()
-    var published: UInt16 = 1
-    fixture.publish(Self.heads, index: published)
-    engine.onSubmit = { [engine, fixture] in
-      engine.due = (
-        engine.time + 15_000,
-        {
-          published += 1
-          fixture.publish(Self.heads, index: published)
-        }
-      )
-    }
+    let published = Published()
+    comeAgain(after: 15_000, published)
     var runs = 0
-    while published < 100 {
+    while published.count < 100 {
       _ = try pump.run(signals: NoSignals())
       runs += 1
       // Asleep until the driver's notification.
       if let due = engine.due { engine.time = max(engine.time, due.time) }
     }
-    #expect(runs < 30, "\(runs) notifications for \(published) chains")
+    #expect(runs < 30, "\(runs) notifications for \(published.count) chains")
     engine.onSubmit = {}
     pump.close()
   }
@@ -257,19 +264,10 @@ import Virtqueue
   /// Memory that the guest gives back waits for the end of a run.
   @Test func watchingDoesNotMakeARunLong() throws {
     var pump = try makePump()
-    var published: UInt16 = 1
-    fixture.publish(Self.heads, index: published)
-    engine.onSubmit = { [engine, fixture] in
-      engine.due = (
-        engine.time + 60_000,
-        {
-          published += 1
-          fixture.publish(Self.heads, index: published)
-        }
-      )
-    }
+    let published = Published()
+    comeAgain(after: 60_000, published)
     var longest: UInt64 = 0
-    while published < 1000 {
+    while published.count < 1000 {
       let start = engine.time
       _ = try pump.run(signals: NoSignals())
       longest = max(longest, engine.time - start)

@@ -243,23 +243,33 @@ import Virtqueue
     }
   }
 
-  /// Virtio 1.2, 2.4.1: behind a reset the memory is the driver's again, also where the backend has been taken away already and its thread is
-  /// in the middle of a batch.
-  @Test func resetWaitsForABackendThatIsBeingStopped() throws {
-    let gate = SlowEngine.Gate()
-    let settings = disk { $0.direct = false }
+  /// A disk on an engine of a test's own, whose driver has a read under way.
+  ///
+  /// - Returns: the disk, and where its data goes.
+  private func reading(
+    direct: Bool, _ decorate: @escaping @Sendable (any BlockEngine) -> any BlockEngine
+  ) throws -> (DeviceFixture, UInt64) {
+    let settings = disk { $0.direct = direct }
     let fixture = try DeviceFixture(deviceID: 2, queueSize: 64, queueCount: 1) { surroundings, completion in
-      BlockBackend.start(settings, surroundings, decorate: { engine, _ in SlowEngine(engine, gate) }) {
+      BlockBackend.start(settings, surroundings, decorate: { engine, _ in decorate(engine) }) {
         completion($0.map { $0 })
       }
     }
-    defer { fixture.stop() }
     let (header, data) = (fixture.buffers, fixture.buffers + 4096)
     fixture.put([UInt8](repeating: 0, count: 16), at: header)
     _ = fixture.driver.add([
       .init(header, 16, writable: false), .init(data, 4096, writable: true), .init(header + 64, 1, writable: true),
     ])
     fixture.driver.notify()
+    return (fixture, data)
+  }
+
+  /// Virtio 1.2, 2.4.1: behind a reset the memory is the driver's again, also where the backend has been taken away already and its thread is
+  /// in the middle of a batch.
+  @Test func resetWaitsForABackendThatIsBeingStopped() throws {
+    let gate = SlowEngine.Gate()
+    let (fixture, data) = try reading(direct: false) { SlowEngine($0, gate) }
+    defer { fixture.stop() }
     gate.isReached.wait()
     let helper = try LoopThread(name: "helper")
     let ours = [UInt8](repeating: 0xab, count: 4096)
@@ -309,19 +319,8 @@ import Virtqueue
   /// The guest's thread serves all devices of a guest: it waits until its memory is left alone, not for the storage.
   @Test func resetDoesNotWaitForStorageThatHangs() throws {
     let gate = SlowEngine.Gate()
-    let settings = disk { $0.direct = true }
-    let fixture = try DeviceFixture(deviceID: 2, queueSize: 64, queueCount: 1) { surroundings, completion in
-      BlockBackend.start(settings, surroundings, decorate: { engine, _ in HungEngine(engine, gate) }) {
-        completion($0.map { $0 })
-      }
-    }
+    let (fixture, _) = try reading(direct: true) { HungEngine($0, gate) }
     defer { fixture.stop() }
-    let (header, data) = (fixture.buffers, fixture.buffers + 4096)
-    fixture.put([UInt8](repeating: 0, count: 16), at: header)
-    _ = fixture.driver.add([
-      .init(header, 16, writable: false), .init(data, 4096, writable: true), .init(header + 64, 1, writable: true),
-    ])
-    fixture.driver.notify()
     gate.isReached.wait()
     try fixture.exchange(whileStopping: {
       // Returns while the storage still hangs.
