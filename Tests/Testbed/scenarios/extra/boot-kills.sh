@@ -1,5 +1,4 @@
-# by name: yes
-# takes: 200 s
+# takes: 130 s
 # limit: 1800 s
 # processors: 5
 # vxd is killed again and again at random moments while a guest boots from a disk on its PCI bus, by hvmloader, SeaBIOS, the boot loader and

@@ -1,4 +1,3 @@
-# by name: yes
 # takes: 250 s
 # limit: 1800 s
 # processors: 6
