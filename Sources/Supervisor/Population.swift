@@ -166,7 +166,7 @@ final class Population {
     }
   }
 
-  /// Looks again at devices whose guests could not be reached: for want of descriptors or memory, perhaps.
+  /// Looks again at devices whose guests could not be reached, as when vxd had no file descriptor or no memory left.
   func tryAgain(for supervisor: Supervisor) {
     for key in unreached.sorted(by: { ($0.domain, $0.device) < ($1.domain, $1.device) }) {
       reconcile(key, for: supervisor)

@@ -195,7 +195,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   package var untilStopped: @Sendable () -> Void {
     { [isOver] in
       isOver.wait()
-      // For whoever asks next.
+      // A latch lets one waiter through: others may ask too.
       isOver.open()
     }
   }

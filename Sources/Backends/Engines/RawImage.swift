@@ -36,8 +36,8 @@ package final class RawImage: @unchecked Sendable {
   /// - Parameters:
   ///   - holder: who uses it, for the error message that another one gets.
   ///   - direct: whether to try O_DIRECT; where the file system refuses it, buffered I/O is used.
-  ///   - block: the logical block size that is wanted, a power of two from 512 to 4096; nil for what the store needs. Smaller ones than direct I/O needs make I/O
-  ///     buffered.
+  ///   - block: logical block size, a power of two from 512 to 4096; nil for the smallest that the image's storage can do with direct
+  ///     I/O. A smaller one makes I/O buffered.
   package init(
     path: String, holder: String, readOnly: Bool, discard: Bool, direct wantsDirect: Bool = true,
     block wantedBlock: UInt32? = nil

@@ -50,8 +50,8 @@ package final class SimulatedDomain: @unchecked Sendable {
   /// How often an interrupt line rose, and how often backends sent mapping calls.
   package let interrupts = Atomic<UInt64>(0)
   package let mapCalls = Atomic<UInt64>(0)
-  /// Faults: so often the guest cannot be reached at all, so many mapping calls fail for want of memory, so many ranges of addresses cannot be claimed, so many ioreq pages cannot be
-  /// mapped, and so many events of vCPUs get lost.
+  /// Faults to inject, each a number of times: the guest cannot be opened, a mapping call fails for want of memory, a range of addresses
+  /// cannot be claimed, an ioreq page cannot be mapped, and an event of a vCPU is lost.
   package let openFailures = Atomic<Int>(0)
   package let mapFailures = Atomic<Int>(0)
   package let rangeFailures = Atomic<Int>(0)
