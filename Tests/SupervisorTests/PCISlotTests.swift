@@ -54,7 +54,7 @@ import Xen
     #expect(eventually { world.state("web1", "xvdf") == "failed" })
     let reason = world.device("web1", "xvdf")["reason"]?.stringValue ?? ""
     #expect(reason.contains("slot: another of the guest's devices is PCI device 16 already"), "\(reason)")
-    #expect(world.state("web1", "xvde") == "ready" && place(world, "xvdh") == "00:07.0")
+    #expect(eventually { world.state("web1", "xvde") == "ready" && place(world, "xvdh") == "00:07.0" })
   }
 
   @Test(arguments: ["2", "32", "-1", "\"x\""]) func slotsThatThereAreNotAreRefused(slot: String) throws {
@@ -83,7 +83,7 @@ import Xen
     monitor.end()
     let reason = world.device("web1", "xvdf")["reason"]?.stringValue ?? ""
     #expect(reason.contains("QEMU has PCI device 5 (00:05.0) too") && reason.contains("option \"slot\""), "\(reason)")
-    #expect(world.state("web1", "xvde") == "ready")
+    #expect(eventually { world.state("web1", "xvde") == "ready" })
     // What comes later goes around what QEMU has.
     try world.toolstack.attach(disk: "xvdg", image: world.image("xvdg"), to: 5)
     #expect(eventually { world.state("web1", "xvdg") == "ready" })
