@@ -1,4 +1,5 @@
 import ControlAPI
+import EventLoop
 import Glibc
 import SimulatedXen
 import TestSupport
@@ -99,5 +100,62 @@ import Xen
     for later in kilobytes.dropFirst() { #expect(later <= 192, "\(kilobytes) KiB for each device") }
     // Work is counted and not timed: what a device costs does not depend on how many there are.
     #expect(calls[3] <= calls[1] + calls[1] / 10, "\(calls) reads and writes for each device")
+  }
+
+  /// 64 guests with two disks each, all of which always have 20 reads of 256 KiB under way, served by however many processors there are.
+  @Test func guestsThatDoTheSameGetTheSame() throws {
+    let stage = try DaemonStage()
+    #expect(eventually { stage.isServing(0) }, "\(stage.daemon.report)")
+    let image = stage.folder.file("fleet.img", bytes: 4 << 20)
+    let (guests, disks) = (64, 2)
+    var drivers: [SimulatedDriver] = []
+    for index in 0..<guests {
+      let id = DomainID(index + 1)
+      let domain = try SimulatedDomain(identifier: id, memoryBytes: 8 << 20)
+      try stage.toolstack.create(domain, name: "guest\(id)")
+      for name in Self.names.prefix(disks) {
+        try stage.toolstack.attach(disk: name, image: image, to: id, readOnly: true)
+        try #require(stage.toolstack.wait(for: "2", of: "state", disk: name, domain: id), "\(stage.daemon.report)")
+      }
+      for slot in 0..<disks {
+        let registers = TrappedRegisters(domain: domain, base: SlotTable.slot(slot).base)
+        let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: UInt64(1 + slot * 3) << 20)
+        try driver.start(wanted: [.eventIndex], queueSize: 64)
+        drivers.append(driver)
+      }
+    }
+    // A header of zeroes: a read from the disk's start.
+    let chains = drivers.map { driver -> [SimulatedDriver.Buffer] in
+      let place = (driver.areaEnd + 4095) & ~4095
+      driver.memory.pointer(place).initializeMemory(as: UInt8.self, repeating: 0, count: 4096)
+      return [
+        .init(place, 16, writable: false), .init(place + 4096, 262_144, writable: true),
+        .init(place + 64, 1, writable: true),
+      ]
+    }
+    for (driver, chain) in zip(drivers, chains) {
+      for _ in 0..<20 { _ = driver.rings[0].add(chain, indirect: false) }
+      driver.notify()
+    }
+    var answered = [Int](repeating: 0, count: drivers.count)
+    var total = 0
+    let goal = drivers.count * (testsAreSlow ? 50 : 400)
+    let deadline = EventLoop.now() + 120_000_000_000
+    // Without a pause: a guest gets its next request as soon as one is answered, so that the answers, and not this loop, are what is waited for.
+    while total < goal, EventLoop.now() < deadline {
+      for (index, driver) in drivers.enumerated() {
+        while driver.rings[0].takeUsed() != nil {
+          answered[index] += 1
+          total += 1
+          _ = driver.rings[0].add(chains[index], indirect: false)
+        }
+        if driver.rings[0].notificationIsWanted() { driver.notify() }
+      }
+    }
+    try #require(total >= goal, "\(total) of \(goal): \(stage.daemon.report)")
+    let shares = (0..<guests).map { answered[$0 * disks] + answered[$0 * disks + 1] }.sorted()
+    say("fleet: \(guests) guests with \(disks) disks: \(shares[0]) to \(shares[guests - 1]) requests, \(total) in all")
+    // The scheduler's slices are part of what each gets.
+    #expect(Double(shares[guests - 1]) <= 1.3 * Double(shares[0]), "\(shares)")
   }
 }
