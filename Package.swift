@@ -42,7 +42,8 @@ let package = Package(
     // The frames between a console port and vxctl.
     .target(name: "ConsoleLink", path: "Sources/Backends/ConsoleLink", swiftSettings: house),
     .target(
-      name: "Engines", dependencies: ["Devices", "EventLoop", "ConsoleLink", "Virtqueue", "CAIO", "CLinux"],
+      name: "Engines",
+      dependencies: ["Devices", "EventLoop", "ConsoleLink", "Virtqueue", "HostMemory", "CAIO", "CLinux"],
       path: "Sources/Backends/Engines",
       swiftSettings: house),
     .target(

@@ -3,6 +3,7 @@ import CLinux
 package import Devices
 import EventLoop
 import Glibc
+import HostMemory
 
 /// Block engine over libaio: one context per queue, completions announced by an eventfd.
 ///
@@ -18,6 +19,8 @@ package final class AIOEngine: BlockEngine {
   private var context: io_context_t?
   private var ring: CompletionRing?
   private let depth: Int
+  // All zero at first.
+  private let tables: UntouchedMemory
   private let blocks: UnsafeMutablePointer<iocb>
   private let pointers: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
   private let events: UnsafeMutablePointer<io_event>
@@ -50,15 +53,17 @@ package final class AIOEngine: BlockEngine {
     } catch {
       throw .host(what: "cannot make an eventfd", error)
     }
-    blocks = .allocate(capacity: depth)
-    blocks.initialize(repeating: iocb(), count: depth)
-    pointers = .allocate(capacity: depth)
-    pointers.initialize(repeating: nil, count: depth)
-    backlog = .allocate(capacity: depth)
-    backlog.initialize(repeating: nil, count: depth)
-    early = .allocate(capacity: depth)
-    events = .allocate(capacity: Self.eventCapacity)
-    events.initialize(repeating: io_event(), count: Self.eventCapacity)
+    var tables = UntouchedMemory(
+      bytes: UntouchedMemory.bytes(iocb.self, depth) + 2
+        * UntouchedMemory.bytes(UnsafeMutablePointer<iocb>?.self, depth)
+        + UntouchedMemory.bytes(EngineCompletion.self, depth) + UntouchedMemory.bytes(io_event.self, Self.eventCapacity)
+    )
+    blocks = tables.take(iocb.self, depth)
+    pointers = tables.take(UnsafeMutablePointer<iocb>?.self, depth)
+    backlog = tables.take(UnsafeMutablePointer<iocb>?.self, depth)
+    early = tables.take(EngineCompletion.self, depth)
+    events = tables.take(io_event.self, Self.eventCapacity)
+    self.tables = tables
     // The host has 65536 operations for all processes as it comes: with many disks, some get less than they asked for, and what is
     // beyond it waits in the backlog.
     var events = Int32(clamping: depth)
@@ -88,11 +93,6 @@ package final class AIOEngine: BlockEngine {
     worker?.stop()
     close()
     if let reopened { Glibc.close(reopened) }
-    blocks.deallocate()
-    pointers.deallocate()
-    backlog.deallocate()
-    early.deallocate()
-    events.deallocate()
     noVectors.deallocate()
   }
 

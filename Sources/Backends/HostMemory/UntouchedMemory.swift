@@ -23,14 +23,15 @@ package struct UntouchedMemory: ~Copyable {
   deinit { munmap(start, bytes) }
 
   /// Bytes that `take` uses for a table.
-  package static func bytes<Element: BitwiseCopyable>(_ type: Element.Type, _ count: Int) -> Int {
+  package static func bytes<Element>(_ type: Element.Type, _ count: Int) -> Int {
     (count * MemoryLayout<Element>.stride + 63) & ~63
   }
 
-  /// The next table: a value of which all bits are zero must be one of `Element`'s.
-  package mutating func take<Element: BitwiseCopyable>(
+  /// The next table. Its elements are plain bits (structs of C are too, but are not always declared so), and all of them zero is one of them.
+  package mutating func take<Element>(
     _ type: Element.Type, _ count: Int
   ) -> UnsafeMutablePointer<Element> {
+    precondition(_isPOD(type), "elements of a table are plain bits")
     let place = start + given
     given += Self.bytes(type, count)
     precondition(given <= bytes, "a table is larger than was said")

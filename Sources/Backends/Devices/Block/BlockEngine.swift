@@ -51,7 +51,7 @@ package struct DataVector: BitwiseCopyable {
 }
 
 /// The end of an operation.
-package struct EngineCompletion {
+package struct EngineCompletion: BitwiseCopyable {
   package var tag: UInt32
   /// Bytes moved, or a negated errno.
   package var result: Int
