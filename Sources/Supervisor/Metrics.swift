@@ -207,6 +207,9 @@ package enum Metrics {
       "vxd_device_adopted", "Requests taken over from a backend that was stopped.", "layer",
       [("journal", { $0.adopted.value })])
     split(
+      "vxd_device_shortages", "Times that the saved state had no room for more requests at a time.", "layer",
+      [("journal", { $0.shortages.value })])
+    split(
       "vxd_device_notifications", "Notifications of the driver.", "direction",
       [("received", { $0.notifications.value })])
     split(

@@ -164,6 +164,7 @@ extension SupervisorControl {
       ("readBytes", { $0.readBytes.value }), ("writtenBytes", { $0.writtenBytes.value }),
       ("failed", { $0.failed.value }), ("unsupported", { $0.unsupported.value }), ("retries", { $0.retries.value }),
       ("throttled", { $0.throttled.value }), ("adopted", { $0.adopted.value }),
+      ("stateShortages", { $0.shortages.value }),
       ("interruptsSent", { $0.interrupts.value }), ("interruptsSuppressed", { $0.interruptsSuppressed.value }),
       ("waiting", { $0.waiting.load(ordering: .relaxed) }), ("notifications", { $0.notifications.value }),
       ("batches", { $0.batches.value }), ("translationHits", { $0.translationHits.value }),

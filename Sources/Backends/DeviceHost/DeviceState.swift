@@ -27,7 +27,9 @@ package enum StateFault: Error {
 /// that ends with the host). The file is written as the guest goes on, so it is right whenever the process dies.
 ///
 ///     0     magic, version, length, device number, queues, slots and chain limit of each journal
-///     64    offered features, base of the slot, index of the slot, its shared interrupt (Arm), queue sizes (64 x u16)
+///     64    offered features, base of the slot, index of the slot, its shared interrupt (Arm)
+///     88    slots of each journal that had memory for their buffers when the file was made; 0 for all
+///     96    queue sizes (64 x u16)
 ///     256   which of the two copies of the registers is valid
 ///     320   two copies: status, selectors, features, epoch, configuration space (128 bytes at most), queues (64 x 32 bytes)
 ///     4864  what the device's type must remember of its driver's choices (3328 bytes, `notes`)
@@ -45,6 +47,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   private static let magic: UInt64 = 0x4554_4154_5344_5856  // "VXDSTATE"
   private static let registersOffset = 320
   private static let copyBytes = 64 + 128 + 64 * 32
+  private static let slotsOffset = 88
   private static let notesOffset = 4864
   private static let journalsOffset = 8192
   private static let queueLimit = 64
@@ -137,8 +140,9 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
       memory.storeBytes(of: size, toByteOffset: 96 + 2 * index, as: UInt16.self)
     }
     guard rename(temporary, path) == 0 else {
+      // What is mapped is given back as the object ends.
       let failure = Errno.last
-      munmap(memory, length)
+      unlink(temporary)
       throw failure
     }
   }
@@ -197,6 +201,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
         try allocate(0, length)
         return mapped
       }
+      mapped.storeBytes(of: UInt32(QueueJournal.slotGroup), toByteOffset: slotsOffset, as: UInt32.self)
       let first = QueueJournal.bytesAtFirst(slotCount: shape.slotCount, chainLimit: shape.chainLimit)
       for queue in 0..<queues {
         let start = journalsOffset + queue * journalBytes(shape)
@@ -213,7 +218,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     guard let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0), start != MAP_FAILED else {
       throw Errno.last
     }
-    // One page at a time: the pages around a request's are those of requests that are mostly not there.
+    // The pages around a request's are those of requests that are mostly not there: nothing is read or mapped ahead.
     madvise(start, length, Int32(MADV_RANDOM))
     return start
   }
@@ -244,11 +249,16 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
 
   // MARK: Queues
 
+  private var slotsWithMemory: Int? {
+    let count = memory.load(fromByteOffset: Self.slotsOffset, as: UInt32.self)
+    return count == 0 ? nil : Int(count)
+  }
+
   /// The journal of a queue.
   package func storage(_ queue: Int) -> JournalStorage {
     JournalStorage(
       memory: memory + Self.journalsOffset + queue * Self.journalBytes(shape), slotCount: shape.slotCount,
-      chainLimit: shape.chainLimit, owner: self)
+      chainLimit: shape.chainLimit, slotsWithMemory: slotsWithMemory, owner: self)
   }
 
   package func endQueue(_ queue: Int) {

@@ -9,11 +9,11 @@ package enum Population {
   case refused
 }
 
-/// Asks for memory behind a mapping of this process, so that stores find it there.
-///
-/// - Parameter start: of a page; all of the pages up to `start + bytes` are mapped.
+/// Asks for memory behind a mapping of this process, so that stores find it there: in all pages that hold a part of the range.
 package func populate(_ start: UnsafeMutableRawPointer, _ bytes: Int) -> Population {
-  // linux: include/uapi/asm-generic/mman-common.h, MADV_POPULATE_WRITE.
-  if madvise(start, bytes, 23) == 0 { return .done }
+  let page = UInt(sysconf(Int32(_SC_PAGESIZE)))
+  let inPage = Int(UInt(bitPattern: start) & (page - 1))
+  // linux: include/uapi/asm-generic/mman-common.h, MADV_POPULATE_WRITE. It rounds the length up by itself.
+  if madvise(start - inPage, bytes + inPage, 23) == 0 { return .done }
   return errno == EINVAL ? .unknown : .refused
 }

@@ -8,16 +8,19 @@ package struct UntouchedMemory: ~Copyable {
   private let bytes: Int
   private var given = 0
 
-  /// - Parameter bytes: of all that `take` is asked for, each rounded up to 64. Ends the process when there is no address space for it, as an
-  ///   allocation does.
-  package init(bytes: Int) {
+  /// Ends the process when there is no address space for it, as an allocation does.
+  ///
+  /// - Parameters:
+  ///   - bytes: of all that `take` is asked for, each rounded up to 64.
+  ///   - dense: as many of the last of them are used by the megabyte when they are: the kernel may take huge pages for these.
+  package init(bytes: Int, dense: Int = 0) {
     self.bytes = max(1, bytes)
     let mapped = mmap(
       nil, self.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     guard let mapped, mapped != MAP_FAILED else { fatalError("no address space for \(bytes) bytes") }
     start = mapped
-    // A whole huge page would be taken for the first byte.
-    madvise(mapped, self.bytes, Int32(MADV_NOHUGEPAGE))
+    // A whole huge page would be taken for the first byte, where the host is set to give them to all.
+    madvise(mapped, self.bytes - dense, Int32(MADV_NOHUGEPAGE))
   }
 
   deinit { munmap(start, bytes) }

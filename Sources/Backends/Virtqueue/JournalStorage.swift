@@ -18,10 +18,15 @@ package final class JournalStorage: @unchecked Sendable {
   }
 
   /// Memory of `owner`, which is kept.
-  package init(memory: UnsafeMutableRawPointer, slotCount: Int, chainLimit: Int, owner: AnyObject) {
+  ///
+  /// - Parameter slotsWithMemory: nil for all.
+  package init(
+    memory: UnsafeMutableRawPointer, slotCount: Int, chainLimit: Int, slotsWithMemory: Int? = nil, owner: AnyObject
+  ) {
     start = memory
     self.owner = owner
-    journal = QueueJournal(memory: memory, slotCount: slotCount, chainLimit: chainLimit)
+    journal = QueueJournal(
+      memory: memory, slotCount: slotCount, chainLimit: chainLimit, slotsWithMemory: slotsWithMemory)
   }
 
   deinit {

@@ -61,6 +61,8 @@ package struct QueueJournal {
 
   package let slotCount: Int
   package let chainLimit: Int
+  /// Slots below it have memory for their buffers from the start; the others' is asked for (`back`).
+  package let slotsWithMemory: Int
   private let header: UnsafeMutablePointer<Header>
   private let records: UnsafeMutablePointer<Record>
   private let bufferStorage: UnsafeMutablePointer<GuestBuffer>
@@ -73,28 +75,24 @@ package struct QueueJournal {
     headerBytes + slotCount * MemoryLayout<Record>.stride + slot * chainLimit * MemoryLayout<GuestBuffer>.stride
   }
 
-  /// Slots whose buffers a new journal has memory for. The others' is asked for when they are used first (`back`), so that a disk which mostly
-  /// has a few requests under way does not take up what its largest load needs.
-  package static func slotsAtFirst(_ slotCount: Int) -> Int { min(16, slotCount) }
+  /// Slots whose buffers a new journal in a file has memory for, and that get it at a time later (`back`), so that a disk which mostly has a few
+  /// requests under way does not take up what its largest load needs.
+  package static let slotGroup = 16
 
   /// Bytes of a new journal that must have memory.
   package static func bytesAtFirst(slotCount: Int, chainLimit: Int) -> Int {
-    bytes(before: slotsAtFirst(slotCount), slotCount: slotCount, chainLimit: chainLimit)
+    bytes(before: min(slotGroup, slotCount), slotCount: slotCount, chainLimit: chainLimit)
   }
 
   /// Sees to it that stores to the buffers of these slots find memory: one into a file system in memory that is full would be answered with
   /// SIGBUS, which ends the process.
   ///
-  /// A kernel that cannot be asked (before Linux 5.14) was asked for all of it when the journal was made.
-  ///
   /// - Returns: false when there is none.
   package func back(_ slots: Range<Int>) -> Bool {
     let first = Self.bytes(before: slots.lowerBound, slotCount: slotCount, chainLimit: chainLimit)
     let end = Self.bytes(before: slots.upperBound, slotCount: slotCount, chainLimit: chainLimit)
-    let start = UInt(bitPattern: header) + UInt(first)
-    let page = start & ~4095
-    let bytes = Int(((UInt(bitPattern: header) + UInt(end) + 4095) & ~4095) - page)
-    return populate(UnsafeMutableRawPointer(header) + (first - Int(start - page)), bytes) != .refused
+    // Pages at both ends may be shared with what lies around, which is mapped too, and which nothing happens to.
+    return populate(UnsafeMutableRawPointer(header) + first, end - first) == .done
   }
 
   /// Bytes that a journal needs. Pages that are never touched cost nothing in a file system in memory.
@@ -103,8 +101,11 @@ package struct QueueJournal {
       + slotCount * chainLimit * MemoryLayout<GuestBuffer>.stride
   }
 
-  /// - Parameter memory: `bytes` long, aligned to 64, all zero when it is new; it outlives the value.
-  package init(memory: UnsafeMutableRawPointer, slotCount: Int, chainLimit: Int) {
+  /// - Parameters:
+  ///   - memory: `bytes` long, aligned to 64, all zero when it is new; it outlives the value.
+  ///   - slotsWithMemory: nil for all.
+  package init(memory: UnsafeMutableRawPointer, slotCount: Int, chainLimit: Int, slotsWithMemory: Int? = nil) {
+    self.slotsWithMemory = min(slotCount, slotsWithMemory ?? slotCount)
     self.slotCount = slotCount
     self.chainLimit = chainLimit
     header = memory.bindMemory(to: Header.self, capacity: 1)

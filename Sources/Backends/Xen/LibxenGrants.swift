@@ -74,7 +74,7 @@ final class LibxenDoorbell: QueueDoorbell, @unchecked Sendable {
 
   init(_ domain: DomainID, _ remotePort: UInt32) throws(XenError) {
     guard let channels = xenevtchn_open(nil, 0) else { throw XenError("xenevtchn_open", Errno.last) }
-    do { try restrict("xenevtchn_restrict", xenevtchn_restrict(channels, domain)) } catch {
+    do { try restrict(channels, to: domain) } catch {
       xenevtchn_close(channels)
       throw error
     }

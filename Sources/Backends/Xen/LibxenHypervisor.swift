@@ -25,11 +25,11 @@ package final class LibxenHypervisor: Hypervisor {
   package func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle { try LibxenGrants(domain) }
 }
 
-/// What a call that ties a handle to one domain gave. A kernel that knows no such call (before Linux 4.11) is served as it is.
-func restrict(_ operation: String, _ result: Int32) throws(XenError) {
-  guard result < 0 else { return }
-  let cause = Errno.last
-  guard cause == Errno(ENOTTY) || cause == Errno(EOPNOTSUPP) else { throw XenError(operation, cause) }
+/// Ties a file of event channels to one domain. Linux (drivers/xen/evtchn.c) cannot do that for domain 0, whose frontends a driver domain serves
+/// as any other's.
+func restrict(_ channels: OpaquePointer, to domain: DomainID) throws(XenError) {
+  guard domain != 0, xenevtchn_restrict(channels, domain) < 0 else { return }
+  throw XenError("xenevtchn_restrict", Errno.last)
 }
 
 /// Handles of the libxen libraries for one guest.
@@ -63,9 +63,9 @@ final class LibxenGuest: GuestHandle, @unchecked Sendable {
     self.deviceModel = deviceModel
     self.foreignMemory = foreignMemory
     self.eventChannels = eventChannels
-    try restrict("xendevicemodel_restrict", xendevicemodel_restrict(deviceModel, domain))
-    try restrict("xenforeignmemory_restrict", xenforeignmemory_restrict(foreignMemory, domain))
-    try restrict("xenevtchn_restrict", xenevtchn_restrict(eventChannels, domain))
+    try check("xendevicemodel_restrict", xendevicemodel_restrict(deviceModel, domain))
+    try check("xenforeignmemory_restrict", xenforeignmemory_restrict(foreignMemory, domain))
+    try restrict(eventChannels, to: domain)
     // The descriptor is blocking when opened, and a spurious wake-up must not stop the ioreq thread.
     let descriptor = xenevtchn_fd(eventChannels)
     _ = fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) | O_NONBLOCK)

@@ -59,6 +59,8 @@ package final class QueueCounters: Sendable {
   /// Requests that had to wait for their rate, and chains that were taken over from an earlier owner of the queue.
   package let throttled = Counter()
   package let adopted = Counter()
+  /// Times that there was no room in the saved state's file system for more requests at a time.
+  package let shortages = Counter()
   /// Batches whose answers the driver wanted an interrupt for, and those that needed none.
   package let interrupts = Counter()
   package let interruptsSuppressed = Counter()

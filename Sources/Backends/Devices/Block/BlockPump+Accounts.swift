@@ -33,6 +33,7 @@ extension BlockPump {
     counters.retries.add(tally.retries)
     counters.throttled.add(tally.throttled)
     counters.adopted.add(tally.adopted)
+    counters.shortages.set(slab.refusals)
     counters.interrupts.add(tally.interrupts)
     counters.interruptsSuppressed.add(tally.suppressed)
     counters.batches.add(1)

@@ -19,7 +19,8 @@ struct BouncePool: ~Copyable {
   init(smallCount: Int, largeCount: Int) {
     self.smallCount = smallCount
     self.largeCount = largeCount
-    pages = UntouchedMemory(bytes: smallCount * Self.smallBytes + largeCount * Self.largeBytes)
+    pages = UntouchedMemory(
+      bytes: smallCount * Self.smallBytes + largeCount * Self.largeBytes, dense: largeCount * Self.largeBytes)
     memory = pages.start
     free = .allocate(capacity: smallCount + largeCount)
     freeSmall = smallCount

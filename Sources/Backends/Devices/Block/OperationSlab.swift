@@ -70,8 +70,14 @@ struct OperationSlab: ~Copyable {
   private let links: UnsafeMutablePointer<Link>
   private let free: UnsafeMutablePointer<UInt32>
   private(set) var freeCount: Int
-  /// Slots below it have memory for their buffers in the journal.
-  private var backed = 0
+  /// Slots below it have memory for their buffers in the journal. Grows by whole groups, so that slots which an earlier owner of the journal
+  /// used are in groups that he asked for.
+  private var backed: Int
+  /// There was none when it was asked for, in nanoseconds: not asked for again at once, since each try takes what others have given back.
+  private var refusedAt: UInt64 = 0
+  private static var pause: UInt64 { 1_000_000_000 }
+  /// How often there was none.
+  private(set) var refusals: UInt64 = 0
   private var oldest: Int32 = -1
   private var newest: Int32 = -1
 
@@ -93,6 +99,7 @@ struct OperationSlab: ~Copyable {
     links = tables.take(Link.self, count)
     free = tables.take(UInt32.self, count)
     self.tables = tables
+    backed = journal.slotsWithMemory
     for index in 0..<count { free[index] = UInt32(count - 1 - index) }
     freeCount = count
   }
@@ -107,8 +114,13 @@ struct OperationSlab: ~Copyable {
   /// - Parameter now: monotonic time in nanoseconds.
   mutating func take(at now: UInt64) -> Int? {
     guard freeCount > 0 else { return nil }
-    let slot = Int(free[freeCount &- 1])
-    guard slot < backed || back(slot) else { return nil }
+    var slot = Int(free[freeCount &- 1])
+    if slot >= backed, !back(slot, at: now) {
+      // One that has memory is as good; after an adoption it need not be on top.
+      guard let place = (0..<freeCount).last(where: { Int(free[$0]) < backed }) else { return nil }
+      slot = Int(free[place])
+      free[place] = free[freeCount &- 1]
+    }
     freeCount &-= 1
     enlist(slot, now)
     return slot
@@ -125,13 +137,16 @@ struct OperationSlab: ~Copyable {
     return true
   }
 
-  /// Memory for a slot's buffers and those of some behind it: a few times in the life of a queue.
-  private mutating func back(_ slot: Int) -> Bool {
-    let first = QueueJournal.slotsAtFirst(count)
-    let end = min(count, slot + first)
-    // What a new journal has from the start is not asked for, so that there is always a slot.
-    guard slot < first || journal.back(backed..<end) else { return false }
-    backed = slot < first ? first : end
+  /// Memory for the buffers of a slot and of all up to the end of its group: a few times in the life of a queue.
+  private mutating func back(_ slot: Int, at now: UInt64) -> Bool {
+    guard refusedAt == 0 || now &- refusedAt >= Self.pause else { return false }
+    let end = min(count, (slot / QueueJournal.slotGroup + 1) * QueueJournal.slotGroup)
+    guard journal.back(backed..<end) else {
+      refusedAt = now
+      refusals &+= 1
+      return false
+    }
+    (backed, refusedAt) = (end, 0)
     return true
   }
 
