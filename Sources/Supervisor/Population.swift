@@ -83,7 +83,7 @@ final class Population {
     let old = guest.name
     guest.name = name
     table.herald.tell(.guestRenamed, guest, reason: "it was '\(old)'")
-    table.publish(guest)
+    table.updateBoard(guest)
   }
 
   // MARK: Entries

@@ -28,7 +28,7 @@ import Testing
 
   /// What a device does at its end.
   private func ended(_ key: Int, closed: Bool) -> [GuestEffect<Int>] {
-    var effects: [DeviceEffect] = [.forgetState, .forgetFilling]
+    var effects: [DeviceEffect] = [.forgetState, .forgetAssignment]
     if closed { effects.append(.writeClosed) }
     return (effects + [.removeEntry, .tell(.deviceGone, nil), .lookAgain]).map { .device(key, $0) }
   }

@@ -222,7 +222,7 @@ struct PlayedGuest: Hashable {
       queue.append(.removeTraces(key))
     case .tell, .needReset, .writeConfiguration, .publishConfiguration, .acknowledge, .writeError, .removeEntry,
       .lookAgain,
-      .saveFilling, .forgetFilling:
+      .saveAssignment, .forgetAssignment:
       break
     case .readFrontend: device.isReading = true
     case .retryBus, .leaving, .released: violate("\(effect) is for the guest's machine")

@@ -49,65 +49,38 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   private static let queueLimit = 64
 
   /// What a new file is made for.
-  package struct Shape: Equatable, Sendable {
-    package var profile: DeviceProfile
+  package struct Layout: Equatable, Sendable {
+    package var identity: DeviceIdentity
     /// Requests and buffers of a chain in each journal.
     package var slotCount: Int
     package var chainLimit: Int
 
-    package init(profile: DeviceProfile, slotCount: Int, chainLimit: Int) {
-      self.profile = profile
+    package init(identity: DeviceIdentity, slotCount: Int, chainLimit: Int) {
+      self.identity = identity
       self.slotCount = slotCount
       self.chainLimit = chainLimit
     }
   }
 
-  /// Where the device sits in its guest.
-  package struct Place: Equatable, Sendable {
-    package var base: UInt64
-    package var index: Int
-    /// Number of the shared peripheral interrupt; 0 on x86.
-    package var sharedInterrupt: UInt32
-    /// No place at all: the device is reached over Xenbus.
-    package var isXenbus: Bool
-    /// The device's number on the PCI bus; nil for one that is elsewhere.
-    package var pciDevice: UInt8?
-
-    package static let xenbus = Place(base: 0, index: 0, sharedInterrupt: 0, isXenbus: true)
-
-    /// A function of a PCI device.
-    package init(pciDevice: UInt8) {
-      self.init(base: 0, index: 0, sharedInterrupt: 0)
-      self.pciDevice = pciDevice
-    }
-
-    package init(base: UInt64, index: Int, sharedInterrupt: UInt32, isXenbus: Bool = false) {
-      self.isXenbus = isXenbus
-      self.base = base
-      self.index = index
-      self.sharedInterrupt = sharedInterrupt
-    }
-  }
-
-  package let shape: Shape
-  package let place: Place
+  package let layout: Layout
+  package let place: DevicePlace
   private let memory: UnsafeMutableRawPointer
   private let length: Int
 
-  private static func journalBytes(_ shape: Shape) -> Int {
-    (QueueJournal.bytes(slotCount: shape.slotCount, chainLimit: shape.chainLimit) + 4095) & ~4095
+  private static func journalBytes(_ layout: Layout) -> Int {
+    (QueueJournal.bytes(slotCount: layout.slotCount, chainLimit: layout.chainLimit) + 4095) & ~4095
   }
 
-  private static func bytes(_ shape: Shape, _ place: Place) -> Int {
-    journalsOffset + shape.profile.queueSizes.count * journalBytes(shape) + (place.pciDevice == nil ? 0 : 4096)
+  private static func bytes(_ layout: Layout, _ place: DevicePlace) -> Int {
+    journalsOffset + layout.identity.queueSizes.count * journalBytes(layout) + (place.pciDevice == nil ? 0 : 4096)
   }
 
   /// Makes a file, complete before it has its name.
-  package init(path: String, shape: Shape, place: Place) throws(Errno) {
-    self.shape = shape
+  package init(path: String, layout: Layout, place: DevicePlace) throws(Errno) {
+    self.layout = layout
     self.place = place
-    let queues = shape.profile.queueSizes.count
-    length = Self.bytes(shape, place)
+    let queues = layout.identity.queueSizes.count
+    length = Self.bytes(layout, place)
     let temporary = path + ".new"
     unlink(temporary)
     let descriptor = OwnedDescriptor(
@@ -122,18 +95,18 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
       place.isXenbus ? Self.xenbusVersion : place.pciDevice != nil ? Self.pciVersion : Self.version,
-      UInt32(clamping: length >> 12), shape.profile.deviceID,
-      UInt32(queues), UInt32(shape.slotCount),
-      UInt32(shape.chainLimit),
+      UInt32(clamping: length >> 12), layout.identity.deviceID,
+      UInt32(queues), UInt32(layout.slotCount),
+      UInt32(layout.chainLimit),
     ].enumerated() {
       memory.storeBytes(of: value, toByteOffset: 8 + 4 * index, as: UInt32.self)
     }
-    memory.storeBytes(of: shape.profile.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
+    memory.storeBytes(of: layout.identity.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
     memory.storeBytes(of: place.base, toByteOffset: 72, as: UInt64.self)
     memory.storeBytes(
       of: UInt32(truncatingIfNeeded: place.pciDevice.map { Int($0) } ?? place.index), toByteOffset: 80, as: UInt32.self)
     memory.storeBytes(of: place.sharedInterrupt, toByteOffset: 84, as: UInt32.self)
-    for (index, size) in shape.profile.queueSizes.enumerated() {
+    for (index, size) in layout.identity.queueSizes.enumerated() {
       memory.storeBytes(of: size, toByteOffset: 96 + 2 * index, as: UInt16.self)
     }
     guard rename(temporary, path) == 0 else {
@@ -144,10 +117,10 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   }
 
   /// State that ends with the process: it outlives backends.
-  package init(shape: Shape, place: Place) throws(Errno) {
-    self.shape = shape
+  package init(layout: Layout, place: DevicePlace) throws(Errno) {
+    self.layout = layout
     self.place = place
-    length = Self.bytes(shape, place)
+    length = Self.bytes(layout, place)
     let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     guard let start, start != MAP_FAILED else { throw Errno.last }
     memory = start
@@ -166,7 +139,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     do throws(Errno) { mapped = try Self.map(descriptor.raw, max(length, 4096)) } catch { throw .host(error) }
     // The first page is there, and zero behind the file's end.
     var fault: StateFault?
-    var found: (Shape, Place)?
+    var found: (Layout, DevicePlace)?
     do throws(StateFault) { found = try Self.examine(mapped, length) } catch { fault = error }
     guard let found else {
       munmap(mapped, max(length, 4096))
@@ -174,7 +147,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     }
     memory = mapped
     self.length = max(length, 4096)
-    (shape, place) = found
+    (layout, place) = found
   }
 
   deinit { munmap(memory, length) }
@@ -186,7 +159,9 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     return start
   }
 
-  private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (Shape, Place) {
+  private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (
+    Layout, DevicePlace
+  ) {
     func word(_ offset: Int) -> UInt32 { memory.load(fromByteOffset: offset, as: UInt32.self) }
     guard memory.load(as: UInt64.self) == magic else { throw .damaged("it does not begin as such a file does") }
     guard [version, xenbusVersion, pciVersion].contains(word(8)) else { throw .version(word(8)) }
@@ -195,19 +170,20 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
       throw .damaged("\(queues) queues of \(slots) slots")
     }
     let sizes = (0..<queues).map { memory.load(fromByteOffset: 96 + 2 * $0, as: UInt16.self) }
-    let shape = Shape(
-      profile: DeviceProfile(
+    let layout = Layout(
+      identity: DeviceIdentity(
         deviceID: word(16), offeredFeatures: FeatureBits(rawValue: memory.load(fromByteOffset: 64, as: UInt64.self)),
         queueSizes: sizes), slotCount: slots, chainLimit: chains)
-    let place: Place =
+    let place: DevicePlace =
       switch word(8) {
       case xenbusVersion: .xenbus
-      case pciVersion: Place(pciDevice: UInt8(truncatingIfNeeded: word(80) & 31))
+      case pciVersion: DevicePlace(pciDevice: UInt8(truncatingIfNeeded: word(80) & 31))
       default:
-        Place(base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
+        DevicePlace(
+          base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
       }
-    guard length == bytes(shape, place), word(256) <= 1 else { throw .damaged("it has \(length) bytes") }
-    return (shape, place)
+    guard length == bytes(layout, place), word(256) <= 1 else { throw .damaged("it has \(length) bytes") }
+    return (layout, place)
   }
 
   // MARK: Queues
@@ -215,12 +191,12 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   /// The journal of a queue.
   package func storage(_ queue: Int) -> JournalStorage {
     JournalStorage(
-      memory: memory + Self.journalsOffset + queue * Self.journalBytes(shape), slotCount: shape.slotCount,
-      chainLimit: shape.chainLimit, owner: self)
+      memory: memory + Self.journalsOffset + queue * Self.journalBytes(layout), slotCount: layout.slotCount,
+      chainLimit: layout.chainLimit, owner: self)
   }
 
   package func endQueue(_ queue: Int) {
-    guard shape.profile.queueSizes.indices.contains(queue) else { return }
+    guard layout.identity.queueSizes.indices.contains(queue) else { return }
     storage(queue).journal.end()
   }
 
@@ -279,7 +255,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     registers.generation = word(8)
     registers.driverFeatures = UInt64(word(5)) << 32 | UInt64(word(4))
     let configuration = (0..<Int(min(word(6), 128))).map { copy.load(fromByteOffset: 64 + $0, as: UInt8.self) }
-    for index in shape.profile.queueSizes.indices {
+    for index in layout.identity.queueSizes.indices {
       let queue = copy + 192 + 32 * index
       var layout = QueueLayout()
       layout.size = queue.load(as: UInt16.self)
@@ -311,8 +287,8 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
 
   /// What was saved last of a PCI function.
   package var savedFunction: PCIRegisters {
-    guard let page = functionPage else { return PCIRegisters(shape.profile) }
+    guard let page = functionPage else { return PCIRegisters(layout.identity) }
     let copy = Int(validFunction(page).pointee.load(ordering: .acquiring) & 1)
-    return PCIRegisters(shape.profile, decoding: page + copy * PCIRegisters.bytes)
+    return PCIRegisters(layout.identity, decoding: page + copy * PCIRegisters.bytes)
   }
 }

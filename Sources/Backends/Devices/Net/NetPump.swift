@@ -34,9 +34,9 @@ package struct NetPump: DevicePump, ~Copyable {
   let settings: NetPumpSettings
   let rate: RateNode
   var memory: GuestMemoryView
-  var receiveQueue: OrderedQueue
-  var transmitQueue: OrderedQueue
-  var controlQueue: OrderedQueue
+  var receiveQueue: SerialQueue
+  var transmitQueue: SerialQueue
+  var controlQueue: SerialQueue
   let lock: SourceLock
   var filter: ReceiveFilter
   /// What the driver chose; the control queue's pump changes it.
@@ -104,9 +104,9 @@ package struct NetPump: DevicePump, ~Copyable {
     self.onChoices = onChoices
     self.onAnnounced = onAnnounced
     memory = GuestMemoryView(source: source)
-    receiveQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[0])
-    transmitQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[1])
-    controlQueue = OrderedQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
+    receiveQueue = SerialQueue(chainLimit: Self.chainLimit, counters: counters[0])
+    transmitQueue = SerialQueue(chainLimit: Self.chainLimit, counters: counters[1])
+    controlQueue = SerialQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
     lock = SourceLock(settings.source)
     filter = ReceiveFilter(choices)
     // One more for the spill: IOV_MAX is 1024.
