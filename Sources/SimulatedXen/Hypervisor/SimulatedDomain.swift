@@ -55,6 +55,8 @@ package final class SimulatedDomain: @unchecked Sendable {
   package let openFailures = Atomic<Int>(0)
   package let mapFailures = Atomic<Int>(0)
   package let rangeFailures = Atomic<Int>(0)
+  /// Memory that no server may claim, each time.
+  package let refusedMemory = Mutex<ClosedRange<UInt64>?>(nil)
   package let pageFailures = Atomic<Int>(0)
   package let lostEvents = Atomic<Int>(0)
   /// Accesses to memory that nobody has claimed: a kernel on Arm dies of the first.
