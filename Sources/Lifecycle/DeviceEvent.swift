@@ -68,6 +68,8 @@ package enum DeviceEvent: Hashable, Sendable {
     case abandoned
     /// The entry itself is gone: nobody waits for anything.
     case gone
+    /// The entry is for another bus now, and the guest does not know the device yet: it ends here and comes again there.
+    case moved
   }
 
   /// What an operator can do to a device.

@@ -5,7 +5,7 @@ extension DeviceMachine {
   mutating func entryChanged(_ change: DeviceEvent.EntryChange, _ now: Moment) {
     switch change {
     case .corrected: corrected()
-    case .gone: end(.closed(isAwaited: false))
+    case .gone, .moved: end(.closed(isAwaited: false))
     case .abandoned: end(.closed(isAwaited: true))
     case .closing:
       // A driver that is at work ends its requests first; the frontend's nodes say when.

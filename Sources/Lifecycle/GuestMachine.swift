@@ -46,6 +46,8 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package internal(set) var isDomainGone = false
   /// The daemon ends, and does not come again.
   package internal(set) var isLeftForGood = false
+  /// Devices of the toolstack's that left for another bus and have not come again so far.
+  package internal(set) var moving: Set<Key> = []
   /// Mappings are being given back while the server stays.
   package internal(set) var isReleasingMemory = false
   var lastNumber: UInt64
@@ -108,11 +110,15 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
         hasServer = true
         startServer()
       }
+      moving.remove(key)
       if machine.claim != .none { holdsWindows = true }
       machine.bus = bus(of: machine)
       members.append(Member(key: key, origin: origin, machine: machine))
       tell(key, .begin(after: pause, fuse: fuse), now)
-    case .device(let key, let event): tell(key, event, now)
+    case .device(let key, let event):
+      note(event, of: key, now)
+      tell(key, event, now)
+    case .absent(let key): doesNotComeAgain(key, now)
     case .serverStarted: serverStarted(now)
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
@@ -187,7 +193,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       switch effect {
       case .retryBus:
         if case .failed = phase { startServer() }
-      case .leaving: endProfilesAlone(key, now)
+      case .leaving: if members[index].origin == .toolstack { endProfilesAlone(now) }
       case .released: break  // `settle` looks at all of them
       default: effects.append(.device(key, effect))
       }
@@ -198,12 +204,23 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     for member in members where isMeant(member) { tell(member.key, .command(.end(departure)), now) }
   }
 
-  /// The profile's devices end with the last of the toolstack's.
-  private mutating func endProfilesAlone(_ key: Key, _ now: Moment) {
-    let others = members.filter { $0.origin == .toolstack }
-    guard !isHandingOver, others.contains(where: { $0.key == key }), others.allSatisfy(\.machine.isEnding) else {
-      return
+  /// Whether a device that ends comes again.
+  private mutating func note(_ event: DeviceEvent, of key: Key, _ now: Moment) {
+    switch event {
+    case .entry(.moved): if self[key]?.isEnding == false { moving.insert(key) }
+    case .entry(.gone), .entry(.abandoned), .entry(.closing): doesNotComeAgain(key, now)
+    default: break
     }
+  }
+
+  private mutating func doesNotComeAgain(_ key: Key, _ now: Moment) {
+    if moving.remove(key) != nil { endProfilesAlone(now) }
+  }
+
+  /// The profile's devices end with the last of the toolstack's.
+  private mutating func endProfilesAlone(_ now: Moment) {
+    let others = members.filter { $0.origin == .toolstack }
+    guard !isHandingOver, moving.isEmpty, others.allSatisfy(\.machine.isEnding) else { return }
     endAll(.closed(isAwaited: false), now) { $0.origin == .profile && !$0.machine.isEnding }
   }
 
@@ -285,6 +302,8 @@ package enum GuestEvent<Key: Hashable & Sendable>: Hashable, Sendable {
   /// A device appears. `after` and `fuse` as in `DeviceEvent.begin`.
   case add(Key, GuestMachine<Key>.Origin, DeviceMachine, after: Milliseconds, fuse: String?)
   case device(Key, DeviceEvent)
+  /// There is neither a device nor an entry of this name.
+  case absent(Key)
   case serverStarted
   case serverFailed(String)
   /// Server and memory are given back.

@@ -121,6 +121,10 @@ struct PlayedGuest: Hashable {
 
   /// What holds between two events.
   private mutating func check(_ key: Int, _ device: Device) {
+    let isOver = machine.isDomainGone || machine.isLeftForGood || machine.isHandingOver
+    require(
+      !device.isSpare || machine.moving.isEmpty || isOver || machine[key]?.isEnding == false,
+      "the profile's \(key) ends while one of the toolstack's comes again")
     guard let machine = machine[key] else {
       return require(device.backends.isEmpty, "\(key) is gone with \(device.backends)")
     }
