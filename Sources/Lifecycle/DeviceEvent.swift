@@ -81,7 +81,7 @@ package enum DeviceEvent: Hashable, Sendable {
     /// Changes something of a device that is served.
     case adjust(Adjustment)
     /// A spare disk gets an image, which the shell has noted.
-    case fill(words: String)
+    case fill(image: String)
     /// A spare disk becomes empty once its requests are answered, or by force after the deadline.
     case detach(deadline: Milliseconds)
     /// The daemon ends, or the guest has.

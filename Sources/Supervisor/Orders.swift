@@ -68,7 +68,7 @@ final class Orders {
     guard let (guest, device) = table.known(key), device.entry?.settings.image?.isEmpty == true else { return nil }
     device.entry = table.runner.entries.spare(key, image: image, limits: device.limits, of: guest)
     if let limits { device.set(limits) }
-    return .command(.fill(words: image))
+    return .command(.fill(image: image))
   }
 
   func detach(_ key: DeviceKey, deadline: UInt64) -> DeviceEvent? {

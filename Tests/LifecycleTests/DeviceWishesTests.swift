@@ -60,11 +60,11 @@ import Testing
 
   // MARK: Spare disks
 
-  private static let filling = DeviceMachine.served + [.command(.fill(words: "'/a'")), .stopped(id(1))]
+  private static let filling = DeviceMachine.served + [.command(.fill(image: "'/a'")), .stopped(id(1))]
 
   @Test(arguments: [
     Row(
-      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(words: "'/a'")),
+      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(image: "'/a'")),
       .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.absent), [.stop(id(1))], "restarting"),
     Row(
       "keeps an image that does", .after(filling), .started(id(2), objection: nil),

@@ -87,7 +87,7 @@ extension PlayedGuest {
     if device.isReading { actions.append(.frontend(key, device.frontend)) }
     guard wishes else { return actions }
     if device.isSpare {
-      actions += [.command(key, .fill(words: "image")), .command(key, .detach(deadline: 10))]
+      actions += [.command(key, .fill(image: "image")), .command(key, .detach(deadline: 10))]
     } else {
       actions += [.entry(key, .corrected), .entry(key, .closing), .entry(key, .abandoned), .entry(key, .gone)]
       if machine.connection == .absent, !machine.isEnding { actions.append(.entry(key, .moved)) }

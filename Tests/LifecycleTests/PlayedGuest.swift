@@ -121,7 +121,7 @@ struct PlayedGuest: Hashable {
 
   /// What holds between two events.
   private mutating func check(_ key: Int, _ device: Device) {
-    let isOver = machine.isDomainGone || machine.isLeftForGood || machine.isHandingOver
+    let isOver = machine.isDomainGone || machine.daemonEnd != nil
     require(
       !device.isSpare || machine.moving.isEmpty || isOver || machine[key]?.isEnding == false,
       "the profile's \(key) ends while one of the toolstack's comes again")
