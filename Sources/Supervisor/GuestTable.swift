@@ -12,7 +12,7 @@ final class GuestTable {
   let herald: Herald
   let runner: EffectRunner
   let board: StatusBoard
-  /// The daemon's node of the budget tree.
+  /// The daemon's node of the tree of limits.
   let rate = RateNode()
   /// Events that wait for those before them.
   private var events: [(domain: DomainID, event: GuestEvent<DeviceKey>)] = []

@@ -41,7 +41,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     /// The device, for error messages and the threads' names.
     package var name: String
     package var source: any GuestMemorySource
-    /// The device's node of the budget tree.
+    /// The device's node of the tree of limits.
     package var rate: RateNode
     /// Counters that go on from an earlier backend of the device.
     package var account: DeviceAccount
