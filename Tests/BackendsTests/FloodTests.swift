@@ -36,6 +36,17 @@ import Testing
     }
   }
 
+  /// What the watchdog goes by, of every pump: since when its thread is in a batch, and that it has come back.
+  @Test(arguments: FloodKind.allCases) func everyBatchSaysWhenItBeganAndThatItIsOver(kind: FloodKind) throws {
+    try underFlood(kind) { stage in
+      let counters = stage.fixture.backend.counters
+      func isInBatch() -> Bool { counters.contains { $0.batchSince.load(ordering: .relaxed) != 0 } }
+      #expect(eventually(isInBatch), "its batches are seen by nobody")
+      stage.stopFlood()
+      #expect(eventually { !isInBatch() }, "its thread looks as if it hung")
+    }
+  }
+
   @Test(arguments: FloodKind.allCases) func ballooningGuestWaitsForABatchOfItsFloodAtMost(kind: FloodKind) throws {
     try underFlood(kind) { stage in
       expectPatience((0..<20).map { _ in stage.chains { stage.fixture.pool.invalidate() } }, "invalidations")

@@ -70,7 +70,8 @@ package final class DeviceFixture: CustomReflectable {
       makeState: { layout throws(StartFault) in
         if let known = kept.withLock({ $0 }) { return known }
         do throws(Errno) {
-          let made = try DeviceState(layout: layout, place: .xenbus)
+          let made = try DeviceState(
+            layout: layout, place: DevicePlace(base: SlotTable.slot(0).base, index: 0, sharedInterrupt: 0))
           kept.withLock { $0 = made }
           return made
         } catch {
