@@ -82,7 +82,7 @@ import Xen
     func vacate(_ key: DeviceKey) {}
     func forget(_ key: DeviceKey) { wires[key] = nil }
     func memory(of key: DeviceKey) -> (any GuestMemorySource)? { memory }
-    func place(of key: DeviceKey) -> DevicePlace { DevicePlace(base: 0, index: 0, sharedInterrupt: 0) }
+    func place(of key: DeviceKey) -> DevicePlace { .mmio(base: 0, index: 0, sharedInterrupt: 0) }
     func transport(of key: DeviceKey) -> (any DeviceTransport)? { wires[key] }
     func facts(of key: DeviceKey) -> DeviceFacts { DeviceFacts() }
 

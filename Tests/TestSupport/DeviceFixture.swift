@@ -71,7 +71,7 @@ package final class DeviceFixture: CustomReflectable {
         if let known = kept.withLock({ $0 }) { return known }
         do throws(Errno) {
           let made = try DeviceState(
-            layout: layout, place: DevicePlace(base: SlotTable.slot(0).base, index: 0, sharedInterrupt: 0))
+            layout: layout, place: .mmio(base: SlotTable.slot(0).base, index: 0, sharedInterrupt: 0))
           kept.withLock { $0 = made }
           return made
         } catch {

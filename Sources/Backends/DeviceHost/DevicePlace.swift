@@ -1,26 +1,9 @@
-/// Where the device sits in its guest.
-package struct DevicePlace: Equatable, Sendable {
-  package var base: UInt64
-  package var index: Int
-  /// Number of the shared peripheral interrupt; 0 on x86.
-  package var sharedInterrupt: UInt32
-  /// No place at all: the device is reached over Xenbus.
-  package var isXenbus: Bool
-  /// The device's number on the PCI bus; nil for one that is elsewhere.
-  package var pciDevice: UInt8?
-
-  package static let xenbus = DevicePlace(base: 0, index: 0, sharedInterrupt: 0, isXenbus: true)
-
-  /// A function of a PCI device.
-  package init(pciDevice: UInt8) {
-    self.init(base: 0, index: 0, sharedInterrupt: 0)
-    self.pciDevice = pciDevice
-  }
-
-  package init(base: UInt64, index: Int, sharedInterrupt: UInt32, isXenbus: Bool = false) {
-    self.isXenbus = isXenbus
-    self.base = base
-    self.index = index
-    self.sharedInterrupt = sharedInterrupt
-  }
+/// Where a device sits in its guest, as its saved state says: a case for each kind of transport whose devices outlive the daemon.
+package enum DevicePlace: Equatable, Sendable {
+  /// Registers at `base`: in a slot of this number, or, with a shared peripheral interrupt (Arm), where the guest's device tree has them.
+  case mmio(base: UInt64, index: Int, sharedInterrupt: UInt32)
+  /// A function of the PCI device with this number, from 0 to 31.
+  case pci(device: UInt8)
+  /// No place at all: the guest finds the device by its frontend.
+  case xenbus
 }

@@ -72,7 +72,23 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   }
 
   private static func bytes(_ layout: Layout, _ place: DevicePlace) -> Int {
-    journalsOffset + layout.identity.queueSizes.count * journalBytes(layout) + (place.pciDevice == nil ? 0 : 4096)
+    journalsOffset + layout.identity.queueSizes.count * journalBytes(layout) + functionBytes(place)
+  }
+
+  /// Of the page of a PCI function.
+  private static func functionBytes(_ place: DevicePlace) -> Int {
+    switch place {
+    case .pci: 4096
+    case .mmio, .xenbus: 0
+    }
+  }
+
+  private static func version(of place: DevicePlace) -> UInt32 {
+    switch place {
+    case .mmio: version
+    case .xenbus: xenbusVersion
+    case .pci: pciVersion
+    }
   }
 
   /// Makes a file, complete before it has its name.
@@ -94,7 +110,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     memory = try Self.map(descriptor.raw, length)
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
-      place.isXenbus ? Self.xenbusVersion : place.pciDevice != nil ? Self.pciVersion : Self.version,
+      Self.version(of: place),
       UInt32(clamping: length >> 12), layout.identity.deviceID,
       UInt32(queues), UInt32(layout.slotCount),
       UInt32(layout.chainLimit),
@@ -102,10 +118,14 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
       memory.storeBytes(of: value, toByteOffset: 8 + 4 * index, as: UInt32.self)
     }
     memory.storeBytes(of: layout.identity.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
-    memory.storeBytes(of: place.base, toByteOffset: 72, as: UInt64.self)
-    memory.storeBytes(
-      of: UInt32(truncatingIfNeeded: place.pciDevice.map { Int($0) } ?? place.index), toByteOffset: 80, as: UInt32.self)
-    memory.storeBytes(of: place.sharedInterrupt, toByteOffset: 84, as: UInt32.self)
+    switch place {
+    case .mmio(let base, let index, let sharedInterrupt):
+      memory.storeBytes(of: base, toByteOffset: 72, as: UInt64.self)
+      memory.storeBytes(of: UInt32(truncatingIfNeeded: index), toByteOffset: 80, as: UInt32.self)
+      memory.storeBytes(of: sharedInterrupt, toByteOffset: 84, as: UInt32.self)
+    case .pci(let device): memory.storeBytes(of: UInt32(device), toByteOffset: 80, as: UInt32.self)
+    case .xenbus: break
+    }
     for (index, size) in layout.identity.queueSizes.enumerated() {
       memory.storeBytes(of: size, toByteOffset: 96 + 2 * index, as: UInt16.self)
     }
@@ -177,9 +197,9 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     let place: DevicePlace =
       switch word(8) {
       case xenbusVersion: .xenbus
-      case pciVersion: DevicePlace(pciDevice: UInt8(truncatingIfNeeded: word(80) & 31))
+      case pciVersion: .pci(device: UInt8(truncatingIfNeeded: word(80) & 31))
       default:
-        DevicePlace(
+        .mmio(
           base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
       }
     guard length == bytes(layout, place), word(256) <= 1 else { throw .damaged("it has \(length) bytes") }
@@ -271,7 +291,10 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   // MARK: Registers of a PCI function
 
   /// The page of the function; nil where the device is none.
-  private var functionPage: UnsafeMutableRawPointer? { place.pciDevice == nil ? nil : memory + length - 4096 }
+  private var functionPage: UnsafeMutableRawPointer? {
+    let bytes = Self.functionBytes(place)
+    return bytes == 0 ? nil : memory + length - bytes
+  }
 
   private func validFunction(_ page: UnsafeMutableRawPointer) -> UnsafeMutablePointer<Atomic<UInt32>> {
     (page + 4092).assumingMemoryBound(to: Atomic<UInt32>.self)

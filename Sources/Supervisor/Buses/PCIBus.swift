@@ -21,7 +21,9 @@ final class PCIBus: GuestBus {
     device.transport == .pci && device.base == 0 && !guest.isParavirtual && !guest.isDriverDomain
   }
 
-  static func restores(_ place: DevicePlace) -> Bool { place.pciDevice != nil }
+  static func restores(_ place: DevicePlace) -> Bool {
+    if case .pci = place { true } else { false }
+  }
 
   /// Device numbers on the bus that are ours. QEMU fills the bus from below: its chipset is 0 and 1, the Xen platform device, graphics,
   /// network cards and passed-through devices follow.
@@ -57,7 +59,7 @@ final class PCIBus: GuestBus {
   // MARK: What an earlier daemon left
 
   func restore(_ key: DeviceKey, _ state: DeviceState) {
-    guard let device = state.place.pciDevice else { return }
+    guard case .pci(let device) = state.place else { return }
     let address = PCIAddress(device: device)
     let saved = state.saved
     let transport = PCITransport(
@@ -165,7 +167,7 @@ final class PCIBus: GuestBus {
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
   func place(of key: DeviceKey) -> DevicePlace {
-    DevicePlace(pciDevice: seats[key]?.address.device ?? Self.devices.lowerBound)
+    .pci(device: seats[key]?.address.device ?? Self.devices.lowerBound)
   }
 
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }

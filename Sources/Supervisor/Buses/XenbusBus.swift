@@ -72,7 +72,7 @@ final class XenbusBus: GuestBus {
     let state = nodes["state"].flatMap(XenbusState.init(rawValue:))
     if let folder = host.settings.stateFolder {
       if state == .connected, frontend?.isSetUp == true,
-        let saved = try? DeviceState(path: folder.devicePath(key)), saved.place.isXenbus,
+        let saved = try? DeviceState(path: folder.devicePath(key)), saved.place == .xenbus,
         saved.saved.status.contains(.driverOK)
       {
         seats[key]?.registers = saved.saved.registers
