@@ -30,10 +30,13 @@ let package = Package(
     .systemLibrary(name: "CSystemd", path: "Sources/Supervisor/CModules/CSystemd"),
 
     // The data path, one target per stage: the compiler keeps the arrows.
-    .target(name: "Virtqueue", path: "Sources/Backends/Virtqueue", swiftSettings: house),
+    .target(name: "HostMemory", path: "Sources/Backends/HostMemory", swiftSettings: house),
+    .target(
+      name: "Virtqueue", dependencies: ["HostMemory"], path: "Sources/Backends/Virtqueue", swiftSettings: house),
     .target(name: "Transport", dependencies: ["Virtqueue"], path: "Sources/Backends/Transport", swiftSettings: house),
     .target(
-      name: "Devices", dependencies: ["Virtqueue", "Transport", "CLinux"], path: "Sources/Backends/Devices",
+      name: "Devices", dependencies: ["Virtqueue", "Transport", "HostMemory", "CLinux"],
+      path: "Sources/Backends/Devices",
       swiftSettings: house),
     .target(name: "EventLoop", dependencies: ["CLinux"], path: "Sources/Backends/EventLoop", swiftSettings: house),
     // The frames between a console port and vxctl.
@@ -47,7 +50,9 @@ let package = Package(
       path: "Sources/Backends/Xen", swiftSettings: house),
     .target(
       name: "DeviceHost",
-      dependencies: ["Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle", "JSON"],
+      dependencies: [
+        "Virtqueue", "Transport", "Devices", "EventLoop", "Engines", "Xen", "Lifecycle", "JSON", "HostMemory",
+      ],
       path: "Sources/Backends/DeviceHost", swiftSettings: house),
 
     // An in-process Xen with guests that play the virtio driver's side.

@@ -5,7 +5,8 @@ import Testing
 @Suite struct HouseTests {
   /// C modules that each folder below Sources may import; the longest matching folder counts.
   private static let allowed: [String: Set<String>] = [
-    "Backends/Virtqueue": [], "Backends/Transport": [], "Backends/Devices": ["CLinux", "Glibc"],
+    "Backends/HostMemory": ["Glibc"], "Backends/Virtqueue": [], "Backends/Transport": [],
+    "Backends/Devices": ["CLinux", "Glibc"],
     "Backends/EventLoop": ["CLinux", "Glibc"], "Backends/ConsoleLink": [],
     "Backends/Engines": ["CAIO", "CLinux", "Glibc"],
     "Backends/Xen": ["CXen", "Glibc"], "Backends/DeviceHost": ["Glibc"],

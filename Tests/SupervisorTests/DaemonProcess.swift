@@ -40,16 +40,42 @@ final class DaemonProcess: @unchecked Sendable {
 
   var descriptorCount: Int { TemporaryFolder.names("/proc/\(child?.pid ?? 0)/fd").count }
 
-  /// Memory that is in use, in KiB; 0 when it has ended.
-  var residentKilobytes: Int {
-    guard let file = fopen("/proc/\(child?.pid ?? 0)/status", "re") else { return 0 }
+  /// Memory that is in use, in KiB, with what it has mapped of its guests; 0 when it has ended.
+  var residentKilobytes: Int { kilobytes(of: ["VmRSS:"]) }
+
+  /// Memory of its own that is in use, in KiB: without its guests', which is in memory files here and which Linux does not count on Xen.
+  var ownKilobytes: Int { kilobytes(of: ["RssAnon:", "RssFile:"]) }
+
+  private func kilobytes(of fields: [String]) -> Int { sum(of: fields, in: "status") }
+
+  /// Calls of read and write, of all kinds and by all threads, so far: work that can be counted.
+  var readsAndWrites: Int { sum(of: ["syscr:", "syscw:"], in: "io") }
+
+  private func sum(of fields: [String], in name: String) -> Int {
+    guard let file = fopen("/proc/\(child?.pid ?? 0)/\(name)", "re") else { return 0 }
     defer { fclose(file) }
     var bytes = [UInt8](repeating: 0, count: 256)
+    var sum = 0
     while fgets(&bytes, 256, file) != nil {
       let line = String(decoding: bytes.prefix { $0 != 0 && $0 != 10 }, as: UTF8.self)
-      if line.hasPrefix("VmRSS:") { return line.split(separator: " ").compactMap { Int($0) }.first ?? 0 }
+      let words = line.split { $0 == " " || $0 == "\t" }
+      guard words.count > 1, fields.contains(String(words[0])) else { continue }
+      sum += Int(words[1]) ?? 0
     }
-    return 0
+    return sum
+  }
+
+  /// Processor time of all its threads so far, also of those that have ended, in milliseconds.
+  var processorMilliseconds: Int {
+    guard let file = fopen("/proc/\(child?.pid ?? 0)/stat", "re") else { return 0 }
+    defer { fclose(file) }
+    var bytes = [UInt8](repeating: 0, count: 1024)
+    let count = fread(&bytes, 1, bytes.count, file)
+    // Behind the name, which may have spaces: fields 14 and 15 of all (linux: proc_pid_stat(5)), in ticks.
+    let behind = String(decoding: bytes[..<count], as: UTF8.self).split(separator: ")").last
+    let fields = behind?.split(separator: " ") ?? []
+    guard fields.count > 12, let user = Int(fields[11]), let system = Int(fields[12]) else { return 0 }
+    return (user + system) * 1000 / max(1, sysconf(Int32(_SC_CLK_TCK)))
   }
 
   /// For a failure: its threads and its last words.

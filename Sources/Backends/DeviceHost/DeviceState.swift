@@ -1,6 +1,7 @@
 import Devices
 package import EventLoop
 import Glibc
+import HostMemory
 import Synchronization
 package import Transport
 package import Virtqueue
@@ -101,13 +102,12 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     unlink(temporary)
     let descriptor = OwnedDescriptor(
       adopting: try retrying { open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600) })
-    // All of it now: a file system in memory that is full later would answer a store with SIGBUS.
-    let result = posix_fallocate(descriptor.raw, 0, off_t(length))
-    guard result == 0 else {
+    do throws(Errno) {
+      memory = try Self.makeRoom(descriptor.raw, layout, length)
+    } catch {
       unlink(temporary)
-      throw Errno(result)
+      throw error
     }
-    memory = try Self.map(descriptor.raw, length)
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
       Self.version(of: place),
@@ -172,10 +172,42 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
 
   deinit { munmap(memory, length) }
 
+  /// Sizes and maps a new file. What may be stored to at once has memory from now on; a file system in memory that is full later would answer
+  /// a store with SIGBUS. Kernels that cannot be asked for the rest when it is needed (before Linux 5.14) are asked for all of it now.
+  private static func makeRoom(_ descriptor: Int32, _ layout: Layout, _ length: Int) throws(Errno)
+    -> UnsafeMutableRawPointer
+  {
+    func allocate(_ start: Int, _ end: Int) throws(Errno) {
+      let result = posix_fallocate(descriptor, off_t(start), off_t(end - start))
+      guard result == 0 else { throw Errno(result) }
+    }
+    try allocate(length - 4096, length)
+    try allocate(0, journalsOffset)
+    let mapped = try map(descriptor, length)
+    let queues = layout.identity.queueSizes.count
+    do throws(Errno) {
+      guard populate(mapped, 4096) != .unknown else {
+        try allocate(0, length)
+        return mapped
+      }
+      let first = QueueJournal.bytesAtFirst(slotCount: layout.slotCount, chainLimit: layout.chainLimit)
+      for queue in 0..<queues {
+        let start = journalsOffset + queue * journalBytes(layout)
+        try allocate(start, start + first)
+      }
+    } catch {
+      munmap(mapped, length)
+      throw error
+    }
+    return mapped
+  }
+
   private static func map(_ descriptor: Int32, _ length: Int) throws(Errno) -> UnsafeMutableRawPointer {
     guard let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0), start != MAP_FAILED else {
       throw Errno.last
     }
+    // One page at a time: the pages around a request's are those of requests that are mostly not there.
+    madvise(start, length, Int32(MADV_RANDOM))
     return start
   }
 

@@ -10,7 +10,7 @@ package struct GuestBuffer {
 }
 
 /// Names a chain that the device has towards its virtqueue.
-package struct ChainTicket: Equatable {
+package struct ChainTicket: BitwiseCopyable, Equatable {
   /// Head of a split chain, buffer ID of a packed one.
   package var head: UInt16
   /// Slots of a packed ring that the chain occupies; 1 in a split one.

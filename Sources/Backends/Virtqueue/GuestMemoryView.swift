@@ -1,3 +1,4 @@
+import HostMemory
 import Synchronization
 
 /// One data thread's window on a guest's memory: a cache of translations in front of the shared pool.
@@ -25,7 +26,9 @@ package struct GuestMemoryView: ~Copyable {
   private let source: any GuestMemorySource
   private let generation: MappingGeneration
   private let viewer = MemoryViewer()
+  /// All bits zero is an empty entry. Untouched until then: a view of 2 GiB for a guest that does its I/O in a few buckets.
   private let entries: UnsafeMutablePointer<Entry>
+  private let table: UntouchedMemory
   private let bucketShift: UInt64
   private let bucketSize: Int
   private var seenGeneration: UInt64 = 0
@@ -47,8 +50,9 @@ package struct GuestMemoryView: ~Copyable {
     generation = source.generation
     bucketShift = UInt64(source.bucketShift)
     bucketSize = 1 << source.bucketShift
-    entries = .allocate(capacity: Self.entryCount)
-    entries.initialize(repeating: Entry(tag: 0, generation: 0), count: Self.entryCount)
+    var table = UntouchedMemory(bytes: UntouchedMemory.bytes(Entry.self, Self.entryCount))
+    entries = table.take(Entry.self, Self.entryCount)
+    self.table = table
     runBase = UnsafeMutableRawPointer(entries)
     source.add(viewer: viewer)
   }
@@ -56,7 +60,6 @@ package struct GuestMemoryView: ~Copyable {
   deinit {
     viewer.epoch.store(0, ordering: .releasing)
     source.remove(viewer: viewer)
-    entries.deallocate()
   }
 
   /// Starts a batch.

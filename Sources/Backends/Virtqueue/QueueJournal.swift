@@ -1,3 +1,4 @@
+import HostMemory
 import Synchronization
 
 /// What must not be forgotten of a live queue when its backend dies in the middle of a batch: the chains that the device has, and
@@ -66,6 +67,35 @@ package struct QueueJournal {
 
   static let headerBytes = 64
   private static let progressOffset = 16
+
+  /// Bytes up to the buffers of a slot, from the journal's start on.
+  private static func bytes(before slot: Int, slotCount: Int, chainLimit: Int) -> Int {
+    headerBytes + slotCount * MemoryLayout<Record>.stride + slot * chainLimit * MemoryLayout<GuestBuffer>.stride
+  }
+
+  /// Slots whose buffers a new journal has memory for. The others' is asked for when they are used first (`back`), so that a disk which mostly
+  /// has a few requests under way does not take up what its largest load needs.
+  package static func slotsAtFirst(_ slotCount: Int) -> Int { min(16, slotCount) }
+
+  /// Bytes of a new journal that must have memory.
+  package static func bytesAtFirst(slotCount: Int, chainLimit: Int) -> Int {
+    bytes(before: slotsAtFirst(slotCount), slotCount: slotCount, chainLimit: chainLimit)
+  }
+
+  /// Sees to it that stores to the buffers of these slots find memory: one into a file system in memory that is full would be answered with
+  /// SIGBUS, which ends the process.
+  ///
+  /// A kernel that cannot be asked (before Linux 5.14) was asked for all of it when the journal was made.
+  ///
+  /// - Returns: false when there is none.
+  package func back(_ slots: Range<Int>) -> Bool {
+    let first = Self.bytes(before: slots.lowerBound, slotCount: slotCount, chainLimit: chainLimit)
+    let end = Self.bytes(before: slots.upperBound, slotCount: slotCount, chainLimit: chainLimit)
+    let start = UInt(bitPattern: header) + UInt(first)
+    let page = start & ~4095
+    let bytes = Int(((UInt(bitPattern: header) + UInt(end) + 4095) & ~4095) - page)
+    return populate(UnsafeMutableRawPointer(header) + (first - Int(start - page)), bytes) != .refused
+  }
 
   /// Bytes that a journal needs. Pages that are never touched cost nothing in a file system in memory.
   package static func bytes(slotCount: Int, chainLimit: Int) -> Int {

@@ -74,6 +74,10 @@ final class LibxenDoorbell: QueueDoorbell, @unchecked Sendable {
 
   init(_ domain: DomainID, _ remotePort: UInt32) throws(XenError) {
     guard let channels = xenevtchn_open(nil, 0) else { throw XenError("xenevtchn_open", Errno.last) }
+    do { try restrict("xenevtchn_restrict", xenevtchn_restrict(channels, domain)) } catch {
+      xenevtchn_close(channels)
+      throw error
+    }
     let port = xenevtchn_bind_interdomain(channels, UInt32(domain), remotePort)
     guard port >= 0 else {
       let failure = XenError("bind_interdomain of port \(remotePort)", Errno.last)

@@ -25,9 +25,17 @@ package final class LibxenHypervisor: Hypervisor {
   package func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle { try LibxenGrants(domain) }
 }
 
+/// What a call that ties a handle to one domain gave. A kernel that knows no such call (before Linux 4.11) is served as it is.
+func restrict(_ operation: String, _ result: Int32) throws(XenError) {
+  guard result < 0 else { return }
+  let cause = Errno.last
+  guard cause == Errno(ENOTTY) || cause == Errno(EOPNOTSUPP) else { throw XenError(operation, cause) }
+}
+
 /// Handles of the libxen libraries for one guest.
 ///
-/// A set of handles per guest keeps guests apart: event channel calls take a mutex per open file in the kernel.
+/// A set of handles per guest keeps guests apart: event channel calls take a mutex per open file in the kernel. And the kernel refuses
+/// every call on them that concerns another domain, so that a confusion of guests ends as an error and not in a neighbour's memory.
 final class LibxenGuest: GuestHandle, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: the handles are immutable and their libraries may be called from any thread
   // (plain ioctls and mmap); `resource` belongs to the ioreq thread.
@@ -55,6 +63,9 @@ final class LibxenGuest: GuestHandle, @unchecked Sendable {
     self.deviceModel = deviceModel
     self.foreignMemory = foreignMemory
     self.eventChannels = eventChannels
+    try restrict("xendevicemodel_restrict", xendevicemodel_restrict(deviceModel, domain))
+    try restrict("xenforeignmemory_restrict", xenforeignmemory_restrict(foreignMemory, domain))
+    try restrict("xenevtchn_restrict", xenevtchn_restrict(eventChannels, domain))
     // The descriptor is blocking when opened, and a spurious wake-up must not stop the ioreq thread.
     let descriptor = xenevtchn_fd(eventChannels)
     _ = fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) | O_NONBLOCK)

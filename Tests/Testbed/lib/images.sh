@@ -251,6 +251,7 @@ build_dom0_image() { # ARCHIVE GUEST_ARCHIVE
   gcc -O2 -Wall -Werror -o "$IMAGES/hostile-backend" "$TESTBED/dom0/hostile-backend.c" -lxengnttab -lxenevtchn -lxenstore ||
     die "the hostile backend does not build (libxen-dev is missing? run: make deps)"
   copy_with_libraries "$image" "$IMAGES/hostile-backend" /bin/hostile-backend
+  gcc -O2 -Wall -Werror -static -s -o "$image/bin/handles" "$TESTBED/dom0/handles.c" || die "the program that tries open files does not build"
   pack "$image" "$1"
   rm -rf "$image"
 }

@@ -89,7 +89,13 @@ report() { # QUEUE : true when every check of every run held
     name=${name//:/\/}
     read -r code words <"$file"
     printf '  %-28s %s\n' "$name" "$words"
-    if [ "$code" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)) failures+=" '$name'"; fi
+    if [ "$code" = 0 ]; then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1)) failures+=" '$name'"
+      # A reader who has the last page of the output only finds here what it was.
+      grep '^not ok' "$OUTPUT/$name/checks.log" 2>/dev/null | sed 's/^/    /'
+    fi
   done
   local left
   left=$(find "$1/waiting" "$1/taken" -type f | wc -l)

@@ -1,5 +1,5 @@
 /// What an engine is asked to do with the backing store.
-package enum BlockOperation: UInt8, Sendable {
+package enum BlockOperation: UInt8, BitwiseCopyable, Sendable {
   case read
   case write
   /// Everything that was completed before must be durable when this completes.
@@ -11,7 +11,7 @@ package enum BlockOperation: UInt8, Sendable {
 }
 
 /// One operation of an engine. What `vectors` points at must stay until the completion is reaped.
-package struct EngineRequest {
+package struct EngineRequest: BitwiseCopyable {
   package var operation: BlockOperation
   /// Comes back with the completion.
   package var tag: UInt32
@@ -40,7 +40,7 @@ package struct EngineRequest {
 }
 
 /// A piece of memory; laid out as the kernel's `struct iovec`.
-package struct DataVector {
+package struct DataVector: BitwiseCopyable {
   package var start: UnsafeMutableRawPointer?
   package var length: Int
 

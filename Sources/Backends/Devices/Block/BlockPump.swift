@@ -1,3 +1,4 @@
+import HostMemory
 package import Transport
 package import Virtqueue
 
@@ -39,6 +40,7 @@ package struct BlockPump: ~Copyable {
   var queue: Virtqueue
   var slab: OperationSlab
   var bounce: BouncePool
+  private let tables: UntouchedMemory
   let staged: UnsafeMutablePointer<EngineRequest>
   var stagedCount = 0
   /// Bytes of transfers that were staged for the present group.
@@ -125,14 +127,15 @@ package struct BlockPump: ~Copyable {
     bounce = BouncePool(
       smallCount: slots,
       largeCount: max(OperationSlab.buffersPerStep, settings.bounceBytes / BouncePool.largeBytes))
-    staged = .allocate(capacity: slots)
-    waiting = .allocate(capacity: slots)
+    var tables = UntouchedMemory(
+      bytes: UntouchedMemory.bytes(EngineRequest.self, slots) + UntouchedMemory.bytes(UInt32.self, slots))
+    staged = tables.take(EngineRequest.self, slots)
+    waiting = tables.take(UInt32.self, slots)
+    self.tables = tables
     completions = .allocate(capacity: Self.completionCapacity)
   }
 
   deinit {
-    staged.deallocate()
-    waiting.deallocate()
     completions.deallocate()
   }
 

@@ -1,3 +1,5 @@
+import HostMemory
+
 /// Aligned buffers for data on its way between guest memory and the store, taken and given back without allocation.
 ///
 /// Two sizes: a page for the small requests that most are, 64 KiB pieces for the others. Last in, first out, so that the
@@ -6,6 +8,7 @@ struct BouncePool: ~Copyable {
   static let smallBytes = 4096
   static let largeBytes = 65536
 
+  private let pages: UntouchedMemory
   private let memory: UnsafeMutableRawPointer
   private let free: UnsafeMutablePointer<UInt32>
   private let smallCount: Int
@@ -16,7 +19,8 @@ struct BouncePool: ~Copyable {
   init(smallCount: Int, largeCount: Int) {
     self.smallCount = smallCount
     self.largeCount = largeCount
-    memory = .allocate(byteCount: smallCount * Self.smallBytes + largeCount * Self.largeBytes, alignment: 4096)
+    pages = UntouchedMemory(bytes: smallCount * Self.smallBytes + largeCount * Self.largeBytes)
+    memory = pages.start
     free = .allocate(capacity: smallCount + largeCount)
     freeSmall = smallCount
     freeLarge = largeCount
@@ -24,10 +28,7 @@ struct BouncePool: ~Copyable {
     for index in 0..<largeCount { free[smallCount + index] = UInt32(smallCount + largeCount - 1 - index) }
   }
 
-  deinit {
-    memory.deallocate()
-    free.deallocate()
-  }
+  deinit { free.deallocate() }
 
   /// Bytes of all buffers.
   var capacity: Int { smallCount * Self.smallBytes + largeCount * Self.largeBytes }

@@ -1,7 +1,8 @@
+import HostMemory
 import Virtqueue
 
 /// A request that the device works on: one slot of the slab, reused without allocation.
-struct BlockOperationRecord {
+struct BlockOperationRecord: BitwiseCopyable {
   /// The life of the queue that the request belongs to: completions of an older one are dropped.
   var life: UInt32 = 0
   var ticket = ChainTicket(head: 0, slots: 0)
@@ -42,14 +43,14 @@ struct OperationSlab: ~Copyable {
   static let buffersPerStep = 16
 
   /// A range of the disk, for a request that names several.
-  struct Range {
+  struct Range: BitwiseCopyable {
     var offset: UInt64
     var length: UInt64
     var mayUnmap: Bool
   }
 
   /// A slot's place in the order of age.
-  private struct Link {
+  private struct Link: BitwiseCopyable {
     var older: Int32
     var newer: Int32
     var since: UInt64
@@ -62,12 +63,15 @@ struct OperationSlab: ~Copyable {
   /// Where the chains' buffers are.
   private let journal: QueueJournal
   // Written before they are read, and left untouched until then: a slab of an idle queue costs no memory.
+  private let tables: UntouchedMemory
   private let vectorStorage: UnsafeMutablePointer<DataVector>
   private let bounceNumbers: UnsafeMutablePointer<UInt32>
   private let rangeStorage: UnsafeMutablePointer<Range>
   private let links: UnsafeMutablePointer<Link>
   private let free: UnsafeMutablePointer<UInt32>
   private(set) var freeCount: Int
+  /// Slots below it have memory for their buffers in the journal.
+  private var backed = 0
   private var oldest: Int32 = -1
   private var newest: Int32 = -1
 
@@ -75,25 +79,22 @@ struct OperationSlab: ~Copyable {
     self.journal = journal
     count = journal.slotCount
     chainLimit = journal.chainLimit
-    records = .allocate(capacity: count)
-    records.initialize(repeating: BlockOperationRecord(), count: count)
-    vectorStorage = .allocate(capacity: count * chainLimit)
-    bounceNumbers = .allocate(capacity: count * Self.buffersPerStep)
-    rangeStorage = .allocate(capacity: count * BlockConfiguration.rangesMaximum)
-    links = .allocate(capacity: count)
-    links.initialize(repeating: Link(older: -1, newer: -1, since: 0), count: count)
-    free = .allocate(capacity: count)
+    let vectors = count * chainLimit
+    let bounces = count * Self.buffersPerStep
+    let ranges = count * BlockConfiguration.rangesMaximum
+    var tables = UntouchedMemory(
+      bytes: UntouchedMemory.bytes(BlockOperationRecord.self, count) + UntouchedMemory.bytes(DataVector.self, vectors)
+        + UntouchedMemory.bytes(UInt32.self, bounces) + UntouchedMemory.bytes(Range.self, ranges)
+        + UntouchedMemory.bytes(Link.self, count) + UntouchedMemory.bytes(UInt32.self, count))
+    records = tables.take(BlockOperationRecord.self, count)
+    vectorStorage = tables.take(DataVector.self, vectors)
+    bounceNumbers = tables.take(UInt32.self, bounces)
+    rangeStorage = tables.take(Range.self, ranges)
+    links = tables.take(Link.self, count)
+    free = tables.take(UInt32.self, count)
+    self.tables = tables
     for index in 0..<count { free[index] = UInt32(count - 1 - index) }
     freeCount = count
-  }
-
-  deinit {
-    records.deallocate()
-    vectorStorage.deallocate()
-    bounceNumbers.deallocate()
-    rangeStorage.deallocate()
-    links.deallocate()
-    free.deallocate()
   }
 
   var busyCount: Int { count &- freeCount }
@@ -101,11 +102,14 @@ struct OperationSlab: ~Copyable {
   /// When the oldest slot in use was taken; 0 when none is.
   var oldestSince: UInt64 { oldest < 0 ? 0 : links[Int(oldest)].since }
 
+  /// Nil when none is free, or there is no memory for its buffers: then one that is in use serves later.
+  ///
   /// - Parameter now: monotonic time in nanoseconds.
   mutating func take(at now: UInt64) -> Int? {
     guard freeCount > 0 else { return nil }
+    let slot = Int(free[freeCount &- 1])
+    guard slot < backed || back(slot) else { return nil }
     freeCount &-= 1
-    let slot = Int(free[freeCount])
     enlist(slot, now)
     return slot
   }
@@ -118,6 +122,16 @@ struct OperationSlab: ~Copyable {
     freeCount &-= 1
     free[place] = free[freeCount]
     enlist(slot, now)
+    return true
+  }
+
+  /// Memory for a slot's buffers and those of some behind it: a few times in the life of a queue.
+  private mutating func back(_ slot: Int) -> Bool {
+    let first = QueueJournal.slotsAtFirst(count)
+    let end = min(count, slot + first)
+    // What a new journal has from the start is not asked for, so that there is always a slot.
+    guard slot < first || journal.back(backed..<end) else { return false }
+    backed = slot < first ? first : end
     return true
   }
 
