@@ -63,6 +63,8 @@ package final class SimulatedDomain: @unchecked Sendable {
   package let aborts = Atomic<UInt64>(0)
   /// Runs when a vCPU has selected its server and not yet written to its slot: where a test lets something happen in between.
   package let beforeSending = Mutex<(@Sendable () -> Void)?>(nil)
+  /// Runs when memory is about to be mapped, on the thread that needs it.
+  package let beforeMapping = Mutex<(@Sendable () -> Void)?>(nil)
   /// Runs when a mapping is about to be taken away.
   package let beforeUnmapping = Mutex<(@Sendable () -> Void)?>(nil)
   let state = Mutex(State())

@@ -253,6 +253,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   func map(
     frames: UnsafePointer<UInt64>, count: Int, errors: UnsafeMutablePointer<Int32>
   ) -> UnsafeMutableRawPointer? {
+    domain.beforeMapping.withLock { $0 }?()
     domain.mapCalls.wrappingAdd(1, ordering: .relaxed)
     guard !domain.state.withLock({ $0.isDestroyed }) else { return nil }
     if SimulatedDomain.strikes(domain.mapFailures) { return nil }
