@@ -28,10 +28,12 @@ package final class ControlClient {
   private var nextID: Int64 = 1
   private let timeoutMilliseconds: Int32
 
+  /// - Parameter timeoutMilliseconds: for the connection, for each piece of a request that is sent, and for each answer of `call`.
   package init(path: String, timeoutMilliseconds: Int32 = 10_000) throws(Failure) {
     self.timeoutMilliseconds = timeoutMilliseconds
     do throws(Errno) {
-      descriptor = OwnedDescriptor(adopting: try UnixSocket.connect(path))
+      descriptor = OwnedDescriptor(
+        adopting: try UnixSocket.connect(path, timeoutMilliseconds: timeoutMilliseconds))
     } catch {
       throw .unreachable(path: path, reason: "\(error)")
     }

@@ -1,3 +1,4 @@
+import EventLoop
 import Glibc
 
 /// QEMU's monitor of a guest: what it has on the guest's PCI bus. vxd's functions are not QEMU's: one that is there too is another device in the
@@ -11,13 +12,20 @@ package enum QEMUMonitor {
 
   package static func isThere(of domain: UInt16, folder: String) -> Bool { access(path(domain, folder), F_OK) == 0 }
 
-  /// Functions on bus 0; nil where QEMU cannot be asked. Waits for it, two seconds for each of its answers at most.
-  package static func functions(of domain: UInt16, folder: String) -> [(device: UInt8, function: UInt8)]? {
-    guard let monitor = try? ControlClient(path: path(domain, folder)) else { return nil }
+  /// Functions on bus 0; nil where QEMU cannot be asked, or does not answer in time.
+  ///
+  /// - Parameter milliseconds: for the whole conversation: a QEMU that is stopped or hangs holds nobody longer.
+  package static func functions(
+    of domain: UInt16, folder: String, within milliseconds: Int32 = 3000
+  ) -> [(device: UInt8, function: UInt8)]? {
+    let deadline = EventLoop.now() &+ UInt64(max(milliseconds, 1)) * 1_000_000
+    guard let monitor = try? ControlClient(path: path(domain, folder), timeoutMilliseconds: milliseconds) else {
+      return nil
+    }
     do throws(ControlClient.Failure) {
-      _ = try monitor.receive(2000)
-      _ = try execute("qmp_capabilities", monitor)
-      guard let buses = try execute("query-pci", monitor)?.arrayValue else { return nil }
+      _ = try receive(monitor, deadline)
+      _ = try execute("qmp_capabilities", monitor, deadline)
+      guard let buses = try execute("query-pci", monitor, deadline)?.arrayValue else { return nil }
       var found: [(device: UInt8, function: UInt8)] = []
       for bus in buses where bus["bus"]?.integerValue == 0 {
         for device in bus["devices"]?.arrayValue ?? [] {
@@ -35,15 +43,23 @@ package enum QEMUMonitor {
 
   /// - Returns: what the command returned; nil for an error.
   private static func execute(
-    _ command: String, _ monitor: ControlClient
+    _ command: String, _ monitor: ControlClient, _ deadline: UInt64
   ) throws(ControlClient.Failure) -> JSONValue? {
     try monitor.send(Array(JSONText.text(["execute": .string(command)]).utf8))
-    // Events may come in between; not many, in so short a time.
-    for _ in 0..<100 {
-      let answer = try monitor.receive(2000)
+    while true {
+      // Events may come in between.
+      let answer = try receive(monitor, deadline)
       if let result = answer["return"] { return result }
       if answer["error"] != nil { return nil }
     }
-    return nil
+  }
+
+  /// The next message, before the deadline.
+  private static func receive(
+    _ monitor: ControlClient, _ deadline: UInt64
+  ) throws(ControlClient.Failure) -> JSONValue {
+    let now = EventLoop.now()
+    guard now < deadline else { throw .protocolBroken("QEMU did not answer in time") }
+    return try monitor.receive(Int32(clamping: (deadline &- now) / 1_000_000 &+ 1))
   }
 }

@@ -60,8 +60,8 @@ package enum DeviceEffect: Hashable, Sendable {
 
   /// The spare disk's entry becomes empty.
   case empty
-  case saveFilling
-  case forgetFilling
+  case saveAssignment
+  case forgetAssignment
   /// The state file.
   case forgetState
   /// What outlives backends: interfaces, consoles' memories. On the guest's thread, since other programs may be waited for. Answered by

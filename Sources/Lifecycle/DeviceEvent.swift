@@ -68,6 +68,8 @@ package enum DeviceEvent: Hashable, Sendable {
     case abandoned
     /// The entry itself is gone: nobody waits for anything.
     case gone
+    /// The entry is for another bus now, and the guest does not know the device yet: it ends here and comes again there.
+    case moved
   }
 
   /// What an operator can do to a device.
@@ -79,7 +81,7 @@ package enum DeviceEvent: Hashable, Sendable {
     /// Changes something of a device that is served.
     case adjust(Adjustment)
     /// A spare disk gets an image, which the shell has noted.
-    case fill(words: String)
+    case fill(image: String)
     /// A spare disk becomes empty once its requests are answered, or by force after the deadline.
     case detach(deadline: Milliseconds)
     /// The daemon ends, or the guest has.

@@ -40,7 +40,7 @@ extension DeviceMachine {
         effects += [.tell(.deviceNotAttached, objection), .empty]
         return stop(id, .again(.restart("nothing is attached"), after: 0))
       }
-      effects += [.saveFilling, .tell(.deviceAttached, words)]
+      effects += [.saveAssignment, .tell(.deviceAttached, words)]
       use(id, .restart(words))
     case .use(let occasion): use(id, occasion)
     case .next(let next): stop(id, next)

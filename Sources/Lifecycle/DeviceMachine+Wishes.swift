@@ -5,7 +5,7 @@ extension DeviceMachine {
   mutating func entryChanged(_ change: DeviceEvent.EntryChange, _ now: Moment) {
     switch change {
     case .corrected: corrected()
-    case .gone: end(.closed(isAwaited: false))
+    case .gone, .moved: end(.closed(isAwaited: false))
     case .abandoned: end(.closed(isAwaited: true))
     case .closing:
       // A driver that is at work ends its requests first; the frontend's nodes say when.
@@ -152,7 +152,7 @@ extension DeviceMachine {
   mutating func drained(_ number: BackendID, _ words: String, _ now: Moment) {
     guard drain == number else { return }  // the other of deadline and drain came first, or another detach
     drain = nil
-    effects += [.empty, .forgetFilling]
+    effects += [.empty, .forgetAssignment]
     proceed(.again(.empty(words), after: 0))
   }
 
@@ -240,7 +240,7 @@ extension DeviceMachine {
     switch departure {
     case .handedOver: break
     case .closed(let isAwaited):
-      effects += [.forgetState, .forgetFilling]
+      effects += [.forgetState, .forgetAssignment]
       if isAwaited { effects.append(.writeClosed) }
       effects += [.removeEntry, .tell(.deviceGone, nil), .lookAgain]
     }

@@ -1,4 +1,4 @@
-/// A device's life: what happens to it goes in as events, what is to be done comes out as effects. A value: no thread, clock, store or log.
+/// A device's life: what happens to it goes in as events, what is to be done comes out as effects. A value: no thread, clock, Xenstore or log.
 ///
 /// Two halves stand side by side. `service` is the host's: which backend there is, and what comes when it has ended. `connection` is the
 /// driver's: whether the guest can find the device, and what its driver has said. At any moment there is at most one backend, and

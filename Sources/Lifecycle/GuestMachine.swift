@@ -4,9 +4,10 @@
 /// `Key` names a device within the guest.
 package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package enum Phase: Hashable, Sendable {
+    /// No device of it has needed a server so far.
+    case bare
     /// The server of its accesses is being made.
     case starting
-    /// There is a server, or nobody has needed one so far.
     case running
     /// It cannot be made: `reason`; tried again after a pause, which is numbered.
     case failed(reason: String, retry: UInt64)
@@ -29,23 +30,21 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     package internal(set) var machine: DeviceMachine
   }
 
-  package internal(set) var phase = Phase.starting
+  package internal(set) var phase: Phase
   /// In the order in which they came.
   package internal(set) var members: [Member] = []
   /// Pauses between tries to make the server.
   package let retry: RestartPolicy
   /// Tries to make the server that failed.
   package internal(set) var tries = 0
-  /// The daemon ends, and what is left of the guest is for the next one.
-  package internal(set) var isHandingOver = false
-  /// A server was needed at some time.
-  package internal(set) var hasServer: Bool
+  /// What the end of the daemon makes of the guest: it is for the next one, or there will be none; nil while the daemon stays.
+  package internal(set) var daemonEnd: Departure?
   /// The guest looks for devices where nobody answers but the server: it stays for as long as the guest runs, with or without devices.
   package internal(set) var holdsWindows: Bool
   /// The domain is no more, so that nobody looks for anything.
   package internal(set) var isDomainGone = false
-  /// The daemon ends, and does not come again.
-  package internal(set) var isLeftForGood = false
+  /// Devices of the toolstack's that left for another bus and have not come again so far.
+  package internal(set) var moving: Set<Key> = []
   /// Mappings are being given back while the server stays.
   package internal(set) var isReleasingMemory = false
   var lastNumber: UInt64
@@ -62,9 +61,8 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   ) {
     self.retry = retry
     lastNumber = numbersAfter
-    self.hasServer = hasServer
     self.holdsWindows = holdsWindows
-    if !hasServer { phase = .running }
+    phase = hasServer ? .starting : .bare
   }
 
   package subscript(key: Key) -> DeviceMachine? { members.first { $0.key == key }?.machine }
@@ -78,18 +76,20 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   /// Whether devices may be added: not while the guest ends. Its entries are looked at again when it is gone.
   package var acceptsDevices: Bool {
     switch phase {
-    case .starting, .running, .failed: !isHandingOver
+    case .bare, .starting, .running, .failed: !isHandedOver
     case .closing, .gone: false
     }
   }
 
+  private var isHandedOver: Bool { daemonEnd == .handedOver }
+
   private func bus(of machine: DeviceMachine) -> Bus {
     switch phase {
-    case .starting, .running, .failed: if !machine.needsServer { return .ready }
+    case .bare, .starting, .running, .failed: if !machine.needsServer { return .ready }
     case .closing, .gone: break
     }
     return switch phase {
-    case .starting: .pending
+    case .bare, .starting: .pending
     case .running: .ready
     case .failed(let reason, _): .failed(reason)
     case .closing, .gone: .pending
@@ -104,15 +104,16 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .begin: begin()
     case .add(let key, let origin, var machine, let pause, let fuse):
       guard acceptsDevices, self[key] == nil else { return [.unexpected("add while \(phase)")] }
-      if machine.needsServer, !hasServer {
-        hasServer = true
-        startServer()
-      }
+      if machine.needsServer, phase == .bare { startServer() }
+      moving.remove(key)
       if machine.claim != .none { holdsWindows = true }
       machine.bus = bus(of: machine)
       members.append(Member(key: key, origin: origin, machine: machine))
       tell(key, .begin(after: pause, fuse: fuse), now)
-    case .device(let key, let event): tell(key, event, now)
+    case .device(let key, let event):
+      note(event, of: key, now)
+      tell(key, event, now)
+    case .absent(let key): doesNotComeAgain(key, now)
     case .serverStarted: serverStarted(now)
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
@@ -129,7 +130,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       closeIfAllGivenBack()
     case .end(.handedOver): handOver(now)
     case .end(let departure):
-      isLeftForGood = true
+      if daemonEnd == nil { daemonEnd = departure }
       endAll(departure, now) { _ in true }
       closeIfAllGivenBack()
     }
@@ -142,9 +143,9 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
 
   private mutating func begin() {
     switch phase {
+    case .bare: break
     case .starting: effects.append(.startServer)
-    case .running: break  // needs none
-    case .failed, .closing, .gone: effects.append(.unexpected("begin while \(phase)"))
+    case .running, .failed, .closing, .gone: effects.append(.unexpected("begin while \(phase)"))
     }
     effects.append(.tell(.guestAppeared, nil))
   }
@@ -161,7 +162,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       tries = 0
       for member in members where member.machine.needsServer { tell(member.key, .busReady, now) }
     case .closing: break  // the guest ended meanwhile; what was made is given back by what was asked for then
-    case .running, .failed, .gone: effects.append(.unexpected("server started while \(phase)"))
+    case .bare, .running, .failed, .gone: effects.append(.unexpected("server started while \(phase)"))
     }
   }
 
@@ -175,7 +176,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       tries += 1
       for member in members where member.machine.needsServer { tell(member.key, .busFailed(reason), now) }
     case .closing: break  // the guest ended meanwhile
-    case .running, .failed, .gone: effects.append(.unexpected("server failed while \(phase)"))
+    case .bare, .running, .failed, .gone: effects.append(.unexpected("server failed while \(phase)"))
     }
   }
 
@@ -187,7 +188,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       switch effect {
       case .retryBus:
         if case .failed = phase { startServer() }
-      case .leaving: endProfilesAlone(key, now)
+      case .leaving: if members[index].origin == .toolstack { endProfilesAlone(now) }
       case .released: break  // `settle` looks at all of them
       default: effects.append(.device(key, effect))
       }
@@ -198,23 +199,35 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     for member in members where isMeant(member) { tell(member.key, .command(.end(departure)), now) }
   }
 
-  /// The profile's devices end with the last of the toolstack's.
-  private mutating func endProfilesAlone(_ key: Key, _ now: Moment) {
-    let others = members.filter { $0.origin == .toolstack }
-    guard !isHandingOver, others.contains(where: { $0.key == key }), others.allSatisfy(\.machine.isEnding) else {
-      return
+  /// Whether a device that ends comes again.
+  private mutating func note(_ event: DeviceEvent, of key: Key, _ now: Moment) {
+    guard case .entry(let change) = event else { return }
+    switch change {
+    case .moved: if self[key]?.isEnding == false { moving.insert(key) }
+    case .gone, .abandoned, .closing: doesNotComeAgain(key, now)
+    case .corrected: break
     }
+  }
+
+  private mutating func doesNotComeAgain(_ key: Key, _ now: Moment) {
+    if moving.remove(key) != nil { endProfilesAlone(now) }
+  }
+
+  /// The profile's devices end with the last of the toolstack's.
+  private mutating func endProfilesAlone(_ now: Moment) {
+    let others = members.filter { $0.origin == .toolstack }
+    guard !isHandedOver, moving.isEmpty, others.allSatisfy(\.machine.isEnding) else { return }
     endAll(.closed(isAwaited: false), now) { $0.origin == .profile && !$0.machine.isEnding }
   }
 
   // MARK: The end
 
   private mutating func handOver(_ now: Moment) {
-    guard !isHandingOver else { return }
-    isHandingOver = true
+    guard !isHandedOver else { return }
+    daemonEnd = .handedOver
     switch phase {
     // No vCPU is answered from here on: what a device does last is in its journals.
-    case .starting, .running, .failed: effects.append(.leaveServer)
+    case .bare, .starting, .running, .failed: effects.append(.leaveServer)
     case .closing, .gone: return  // there is nothing left to hand over
     }
     endAll(.handedOver, now) { _ in true }
@@ -224,7 +237,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   /// Lets devices go that are given back; with the last one, server and memory go first.
   private mutating func settle(_ now: Moment) {
     switch phase {
-    case .starting, .running, .failed: break
+    case .bare, .starting, .running, .failed: break
     case .closing, .gone: return
     }
     if members.allSatisfy(\.machine.isEnding) { closeIfAllGivenBack() } else { dismiss(now) }
@@ -233,16 +246,16 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   private mutating func closeIfAllGivenBack() {
     guard members.allSatisfy(\.machine.isReleased) else { return }
     switch phase {
-    case .starting, .running, .failed: break
+    case .bare, .starting, .running, .failed: break
     case .closing, .gone: return
     }
-    if holdsWindows, !isDomainGone, !isHandingOver {
-      guard isLeftForGood else { return releaseMemory() }
+    if holdsWindows, !isDomainGone, !isHandedOver {
+      guard daemonEnd != nil else { return releaseMemory() }
       // Its accesses wait rather than that the guest's kernel dies of them.
-      isHandingOver = true
+      daemonEnd = .handedOver
       effects.append(.leaveServer)
     }
-    phase = .closing(isHandingOver ? .handedOver : .closed(isAwaited: false))
+    phase = .closing(isHandedOver ? .handedOver : .closed(isAwaited: false))
     effects.append(.closeServer)
   }
 
@@ -285,6 +298,8 @@ package enum GuestEvent<Key: Hashable & Sendable>: Hashable, Sendable {
   /// A device appears. `after` and `fuse` as in `DeviceEvent.begin`.
   case add(Key, GuestMachine<Key>.Origin, DeviceMachine, after: Milliseconds, fuse: String?)
   case device(Key, DeviceEvent)
+  /// There is neither a device nor an entry of this name.
+  case absent(Key)
   case serverStarted
   case serverFailed(String)
   /// Server and memory are given back.

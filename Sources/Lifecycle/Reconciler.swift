@@ -54,7 +54,7 @@ package enum Reconciler {
   ///   - known: nil when there is no such device.
   ///   - style: how drivers of the guest take devices.
   package static func action(_ entry: Entry?, _ known: Known?, _ style: BusStyle) -> Action {
-    guard let entry else { return known.map { $0.isEnding ? .nothing : .tell(.gone) } ?? .nothing }
+    guard let entry else { return known == nil ? .nothing : .tell(.gone) }
     if entry.state == .closing || !entry.isOnline && entry.state != .closed {
       return known == nil ? .sayClosed : .tell(.closing)
     }

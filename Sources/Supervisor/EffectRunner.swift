@@ -64,8 +64,8 @@ final class EffectRunner {
       if key.kind.isInXenstore { writer.writeState(key, state, over: over) }
     case .writeClosed: writer.writeClosed(key)
     case .empty: device.entry?.settings.image = ""
-    case .saveFilling: saveFilling(device, guest)
-    case .forgetFilling: settings.stateFolder?.forgetFilling(key)
+    case .saveAssignment: saveAssignment(device, guest)
+    case .forgetAssignment: settings.stateFolder?.forgetAssignment(key)
     case .forgetState: settings.stateFolder?.forget(key)
     case .removeTraces: run(clearing(device), guest, supervisor)
     case .schedule(let timer, let pause):
@@ -114,24 +114,24 @@ final class EffectRunner {
     guard let source = device.bus.memory(of: device.key) else {
       return .startFailed(id, "the guest's memory cannot be reached", isFinal: false)
     }
-    var surroundings = DeviceBackend.Surroundings(
+    var context = DeviceBackend.Context(
       name: "\(guest.name)/\(entry.name)", source: source, rate: device.rate, account: device.account,
       makeState: stateMaker(device, of: guest),
       report: { [key = device.key] report in supervisor.onLoop { $0.reported(key, id, report) } })
-    surroundings.fileName = Self.fileName(device.key, entry.name)
-    surroundings.label = CrashRecord.label(device.key)
-    surroundings.consoleFolder = settings.consoleFolder
-    surroundings.mayAttach = settings.mayAttachConsoles
-    surroundings.decorate = settings.decorate
+    context.fileName = Self.fileName(device.key, entry.name)
+    context.label = CrashRecord.label(device.key)
+    context.consoleFolder = settings.consoleFolder
+    context.mayAttach = settings.mayAttachConsoles
+    context.decorate = settings.decorate
     let (logLine, guestName, deviceName) = (logLine, guest.name, entry.name)
     let quota = Mutex(LineQuota())
-    surroundings.logLine = { line in
+    context.logLine = { line in
       guard case .say(let left) = quota.withLock({ $0.next(at: EventLoop.now()) }) else { return }
       let more = left > 0 ? "(\(left) lines before this one are left out) " : ""
       logLine(guestName, deviceName, more + line)
     }
     device.running = Device.Running(id: id)
-    device.running?.threads = entry.settings.start(surroundings) { [key = device.key] result in
+    device.running?.threads = entry.settings.start(context) { [key = device.key] result in
       // The threads are known by the time that this job runs: it comes behind the present one.
       supervisor.onLoop { $0.opened(key, id, result) }
     }
@@ -160,7 +160,7 @@ final class EffectRunner {
     guest.machine.set(entry.settings.restart, of: device.key)
     device.set(entry.settings.limits)
     if let state = device.state {
-      entry.settings.keep(state.shape.profile)
+      entry.settings.keep(state.layout.identity)
       if isKnown { entry.settings.keep(configuration: state.savedConfiguration) }
     }
     device.entry = entry
@@ -208,24 +208,24 @@ final class EffectRunner {
   /// Gives a device its saved state with its first backend, on the data thread: that of the earlier daemon, or a new one.
   private func stateMaker(
     _ device: Device, of guest: Guest
-  ) -> @Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState {
+  ) -> @Sendable (DeviceState.Layout) throws(StartFault) -> DeviceState {
     let known = device.state
     let path = settings.stateFolder?.devicePath(device.key)
     let place = device.bus.place(of: device.key)
     let (logLine, guestName, deviceName) = (logLine, guest.name, device.name)
-    return { shape throws(StartFault) in
+    return { layout throws(StartFault) in
       if let known {
         // The longest chain is the state's own: its journal has the room that it was made with.
-        guard known.shape.slotCount == shape.slotCount,
-          known.shape.profile.queueSizes == shape.profile.queueSizes
+        guard known.layout.slotCount == layout.slotCount,
+          known.layout.identity.queueSizes == layout.identity.queueSizes
         else {
-          throw .state("the storage now gives \(shape.profile.queueSizes.count) queues, the guest uses others")
+          throw .state("the storage now gives \(layout.identity.queueSizes.count) queues, the guest uses others")
         }
         return known
       }
       if let path {
         do throws(Errno) {
-          return try DeviceState(path: path, shape: shape, place: place)
+          return try DeviceState(path: path, layout: layout, place: place)
         } catch {
           // A disk that does not survive a restart of vxd is better than none.
           logLine(
@@ -234,7 +234,7 @@ final class EffectRunner {
         }
       }
       do throws(Errno) {
-        return try DeviceState(shape: shape, place: place)
+        return try DeviceState(layout: layout, place: place)
       } catch {
         throw .host(error)
       }
@@ -266,10 +266,10 @@ final class EffectRunner {
 
   // MARK: Spares
 
-  private func saveFilling(_ device: Device, _ guest: Guest) {
+  private func saveAssignment(_ device: Device, _ guest: Guest) {
     guard let image = device.entry?.settings.image else { return }
     do throws(Errno) {
-      try settings.stateFolder?.save(StateFolder.Filling(image: image, limits: device.limits), of: device.key)
+      try settings.stateFolder?.save(StateFolder.SpareAssignment(image: image, limits: device.limits), of: device.key)
     } catch {
       logLine(guest.name, device.name, "what is attached cannot be saved: \(error)")
     }

@@ -15,7 +15,7 @@ final class Guest {
   /// Directories of frontends that are watched for it.
   var watchedFrontends: Set<String> = []
   var limits = RateLimits()
-  /// The guest's node of the budget tree.
+  /// The guest's node of the tree of limits.
   let rate: RateNode
 
   /// - Parameter saved: what an earlier daemon left of it: a server, which its vCPUs may be waiting for.
@@ -59,7 +59,7 @@ final class Guest {
     let (phaseName, reason): (String, String?) =
       switch machine.phase {
       case .starting: ("starting", nil)
-      case .running: ("running", nil)
+      case .bare, .running: ("running", nil)
       case .failed(let reason, _): ("failed", reason)
       case .closing, .gone: ("closing", nil)
       }

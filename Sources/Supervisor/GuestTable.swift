@@ -12,7 +12,7 @@ final class GuestTable {
   let herald: Herald
   let runner: EffectRunner
   let board: StatusBoard
-  /// The daemon's node of the budget tree.
+  /// The daemon's node of the tree of limits.
   let rate = RateNode()
   /// Events that wait for those before them.
   private var events: [(domain: DomainID, event: GuestEvent<DeviceKey>)] = []
@@ -70,7 +70,7 @@ final class GuestTable {
     for key in guest.devices.keys where guest.machine[key] == nil {
       guest.devices.removeValue(forKey: key)?.bus.forget(key)
     }
-    if guests[guest.domain] === guest { publish(guest) }
+    if guests[guest.domain] === guest { updateBoard(guest) }
   }
 
   /// Whether the device of an event is served: its description is not looked at then, and so it is as soon as it is not.
@@ -131,8 +131,8 @@ final class GuestTable {
 
   func event(for report: BusReport) -> (DomainID, GuestEvent<DeviceKey>)? {
     switch report {
-    case .driver(let key, let relay):
-      _ = relay.take()
+    case .driver(let key, let latest):
+      _ = latest.take()
       // As it is now: DEVICE_NEEDS_RESET may have come meanwhile.
       guard let transport = known(key)?.1.transport else { return nil }
       return (key.domain, .device(key, .driver(Driver(transport.currentStatus))))
@@ -147,7 +147,7 @@ final class GuestTable {
 
   // MARK: For others to see
 
-  func publish(_ guest: Guest) {
+  func updateBoard(_ guest: Guest) {
     let snapshot = guest.snapshot
     board.update { $0.guests[snapshot.domain] = snapshot }
   }
@@ -161,7 +161,7 @@ final class GuestTable {
     for guest in guests.values {
       var changed = false
       for device in guest.devices.values { changed = watchdog.look(at: device, of: guest, now, herald) || changed }
-      if changed { publish(guest) }
+      if changed { updateBoard(guest) }
     }
   }
 }

@@ -29,14 +29,14 @@ final class Orders {
   func set(limits: RateLimits, of domain: DomainID) {
     guard let guest = table.guests[domain] else { return }
     guest.set(limits)
-    table.publish(guest)
+    table.updateBoard(guest)
   }
 
   func set(limits: RateLimits, of key: DeviceKey) {
     guard let (guest, device) = table.known(key) else { return }
     device.set(limits)
     table.herald.tell(.deviceLimited, guest, device, reason: JSONText.text(limits.json))
-    table.publish(guest)
+    table.updateBoard(guest)
   }
 
   /// Takes new profiles for what is opened from now on; limits and restart policies hold at once, for devices of every type.
@@ -51,7 +51,7 @@ final class Orders {
         guest.machine.set(entry.settings.restart, of: device.key)
         if entry.settings.limits != device.limits { set(limits: entry.settings.limits, of: device.key) }
       }
-      table.publish(guest)
+      table.updateBoard(guest)
     }
     log.info("profiles are loaded: limits and restart policies hold at once, running devices keep their other options")
   }
@@ -68,7 +68,7 @@ final class Orders {
     guard let (guest, device) = table.known(key), device.entry?.settings.image?.isEmpty == true else { return nil }
     device.entry = table.runner.entries.spare(key, image: image, limits: device.limits, of: guest)
     if let limits { device.set(limits) }
-    return .command(.fill(words: image))
+    return .command(.fill(image: image))
   }
 
   func detach(_ key: DeviceKey, deadline: UInt64) -> DeviceEvent? {

@@ -83,7 +83,7 @@ final class Population {
     let old = guest.name
     guest.name = name
     table.herald.tell(.guestRenamed, guest, reason: "it was '\(old)'")
-    table.publish(guest)
+    table.updateBoard(guest)
   }
 
   // MARK: Entries
@@ -114,6 +114,9 @@ final class Population {
           description: Reconciler.Entry.description(device.nodes))
       }, style(of: key, nodes ?? [:]))
     if let guest = known?.0, guest.uuid == nil, let uuid = reader.uuid(key) { identify(guest, uuid, for: supervisor) }
+    if action != .open, known == nil, table.guests[key.domain]?.machine.moving.contains(key) == true {
+      table.handle(.absent(key), of: key.domain, for: supervisor)
+    }
     switch action {
     case .nothing: break
     case .open: if let nodes { open(key, nodes, for: supervisor) }
@@ -122,11 +125,11 @@ final class Population {
         return tell(key, .entry(change), supervisor)
       }
       device.nodes = nodes
-      // What the guest does not know yet may be reached otherwise than it was said first: it comes again.
+      // What the guest does not know yet may be reached otherwise than it was said first.
       let moves =
         guest.machine[key]?.connection == .absent
         && guest.buses.moves(wish(key, nodes, facts(key.domain)), from: device.bus)
-      tell(key, .entry(moves ? .gone : .corrected), supervisor)
+      tell(key, .entry(moves ? .moved : .corrected), supervisor)
     case .sayClosed:
       writer.writeClosed(key)
       supervisor.onLoop { $0.removeEntryLater(key) }

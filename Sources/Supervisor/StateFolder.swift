@@ -83,27 +83,27 @@ package struct StateFolder: Sendable {
   // MARK: Spares
 
   /// What a spare disk was filled with.
-  struct Filling: Equatable {
+  struct SpareAssignment: Equatable {
     var image: String
     var limits: RateLimits
   }
 
-  private func fillingPath(_ key: DeviceKey) -> String { "\(path)/\(key.domain)-\(key.device).filling" }
+  private func assignmentPath(_ key: DeviceKey) -> String { "\(path)/\(key.domain)-\(key.device).filling" }
 
-  func save(_ filling: Filling, of key: DeviceKey) throws(Errno) {
+  func save(_ assignment: SpareAssignment, of key: DeviceKey) throws(Errno) {
     try Self.write(
-      JSONText.text(["version": 1, "image": .string(filling.image), "limits": filling.limits.json]),
-      to: fillingPath(key))
+      JSONText.text(["version": 1, "image": .string(assignment.image), "limits": assignment.limits.json]),
+      to: assignmentPath(key))
   }
 
-  func filling(_ key: DeviceKey) -> Filling? {
-    guard let value = Self.read(fillingPath(key)), let image = value["image"]?.stringValue else { return nil }
+  func assignment(_ key: DeviceKey) -> SpareAssignment? {
+    guard let value = Self.read(assignmentPath(key)), let image = value["image"]?.stringValue else { return nil }
     var limits = RateLimits()
     try? limits.change(value["limits"] ?? .object([]), "limits")
-    return Filling(image: image, limits: limits)
+    return SpareAssignment(image: image, limits: limits)
   }
 
-  func forgetFilling(_ key: DeviceKey) { unlink(fillingPath(key)) }
+  func forgetAssignment(_ key: DeviceKey) { unlink(assignmentPath(key)) }
 
   // MARK: Files
 
@@ -137,7 +137,7 @@ package struct StateFolder: Sendable {
   func forgetAll(_ domain: DomainID) {
     for key in contents.devices where key.domain == domain {
       forget(key)
-      forgetFilling(key)
+      forgetAssignment(key)
     }
     forget(domain)
   }

@@ -34,7 +34,7 @@ package final class StatusBoard: Sendable {
     /// The target that the toolstack named.
     var entryPath: String?
     /// How the guest reaches it: "mmio", "pci" or "xenbus".
-    var bus = "mmio"
+    var bus = ""
     /// What the guest needs for its driver to find it.
     var guestNeeds = ""
     /// Granted pages of a Xenbus device.

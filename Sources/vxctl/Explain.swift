@@ -117,9 +117,9 @@ struct Explain: ParsableCommand {
 
   /// The guest's domain as Xenstore has it; nil where domains cannot be read, as in a driver domain.
   private func findDomain(_ guest: GuestName, _ report: Report) throws(Wrong) -> DomainID? {
-    guard let store = openXenstore(), store.list("/local/domain")?.isEmpty == false else { return nil }
+    guard let xenstore = openXenstore(), xenstore.list("/local/domain")?.isEmpty == false else { return nil }
     do throws(ToolstackDevice.Fault) {
-      let domain = try guest.domain(in: store)
+      let domain = try guest.domain(in: xenstore)
       report.add(.good, "the guest runs as domain \(domain)")
       return domain
     } catch {
@@ -131,22 +131,22 @@ struct Explain: ParsableCommand {
   ///
   /// - Returns: how many there are.
   private func checkEntries(_ domain: DomainID, _ report: Report) throws(Wrong) -> Int {
-    guard let store = openXenstore() else {
+    guard let xenstore = openXenstore() else {
       report.add(.note, "Xenstore is not readable here: entries are not checked")
       return 0
     }
     var count = 0
     for kind in ["virtio_disk", "virtio"] {
-      for entry in store.list("backend/\(kind)/\(domain)") ?? [] {
+      for entry in xenstore.list("backend/\(kind)/\(domain)") ?? [] {
         let path = "backend/\(kind)/\(domain)/\(entry)"
-        let name = store.read("\(path)/dev") ?? "\(kind) \(entry)"
-        if let fault = store.read("\(path)/error") {
+        let name = xenstore.read("\(path)/dev") ?? "\(kind) \(entry)"
+        if let fault = xenstore.read("\(path)/error") {
           throw Wrong(
             words: "the entry of \(name) was refused: \(fault)",
             remedy: "correct the guest's configuration, or the image")
         }
-        let what = store.read("\(path)/params") ?? store.read("\(path)/type") ?? "?"
-        report.add(.good, "entry \(name): \(what), backend state \(store.read("\(path)/state") ?? "?")")
+        let what = xenstore.read("\(path)/params") ?? xenstore.read("\(path)/type") ?? "?"
+        report.add(.good, "entry \(name): \(what), backend state \(xenstore.read("\(path)/state") ?? "?")")
         count += 1
       }
     }
@@ -218,7 +218,7 @@ struct Explain: ParsableCommand {
     else { throw Wrong(words: "\(name) has gone in the meantime", remedy: "run this again") }
     let what = full["image"]?.stringValue ?? full.cell("type")
     let place = (full["facts"]?.arrayValue ?? []).map { "; \($0.cell("name")) \($0.cell("value"))" }.joined()
-    good("\(name): \(what) is open (\(full.cell("store")))\(place)")
+    good("\(name): \(what) is open (\(full.cell("engine")))\(place)")
     try checkCollision(name, full)
     guard state == "connected" else {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }

@@ -37,9 +37,9 @@ extension GuestName: ExpressibleByArgument {
   // MARK: Of the toolstack
 
   /// The domain in Xenstore.
-  func domain(in store: XenStore) throws(ToolstackDevice.Fault) -> DomainID {
-    let numbers = (store.list("/local/domain") ?? []).compactMap { DomainID($0) }
-    let domains = numbers.map { Domain(number: UInt32($0), name: store.read("/local/domain/\($0)/name") ?? "") }
+  func domain(in xenstore: XenStore) throws(ToolstackDevice.Fault) -> DomainID {
+    let numbers = (xenstore.list("/local/domain") ?? []).compactMap { DomainID($0) }
+    let domains = numbers.map { Domain(number: UInt32($0), name: xenstore.read("/local/domain/\($0)/name") ?? "") }
     do throws(Ambiguous) {
       guard let found = try find(in: domains), let number = DomainID(exactly: found.number) else {
         throw Ambiguous(message: "no domain '\(plain)'")

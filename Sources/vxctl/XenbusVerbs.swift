@@ -7,13 +7,13 @@ import Xen
 enum Toolstack {
   static func run(_ json: Bool, _ body: (XenStore) throws(ToolstackDevice.Fault) -> JSONValue) throws {
     do throws(ToolstackDevice.Fault) {
-      let store: XenStore
+      let xenstore: XenStore
       do throws(XenError) {
-        store = try XenStore(socketPath: getenv("XENSTORED_PATH").map { String(cString: $0) })
+        xenstore = try XenStore(socketPath: getenv("XENSTORED_PATH").map { String(cString: $0) })
       } catch {
         throw ToolstackDevice.Fault("cannot connect to Xenstore: \(error)", remedy: "run this in dom0, as root")
       }
-      let answer = try body(store)
+      let answer = try body(xenstore)
       if json { Output.json(answer) } else { Output.line(answer["text"]?.stringValue ?? "") }
     } catch {
       Trouble(.refused, error.message, remedy: error.remedy).report(json: json)
@@ -23,33 +23,33 @@ enum Toolstack {
 
   /// What the backend writes when it cannot serve a disk.
   static func error(_ disk: ToolstackDevice) -> String? {
-    disk.backend.flatMap { disk.store.read("\($0)/error") }.map { Output.printable($0) }
+    disk.backend.flatMap { disk.xenstore.read("\($0)/error") }.map { Output.printable($0) }
   }
 
-  static func state(_ disk: ToolstackDevice) -> String? { disk.backend.flatMap { disk.store.read("\($0)/state") } }
+  static func state(_ disk: ToolstackDevice) -> String? { disk.backend.flatMap { disk.xenstore.read("\($0)/state") } }
 }
 
 extension Attach {
   /// The device that is to be made.
-  private func target(of domain: DomainID, _ store: XenStore) throws(ToolstackDevice.Fault) -> ToolstackDevice {
-    if let device { return try ToolstackDevice(store, guest: domain, name: device) }
+  private func target(of domain: DomainID, _ xenstore: XenStore) throws(ToolstackDevice.Fault) -> ToolstackDevice {
+    if let device { return try ToolstackDevice(xenstore, guest: domain, name: device) }
     guard kind.generic == nil else {
       return ToolstackDevice(
-        store, guest: domain, device: try ToolstackDevice.freeGeneric(store, guest: domain), kind: .generic)
+        xenstore, guest: domain, device: try ToolstackDevice.freeGeneric(xenstore, guest: domain), kind: .generic)
     }
-    return ToolstackDevice(store, guest: domain, device: try ToolstackDevice.free(store, guest: domain))
+    return ToolstackDevice(xenstore, guest: domain, device: try ToolstackDevice.free(xenstore, guest: domain))
   }
 
   func attach(over backend: GuestName) throws {
-    try Toolstack.run(connection.json) { store throws(ToolstackDevice.Fault) in
+    try Toolstack.run(connection.json) { xenstore throws(ToolstackDevice.Fault) in
       guard limits.members.isEmpty else {
         throw ToolstackDevice.Fault(
           "limits cannot be given with --backend", remedy: "use 'vxctl limit' in the backend's domain")
       }
-      let domain = try guest.domain(in: store)
-      let server = try backend.domain(in: store)
+      let domain = try guest.domain(in: xenstore)
+      let server = try backend.domain(in: xenstore)
       guard server != domain else { throw ToolstackDevice.Fault("--backend: a guest cannot be its own backend") }
-      let disk = try target(of: domain, store)
+      let disk = try target(of: domain, xenstore)
       let word = kind.generic.map { "\($0.prefix)\(disk.device)" } ?? ToolstackDevice.name(disk.device)
       let name = "\(guest.plain)/\(word)"
       if options.dryRun {
@@ -87,9 +87,9 @@ extension Attach {
 
 extension Detach {
   func detachXenbus() throws {
-    try Toolstack.run(connection.json) { store throws(ToolstackDevice.Fault) in
-      let domain = try device.guest.domain(in: store)
-      let disk = try ToolstackDevice(store, guest: domain, name: device.device)
+    try Toolstack.run(connection.json) { xenstore throws(ToolstackDevice.Fault) in
+      let domain = try device.guest.domain(in: xenstore)
+      let disk = try ToolstackDevice(xenstore, guest: domain, name: device.device)
       guard disk.exists else {
         throw ToolstackDevice.Fault(
           "domain \(domain) has no virtio device '\(device.device)'", remedy: "'vxctl list' shows its devices")
@@ -132,12 +132,12 @@ struct Reattach: ParsableCommand {
   var guest: GuestName?
 
   func run() throws {
-    try Toolstack.run(json) { store throws(ToolstackDevice.Fault) in
-      let server = try backend.domain(in: store)
-      let only = if let guest { Optional(try guest.domain(in: store)) } else { DomainID?.none }
-      let lost = ToolstackDevice.all(store).filter { disk in
+    try Toolstack.run(json) { xenstore throws(ToolstackDevice.Fault) in
+      let server = try backend.domain(in: xenstore)
+      let only = if let guest { Optional(try guest.domain(in: xenstore)) } else { DomainID?.none }
+      let lost = ToolstackDevice.all(xenstore).filter { disk in
         guard only == nil || disk.guest == only, let path = disk.backend else { return false }
-        return store.read("\(path)/state") == nil
+        return xenstore.read("\(path)/state") == nil
       }
       for disk in lost { try disk.move(to: server) }
       var lines: [String] = []
@@ -170,10 +170,10 @@ struct Identify: ParsableCommand {
   var guest: GuestName?
 
   func run() throws {
-    try Toolstack.run(json) { store throws(ToolstackDevice.Fault) in
-      let only = if let guest { Optional(try guest.domain(in: store)) } else { DomainID?.none }
+    try Toolstack.run(json) { xenstore throws(ToolstackDevice.Fault) in
+      let only = if let guest { Optional(try guest.domain(in: xenstore)) } else { DomainID?.none }
       var lines: [String] = []
-      for disk in ToolstackDevice.all(store) where only == nil || disk.guest == only {
+      for disk in ToolstackDevice.all(xenstore) where only == nil || disk.guest == only {
         guard let uuid = try disk.identify() else { continue }
         lines.append("domain \(disk.guest)/\(disk.name): \(Output.printable(uuid))")
       }

@@ -99,11 +99,11 @@ enum VXD {
       ServiceManager.status("Serving virtio devices")
       log.info("listening on \(options.socket)")
     }
-    let ending = Ending(loop: loop, supervisor: supervisor, log: log, simulation: simulation)
-    actions.onShutdown { handsOver in loop.enqueue { ending.begin(handsOver: handsOver) } }
+    let shutdown = Shutdown(loop: loop, supervisor: supervisor, log: log, simulation: simulation)
+    actions.onShutdown { handsOver in loop.enqueue { shutdown.begin(handsOver: handsOver) } }
     let token = try loop.onReadable(signals.raw) {
       for signal in signals.take() {
-        guard signal == SIGHUP else { return ending.begin() }
+        guard signal == SIGHUP else { return shutdown.begin() }
         do throws(ControlFault) { try actions.reload() } catch { log.error("profiles: \(error.message)") }
       }
     }
@@ -146,7 +146,7 @@ enum VXD {
 }
 
 /// The end of the daemon after a signal.
-private final class Ending: @unchecked Sendable {
+private final class Shutdown: @unchecked Sendable {
   // Invariant behind @unchecked Sendable: used on the main loop's thread only.
   private let loop: EventLoop
   private let supervisor: Supervisor
@@ -175,7 +175,7 @@ private final class Ending: @unchecked Sendable {
       log.error("a device did not stop within 15 s")
       loop.stop()
     }
-    guard let simulation, let helper = try? LoopThread(name: "sim-ending") else { return stopSupervisor() }
+    guard let simulation, let helper = try? LoopThread(name: "sim-shutdown") else { return stopSupervisor() }
     self.helper = helper
     helper.loop.enqueue { [self] in
       simulation.endGuest()

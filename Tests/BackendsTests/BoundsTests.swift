@@ -21,8 +21,8 @@ import Xen
     let settings = ConsoleSettings(ports: [ConsolePortSettings(name: "", isConsole: true)])
     let fixture = try DeviceFixture(
       deviceID: 3, wanted: [], queueCount: 2, consoleFolder: folder.path
-    ) { surroundings, completion in
-      ConsoleBackend.start(settings, surroundings) { completion($0.map { $0 }) }
+    ) { context, completion in
+      ConsoleBackend.start(settings, context) { completion($0.map { $0 }) }
     }
     defer { fixture.stop() }
     let chain = (0..<60).map { _ in SimulatedDriver.Buffer(0, 24 << 20, writable: false) }
@@ -46,8 +46,8 @@ import Xen
     let settings = ConsoleSettings(ports: [ConsolePortSettings(name: "", isConsole: true)])
     let fixture = try DeviceFixture(
       deviceID: 3, wanted: [.consoleEmergencyWrite], queueCount: 2, consoleFolder: folder.path
-    ) { surroundings, completion in
-      ConsoleBackend.start(settings, surroundings) { completion($0.map { $0 }) }
+    ) { context, completion in
+      ConsoleBackend.start(settings, context) { completion($0.map { $0 }) }
     }
     defer { fixture.stop() }
     let (isHeld, goesOn) = (Latch(), Latch())

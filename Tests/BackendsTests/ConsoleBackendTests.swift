@@ -19,8 +19,8 @@ import Virtqueue
     let count = wanted == nil ? 2 * ports.count + 2 : 2
     return try DeviceFixture(
       deviceID: 3, wanted: wanted, queueSize: 32, queueCount: count, consoleFolder: folder.path
-    ) { surroundings, completion in
-      ConsoleBackend.start(settings, surroundings) { completion($0.map { $0 }) }
+    ) { context, completion in
+      ConsoleBackend.start(settings, context) { completion($0.map { $0 }) }
     }
   }
 
@@ -267,10 +267,10 @@ import Virtqueue
   @Test func whoMayNotAttachIsToldSoAndSeesNothing() throws {
     let settings = ConsoleSettings(ports: [console(), channel()])
     let fixture = try DeviceFixture(deviceID: 3, queueSize: 32, queueCount: 6, consoleFolder: folder.path) {
-      var surroundings = $0
-      surroundings.mayAttach = { _ in false }
+      var context = $0
+      context.mayAttach = { _ in false }
       let completion = $1
-      return ConsoleBackend.start(settings, surroundings) { completion($0.map { $0 }) }
+      return ConsoleBackend.start(settings, context) { completion($0.map { $0 }) }
     }
     defer { fixture.stop() }
     write(fixture, Array("secret".utf8))

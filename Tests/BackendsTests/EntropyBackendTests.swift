@@ -8,8 +8,8 @@ import Testing
 /// An entropy device with its driver.
 @Suite struct EntropyBackendTests {
   private func fixture() throws -> DeviceFixture {
-    try DeviceFixture(deviceID: 4, queueCount: 1) { surroundings, completion in
-      EntropyBackend.start(EntropySettings(), surroundings) { completion($0.map { $0 }) }
+    try DeviceFixture(deviceID: 4, queueCount: 1) { context, completion in
+      EntropyBackend.start(EntropySettings(), context) { completion($0.map { $0 }) }
     }
   }
 

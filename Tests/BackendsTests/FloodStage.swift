@@ -122,8 +122,8 @@ final class FloodStage: CustomReflectable {
       let isOutput = kind == .consoleOutput
       place = (isOutput ? 1 : 3, [.init(fixture.buffers, isOutput ? 64 : 8, writable: false)])
     case .entropy:
-      fixture = try DeviceFixture(deviceID: 4, queueSize: Self.queueSize, queueCount: 1) { surroundings, completion in
-        EntropyBackend.start(EntropySettings(), surroundings) { completion($0.map { $0 }) }
+      fixture = try DeviceFixture(deviceID: 4, queueSize: Self.queueSize, queueCount: 1) { context, completion in
+        EntropyBackend.start(EntropySettings(), context) { completion($0.map { $0 }) }
       }
       place = (0, [.init(fixture.buffers, 64, writable: true)])
     }
@@ -204,8 +204,8 @@ final class FloodStage: CustomReflectable {
     settings.direct = kind == .diskDirect
     settings.packed = kind == .diskPacked
     let final = settings
-    return try DeviceFixture(deviceID: 2, queueSize: queueSize, queueCount: 1) { surroundings, completion in
-      BlockBackend.start(final, surroundings) { completion($0.map { $0 }) }
+    return try DeviceFixture(deviceID: 2, queueSize: queueSize, queueCount: 1) { context, completion in
+      BlockBackend.start(final, context) { completion($0.map { $0 }) }
     }
   }
 
@@ -221,10 +221,10 @@ final class FloodStage: CustomReflectable {
 
   private static func network(_ wire: Wire) throws -> DeviceFixture {
     let settings = NetSettings(attachment: .created(bridge: nil), tapName: "none", mac: mac)
-    return try DeviceFixture(deviceID: 1, queueSize: queueSize, queueCount: 3) { surroundings, completion in
+    return try DeviceFixture(deviceID: 1, queueSize: queueSize, queueCount: 3) { context, completion in
       // Each backend has a descriptor of its own, as each opens the tap anew.
       NetBackend.start(
-        settings, surroundings,
+        settings, context,
         openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [fcntl(wire.near, F_DUPFD_CLOEXEC, 0)]) }
       ) { completion($0.map { $0 }) }
     }
@@ -249,8 +249,8 @@ final class FloodStage: CustomReflectable {
     return try DeviceFixture(
       deviceID: 3, wanted: hasControl ? nil : [], queueSize: queueSize, queueCount: hasControl ? 4 : 2,
       consoleFolder: folder
-    ) { surroundings, completion in
-      ConsoleBackend.start(settings, surroundings) { completion($0.map { $0 }) }
+    ) { context, completion in
+      ConsoleBackend.start(settings, context) { completion($0.map { $0 }) }
     }
   }
 }

@@ -36,6 +36,23 @@ import Testing
     }
   }
 
+  /// What the watchdog goes by, of every pump: since when its thread is in a batch, and that it has come back.
+  @Test(arguments: FloodKind.allCases) func everyBatchSaysWhenItBeganAndThatItIsOver(kind: FloodKind) throws {
+    try underFlood(kind) { stage in
+      let counters = stage.fixture.backend.counters
+      @Sendable func isInBatch() -> Bool { counters.contains { $0.batchSince.load(ordering: .relaxed) != 0 } }
+      // In the middle of a batch: memory that it needs is mapped.
+      let seen = Mutex<[Bool]>([])
+      stage.fixture.domain.beforeMapping.withLock { $0 = { seen.withLock { $0.append(isInBatch()) } } }
+      stage.fixture.pool.invalidate()
+      #expect(eventually { seen.withLock { !$0.isEmpty } })
+      stage.fixture.domain.beforeMapping.withLock { $0 = nil }
+      #expect(seen.withLock { $0.allSatisfy { $0 } }, "its batches are seen by nobody")
+      stage.stopFlood()
+      #expect(eventually { !isInBatch() }, "its thread looks as if it hung")
+    }
+  }
+
   @Test(arguments: FloodKind.allCases) func ballooningGuestWaitsForABatchOfItsFloodAtMost(kind: FloodKind) throws {
     try underFlood(kind) { stage in
       expectPatience((0..<20).map { _ in stage.chains { stage.fixture.pool.invalidate() } }, "invalidations")

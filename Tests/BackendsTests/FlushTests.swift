@@ -115,8 +115,8 @@ import Virtqueue
     var settings = settings()
     settings.errors.onError = .hold
     let final = settings
-    return try DeviceFixture(deviceID: 2, queueCount: 1) { surroundings, completion in
-      BlockBackend.start(final, surroundings, decorate: { engine, _ in Witness(FaultyEngine(engine, plan), notes) }) {
+    return try DeviceFixture(deviceID: 2, queueCount: 1) { context, completion in
+      BlockBackend.start(final, context, decorate: { engine, _ in Witness(FaultyEngine(engine, plan), notes) }) {
         completion($0.map { $0 })
       }
     }

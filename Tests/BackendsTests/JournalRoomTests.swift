@@ -101,10 +101,11 @@ import Virtqueue
   @Test(.enabled(if: Self.kernelCanBeAsked, "before Linux 5.14 all of it is asked for at once"))
   func newStateOfAnIdleDeviceIsSmall() throws {
     let folder = TemporaryFolder()
-    let shape = DeviceState.Shape(
-      profile: DeviceProfile(deviceID: 2, offeredFeatures: [], queueSizes: [256, 256]), slotCount: 256, chainLimit: 256)
+    let layout = DeviceState.Layout(
+      identity: DeviceIdentity(deviceID: 2, offeredFeatures: [], queueSizes: [256, 256]), slotCount: 256,
+      chainLimit: 256)
     let path = folder.path + "/x.device"
-    let state = try DeviceState(path: path, shape: shape, place: .xenbus)
+    let state = try DeviceState(path: path, layout: layout, place: .xenbus)
     var status = stat()
     #expect(stat(path, &status) == 0)
     let used = Int(status.st_blocks) * 512

@@ -54,10 +54,10 @@ import Virtqueue
     change(&settings)
     let (final, end) = (settings, wire.near)
     let made = try DeviceFixture(deviceID: 1, wanted: wanted, queueSize: queueSize, queueCount: 3) {
-      surroundings, completion in
+      context, completion in
       // Each backend has a descriptor of its own, as each opens the tap anew.
       NetBackend.start(
-        final, surroundings,
+        final, context,
         openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [fcntl(end, F_DUPFD_CLOEXEC, 0)]) }
       ) { completion($0.map { $0 }) }
     }

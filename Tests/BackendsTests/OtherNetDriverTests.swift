@@ -73,9 +73,9 @@ import Virtqueue
   @Test(arguments: cases) func packetsGoBothWaysWithOtherDriversAgainAndAgain(test: Case) throws {
     let wire = FloodStage.Wire()
     let settings = NetSettings(attachment: .created(bridge: nil), tapName: "none", mac: Self.mac)
-    let fixture = try DeviceFixture(deviceID: 1, queueSize: 64, queueCount: 3) { surroundings, completion in
+    let fixture = try DeviceFixture(deviceID: 1, queueSize: 64, queueCount: 3) { context, completion in
       NetBackend.start(
-        settings, surroundings,
+        settings, context,
         openTap: { _ throws(TapFault) in TapDevice(name: "none", queues: [fcntl(wire.near, F_DUPFD_CLOEXEC, 0)]) }
       ) { completion($0.map { $0 }) }
     }

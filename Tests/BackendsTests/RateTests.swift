@@ -7,7 +7,7 @@ import TestSupport
 import Testing
 import Virtqueue
 
-/// Rates of the budget tree, and the histograms that show what they do.
+/// Rates of the tree of limits, and the histograms that show what they do.
 @Suite struct RateTests {
   private func limits(_ change: (inout RateLimits) -> Void) -> RateLimits {
     var limits = RateLimits()

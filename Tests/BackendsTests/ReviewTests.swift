@@ -24,9 +24,9 @@ import Virtqueue
     change(&settings)
     let (final, near) = (settings, wire.near)
     return try DeviceFixture(deviceID: 1, wanted: wanted, queueSize: queueSize, queueCount: 3) {
-      surroundings, completion in
+      context, completion in
       NetBackend.start(
-        final, surroundings,
+        final, context,
         openTap: { settings throws(TapFault) in
           TapDevice(name: "none", queues: (0..<settings.pairs).map { _ in fcntl(near, F_DUPFD_CLOEXEC, 0) })
         }
@@ -250,8 +250,8 @@ import Virtqueue
     direct: Bool, _ decorate: @escaping @Sendable (any BlockEngine) -> any BlockEngine
   ) throws -> (DeviceFixture, UInt64) {
     let settings = disk { $0.direct = direct }
-    let fixture = try DeviceFixture(deviceID: 2, queueSize: 64, queueCount: 1) { surroundings, completion in
-      BlockBackend.start(settings, surroundings, decorate: { engine, _ in decorate(engine) }) {
+    let fixture = try DeviceFixture(deviceID: 2, queueSize: 64, queueCount: 1) { context, completion in
+      BlockBackend.start(settings, context, decorate: { engine, _ in decorate(engine) }) {
         completion($0.map { $0 })
       }
     }

@@ -5,7 +5,7 @@ import Virtqueue
 /// Setup pages of Xenbus devices, made of a right one by changes of the input's; and the texts of a frontend's nodes.
 enum SetupTarget {
   private static let offer = XenbusOffer(
-    profile: DeviceProfile(
+    identity: DeviceIdentity(
       deviceID: 2, offeredFeatures: [.version1, .eventIndex, .indirectDescriptors], queueSizes: [256, 1, 32768]),
     maximumPages: 32768, configurationBytes: 60, epoch: 77)
 

@@ -94,6 +94,22 @@ import Testing
     }
   }
 
+  /// What a transport is, is asked of the bus: nobody above it names one. What knows all of them is the list.
+  @Test func nobodyAsksWhichTransportADeviceHas() throws {
+    let names = [
+      "MMIOBus", "PCIBus", "XenbusBus", "MMIOTransport", "PCITransport", "XenbusTransport", "Transport.self",
+    ]
+    for folder in ["Supervisor", "Lifecycle", "vxd", "vxctl"] {
+      for file in try Self.files("Sources/\(folder)") where !file.hasPrefix("Buses/") {
+        for line in try Self.lines("\(Self.root)/Sources/\(folder)/\(file)") where !line.trimmed.hasPrefix("//") {
+          for name in names { #expect(!line.contains(name), "\(folder)/\(file): \(line)") }
+          // libxl's entries have a node "transport" of their own, which says "mmio" of all devices.
+          #expect(!line.contains("== \"xenbus\"") && !line.contains("== \"pci\""), "\(folder)/\(file): \(line)")
+        }
+      }
+    }
+  }
+
   /// What a device's type is, is asked of the type: nobody looks for one of them behind its protocol.
   @Test func backendsAreNotDowncast() throws {
     for file in try Self.files("Sources/Supervisor") {

@@ -60,16 +60,16 @@ import Testing
 
   // MARK: Spare disks
 
-  private static let filling = DeviceMachine.served + [.command(.fill(words: "'/a'")), .stopped(id(1))]
+  private static let filling = DeviceMachine.served + [.command(.fill(image: "'/a'")), .stopped(id(1))]
 
   @Test(arguments: [
     Row(
-      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(words: "'/a'")),
+      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(image: "'/a'")),
       .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.absent), [.stop(id(1))], "restarting"),
     Row(
       "keeps an image that does", .after(filling), .started(id(2), objection: nil),
       .plugging(id(2), .restart("'/a'"), .init()), .inserted(.absent),
-      [.saveFilling, .tell(.deviceAttached, "'/a'"), .plug(id(2))], "restarting"),
+      [.saveAssignment, .tell(.deviceAttached, "'/a'"), .plug(id(2))], "restarting"),
     Row(
       "is empty again when the image does not do", .after(filling), .started(id(2), objection: "blocks of 4096"),
       .stopping(id(2), .again(.restart("nothing is attached"), after: 0)), .inserted(.absent),
@@ -84,11 +84,11 @@ import Testing
     Row(
       "is emptied when none is left", .after(DeviceMachine.live + [.command(.detach(deadline: 500))]), .drained(id(2)),
       .stopping(id(1), .again(.empty("detached"), after: 0)), .inserted(.live),
-      [.empty, .forgetFilling, .stop(id(1))], "restarting"),
+      [.empty, .forgetAssignment, .stop(id(1))], "restarting"),
     Row(
       "is emptied by force", .after(DeviceMachine.live + [.command(.detach(deadline: 500))]), .timer(.drain(id(2))),
       .stopping(id(1), .again(.empty("detached by force"), after: 0)), .inserted(.live),
-      [.empty, .forgetFilling, .stop(id(1))], "restarting"),
+      [.empty, .forgetAssignment, .stop(id(1))], "restarting"),
     Row(
       "is emptied once", .after(DeviceMachine.live + [.command(.detach(deadline: 500)), .drained(id(2))]),
       .timer(.drain(id(2))), .stopping(id(1), .again(.empty("detached"), after: 0)), .inserted(.live), [],
@@ -141,12 +141,12 @@ import Testing
       "writes closed at its very end",
       .after(DeviceMachine.live + [.entry(.closing), .removed, .stopped(id(1)), .cleared]), .dismissed, .gone, .absent,
       [
-        .forgetState, .forgetFilling, .writeClosed, .removeEntry, .tell(.deviceGone, nil), .lookAgain,
+        .forgetState, .forgetAssignment, .writeClosed, .removeEntry, .tell(.deviceGone, nil), .lookAgain,
       ], "closing"),
     Row(
       "does not write to an entry that is gone",
       .after(DeviceMachine.live + [.entry(.gone), .removed, .stopped(id(1)), .cleared]), .dismissed, .gone, .absent,
-      [.forgetState, .forgetFilling, .removeEntry, .tell(.deviceGone, nil), .lookAgain], "closing"),
+      [.forgetState, .forgetAssignment, .removeEntry, .tell(.deviceGone, nil), .lookAgain], "closing"),
     Row(
       "writes closed for one who waits later", .after(DeviceMachine.live + [.entry(.gone)]), .entry(.closing),
       .stopping(id(1), .end(.closed(isAwaited: true))), .leaving, [], "closing"),

@@ -191,6 +191,7 @@ import Testing
       for key in toolstacks { copy.perform(.entry(key, .gone)) }
       copy.perform(.domainGone)
     case .unplug:
+      for key in guest.machine.moving where !toolstacks.contains(key) { copy.perform(.absent(key)) }
       for key in toolstacks {
         copy.perform(.entry(key, .closing))
         guard copy.devices[key]?.style == .handshake else { continue }

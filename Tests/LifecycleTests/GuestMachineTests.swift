@@ -28,7 +28,7 @@ import Testing
 
   /// What a device does at its end.
   private func ended(_ key: Int, closed: Bool) -> [GuestEffect<Int>] {
-    var effects: [DeviceEffect] = [.forgetState, .forgetFilling]
+    var effects: [DeviceEffect] = [.forgetState, .forgetAssignment]
     if closed { effects.append(.writeClosed) }
     return (effects + [.removeEntry, .tell(.deviceGone, nil), .lookAgain]).map { .device(key, $0) }
   }
@@ -128,6 +128,38 @@ import Testing
     #expect(!run(&guest, .device(1, .entry(.closing))).contains(.device(3, .remove)))
     #expect(run(&guest, .device(2, .entry(.gone))).contains(.device(3, .remove)))
     #expect(guest[3]?.departure == .closed(isAwaited: false))
+  }
+
+  /// The only device of the toolstack's goes to another bus: it is let go at once, and what the profile declares stays.
+  @Test func profilesDevicesStayWhileTheLastOfTheToolstacksMoves() {
+    var guest = served(1, profile: [3])
+    let effects = run(
+      &guest, .device(1, .entry(.moved)), .device(1, .removed), .device(1, .stopped(id(1))), .device(1, .cleared))
+    #expect(!effects.contains(.device(3, .remove)) && effects.suffix(5) == ended(1, closed: false))
+    #expect(guest.members.map(\.key) == [3] && guest.phase == .running)
+    _ = run(&guest, add(1))
+    #expect(run(&guest, .absent(1)) == [])
+    #expect(run(&guest, .device(1, .entry(.gone))).contains(.device(3, .remove)))
+  }
+
+  /// It does not come again: its entry goes while it ends, or has gone when it is looked for.
+  @Test(arguments: [true, false]) func profilesDevicesEndWithADeviceThatMovedAndDidNotComeAgain(whileItEnds: Bool) {
+    var guest = served(1, profile: [3])
+    #expect(!run(&guest, .device(1, .entry(.moved))).contains(.device(3, .remove)))
+    if whileItEnds {
+      #expect(run(&guest, .device(1, .entry(.gone))).contains(.device(3, .remove)))
+    } else {
+      let effects = run(&guest, .device(1, .removed), .device(1, .stopped(id(1))), .device(1, .cleared))
+      #expect(!effects.contains(.device(3, .remove)))
+      #expect(run(&guest, .absent(1)).contains(.device(3, .remove)))
+    }
+  }
+
+  /// Another one that leaves meanwhile is not the last.
+  @Test func profilesDevicesStayWhileOneOfTheToolstacksMovesAndTheOtherEnds() {
+    var guest = served(1, 2, profile: [3])
+    #expect(!run(&guest, .device(1, .entry(.moved)), .device(2, .entry(.closing))).contains(.device(3, .remove)))
+    #expect(run(&guest, .device(1, .entry(.abandoned))).contains(.device(3, .remove)))
   }
 
   @Test func profilesDevicesEndWithTheirGuest() {

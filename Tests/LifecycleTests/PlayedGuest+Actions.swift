@@ -14,6 +14,9 @@ enum Action: Hashable {
   case driver(Int, Driver)
   case frontend(Int, FrontendView)
   case entry(Int, DeviceEvent.EntryChange)
+  /// A device that left for another bus is there, or its entry is not.
+  case again(Int)
+  case absent(Int)
   case command(Int, DeviceEvent.Command)
   case domainGone
   case end(Departure)
@@ -54,7 +57,10 @@ extension PlayedGuest {
   }
 
   private func actions(of key: Int, _ device: Device, wishes: Bool) -> [Action] {
-    guard machine[key] != nil else { return [] }
+    guard let machine = machine[key] else {
+      guard wishes, self.machine.moving.contains(key) else { return [] }
+      return self.machine.acceptsDevices ? [.again(key), .absent(key)] : [.absent(key)]
+    }
     var actions: [Action] = []
     for (id, stage) in device.backends.sorted(by: { $0.key.number < $1.key.number }) {
       switch stage {
@@ -81,9 +87,10 @@ extension PlayedGuest {
     if device.isReading { actions.append(.frontend(key, device.frontend)) }
     guard wishes else { return actions }
     if device.isSpare {
-      actions += [.command(key, .fill(words: "image")), .command(key, .detach(deadline: 10))]
+      actions += [.command(key, .fill(image: "image")), .command(key, .detach(deadline: 10))]
     } else {
       actions += [.entry(key, .corrected), .entry(key, .closing), .entry(key, .abandoned), .entry(key, .gone)]
+      if machine.connection == .absent, !machine.isEnding { actions.append(.entry(key, .moved)) }
     }
     return actions + Self.commands.map { .command(key, $0) }
   }
@@ -121,6 +128,8 @@ extension PlayedGuest {
     case .entry(let key, let change):
       if change == .corrected { devices[key]?.isCorrected = true }
       tell(key, .entry(change))
+    case .again(let key): if let old = devices[key] { add(key, .toolstack, old.style, hasWindow: old.hasWindow) }
+    case .absent(let key): handle(.absent(key))
     case .command(let key, let command):
       if case .fill = command { devices[key]?.isFilling = true }
       tell(key, .command(command))
@@ -143,7 +152,9 @@ extension PlayedGuest {
         case .closed: true
         case .timer(_, .start), .timer(_, .room), .timer(_, .claim), .serverTimer: firesTimers
         case .frontend(let key, let view): devices[key]?.isReading == true && devices[key]?.frontend == view
-        case .openFailed, .report, .timer, .drained, .adjusted, .driver, .entry, .command, .domainGone, .end: false
+        case .openFailed, .report, .timer, .drained, .adjusted, .driver, .entry, .again, .absent, .command, .domainGone,
+          .end:
+          false
         }
       }
       guard let next else { return }

@@ -121,6 +121,10 @@ struct PlayedGuest: Hashable {
 
   /// What holds between two events.
   private mutating func check(_ key: Int, _ device: Device) {
+    let isOver = machine.isDomainGone || machine.daemonEnd != nil
+    require(
+      !device.isSpare || machine.moving.isEmpty || isOver || machine[key]?.isEnding == false,
+      "the profile's \(key) ends while one of the toolstack's comes again")
     guard let machine = machine[key] else {
       return require(device.backends.isEmpty, "\(key) is gone with \(device.backends)")
     }
@@ -222,7 +226,7 @@ struct PlayedGuest: Hashable {
       queue.append(.removeTraces(key))
     case .tell, .needReset, .writeConfiguration, .publishConfiguration, .acknowledge, .writeError, .removeEntry,
       .lookAgain,
-      .saveFilling, .forgetFilling:
+      .saveAssignment, .forgetAssignment:
       break
     case .readFrontend: device.isReading = true
     case .retryBus, .leaving, .released: violate("\(effect) is for the guest's machine")

@@ -36,7 +36,7 @@ import Testing
     ("gone", nil, known, .registers, .tell(.gone)),
     ("said to be closed by another", entry(["state": "6"]), known, .registers, .tell(.gone)),
     ("reset by its driver", entry(["state": "6"]), known, .handshake, .nothing),
-    ("gone while it ends", nil, ending, .registers, .nothing),
+    ("gone while it ends", nil, ending, .registers, .tell(.gone)),
     ("asked for while it ends", entry(["state": "5"]), ending, .registers, .tell(.closing)),
     ("replaced while it ends", entry(["state": "1", "params": "/b"]), ending, .registers, .nothing),
   ]

@@ -138,6 +138,28 @@ import Xen
     #expect(try world.boot(domain, base: 0x200_0000).write(block(1), sector: 0) == 0)
   }
 
+  /// What vxd makes for a guest stays when the only device of the toolstack's moves to another bus.
+  @Test func profilesDevicesStayWhileTheOnlyOtherMoves() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start(
+      profiles: #"""
+        {"version": 1, "guests": [{"transport": "pci", "devices": [{"type": "entropy", "transport": "mmio"}]}]}
+        """#)
+    let domain = try world.domain(5, name: "alpha")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5, changes: ["mode": "x", "irq": "40"])
+    #expect(eventually { world.state("alpha", "xvde") == "failed" && world.state("alpha", "rng0") == "ready" })
+    #expect(transport(world, "xvde") == "pci")
+    try world.toolstack.set("base", "\(0x200_0000)", disk: "xvde", of: 5)
+    #expect(eventually { transport(world, "xvde") == "mmio" })
+    #expect(world.kinds(of: "rng0") == [.deviceReady] && world.state("alpha", "rng0") == "ready")
+    try world.toolstack.set("mode", "w", disk: "xvde", of: 5)
+    #expect(eventually { world.state("alpha", "xvde") == "ready" })
+    #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
+    #expect(eventually { world.info("guests") == 0 && domain.usage == .init() })
+    #expect(world.kinds(of: "rng0") == [.deviceReady, .deviceClosing, .deviceGone])
+  }
+
   // MARK: PCI by the device
 
   @Test func oneDeviceOfAGuestIsOnThePCIBus() throws {

@@ -164,16 +164,18 @@ import Xen
     let world = try World()
     defer { world.end() }
     _ = try world.domain(5, name: "web1", type: "pvh")
-    let store = try XenStore(socketPath: world.server.path)
-    try store.write("/local/domain/0/name", "Domain-0")
+    let xenstore = try XenStore(socketPath: world.server.path)
+    try xenstore.write("/local/domain/0/name", "Domain-0")
     let thread = try LoopThread(name: "backend")
     defer { thread.stopAndJoin() }
     let server = world.server.path
     thread.loop.enqueue {
-      guard let store = try? XenStore(socketPath: server) else { return }
+      guard let xenstore = try? XenStore(socketPath: server) else { return }
       let folder = "/local/domain/0/backend/virtio_disk/5"
-      guard eventually({ store.list(folder)?.isEmpty == false }), let device = store.list(folder)?.first else { return }
-      try? store.write("\(folder)/\(device)/error", "no\u{1b}[2J\u{1b}]0;owned\u{07}\u{9b}31m\u{202e}text")
+      guard eventually({ xenstore.list(folder)?.isEmpty == false }), let device = xenstore.list(folder)?.first else {
+        return
+      }
+      try? xenstore.write("\(folder)/\(device)/error", "no\u{1b}[2J\u{1b}]0;owned\u{07}\u{9b}31m\u{202e}text")
     }
     let (text, status) = try ChildProcess.run(
       ChildProcess.products + "/vxctl",

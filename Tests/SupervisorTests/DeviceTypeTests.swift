@@ -37,12 +37,12 @@ import Xen
     var optionTexts: [(name: String, value: String)] { Self.options.texts(self) }
 
     func start(
-      _ surroundings: DeviceBackend.Surroundings,
+      _ context: DeviceBackend.Context,
       completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
     ) -> [LoopThread] {
       DeviceBackend.start(
-        name: surroundings.name, label: surroundings.label, threads: 1,
-        make: { threads throws(StartFault) in try BeaconBackend(self, surroundings, threads[0]) },
+        name: context.name, label: context.label, threads: 1,
+        make: { threads throws(StartFault) in try BeaconBackend(self, context, threads[0]) },
         completion: { (result: Result<BeaconBackend, StartFault>) in completion(result.map { $0 }) })
     }
   }
@@ -52,22 +52,22 @@ import Xen
     // Invariant behind @unchecked Sendable: immutable; see the superclass.
     private let settings: BeaconSettings
 
-    init(_ settings: BeaconSettings, _ surroundings: Surroundings, _ thread: LoopThread) throws(StartFault) {
-      let profile = DeviceProfile(
+    init(_ settings: BeaconSettings, _ context: Context, _ thread: LoopThread) throws(StartFault) {
+      let identity = DeviceIdentity(
         deviceID: BeaconSettings.type.number, offeredFeatures: EntropyPump.features, queueSizes: [64])
-      let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
-      let counters = surroundings.account.queue(0).counters
+      let state = try context.makeState?(DeviceState.Layout(unjournaled: identity))
+      let counters = context.account.queue(0).counters
       let worker = try Self.make { () throws in
         try DeviceWorker(
-          EntropyPump(source: surroundings.source, counters: counters, rate: surroundings.rate), index: 0,
-          queues: [.init(maximumSize: 64, counters: counters)], thread: thread, source: surroundings.source,
-          report: surroundings.report)
+          EntropyPump(source: context.source, counters: counters, rate: context.rate), index: 0,
+          queues: [.init(maximumSize: 64, counters: counters)], thread: thread, source: context.source,
+          report: context.report)
       }
       self.settings = settings
       try super.init(
-        Parts(
-          profile: profile, configuration: ConfigurationSpace([]), mode: "a beacon", threads: [thread],
-          workers: [worker], routes: [Route(worker: 0, queue: 0)], rate: surroundings.rate, state: state,
+        Components(
+          identity: identity, configuration: ConfigurationSpace([]), mode: "a beacon", threads: [thread],
+          workers: [worker], routes: [Route(worker: 0, queue: 0)], rate: context.rate, state: state,
           counters: [counters]))
     }
 
@@ -98,7 +98,8 @@ import Xen
     #expect(eventually { world.state("web1", "rng0") == "ready" && world.state("web1", "beacon0") == "ready" })
     let device = world.device("web1", "beacon0")
     #expect(device["type"] == "beacon" && device["kind"] == "beacon" && device["brightness"] == 7)
-    #expect(device["store"] == "a beacon" && device["limits"]?["readOps"] == 9)
+    #expect(device["engine"] == "a beacon" && device["store"] == device["engine"])
+    #expect(device["limits"]?["readOps"] == 9)
     // What comes from the toolstack is known by virtio's number.
     try world.toolstack.attachGeneric(type: "virtio,device3f", device: 1, to: 5, options: #"{"brightness": 2}"#)
     #expect(eventually { world.state("web1", "beacon1") == "ready" })
@@ -163,14 +164,14 @@ import Xen
     var optionTexts: [(name: String, value: String)] { [] }
 
     func start(
-      _ surroundings: DeviceBackend.Surroundings,
+      _ context: DeviceBackend.Context,
       completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
     ) -> [LoopThread] {
       DeviceBackend.start(
-        name: surroundings.name, label: surroundings.label, threads: 1,
+        name: context.name, label: context.label, threads: 1,
         make: { threads throws(StartFault) in
           Self.pass("start")
-          return try BeaconBackend(BeaconSettings(), surroundings, threads[0])
+          return try BeaconBackend(BeaconSettings(), context, threads[0])
         }, completion: { (result: Result<BeaconBackend, StartFault>) in completion(result.map { $0 }) })
     }
 

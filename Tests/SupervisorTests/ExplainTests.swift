@@ -75,8 +75,8 @@ import Xen
     let world = try World()
     defer { world.end() }
     let domain = try world.domain(5, name: "web1", type: "hvm")
-    let store = try XenStore(socketPath: world.server.path)
-    try store.write("/local/domain/0/domid", "7")
+    let xenstore = try XenStore(socketPath: world.server.path)
+    try xenstore.write("/local/domain/0/domid", "7")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
     try world.start()
     let server = try world.serveControl()

@@ -82,13 +82,12 @@ import Xen
     func vacate(_ key: DeviceKey) {}
     func forget(_ key: DeviceKey) { wires[key] = nil }
     func memory(of key: DeviceKey) -> (any GuestMemorySource)? { memory }
-    func place(of key: DeviceKey) -> DeviceState.Place { DeviceState.Place(base: 0, index: 0, sharedInterrupt: 0) }
+    func place(of key: DeviceKey) -> DevicePlace { .mmio(base: 0, index: 0, sharedInterrupt: 0) }
     func transport(of key: DeviceKey) -> (any DeviceTransport)? { wires[key] }
     func facts(of key: DeviceKey) -> DeviceFacts { DeviceFacts() }
 
     func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
-      let (relay, report) = (StatusRelay(), host.report)
-      let wire = Wire(backend) { status in if relay.put(status) { report(.driver(key, relay)) } }
+      let wire = Wire(backend, host.statusReporter(key))
       wires[key] = wire
       GuestBusTests.wires.withLock { $0[key] = wire }
       return { .device(key, .plugged(id, Driver(wire.currentStatus))) }

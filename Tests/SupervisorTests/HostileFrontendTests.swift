@@ -58,8 +58,8 @@ import Xen
       #expect(registers.acknowledgement.hasPrefix("\(registers.sequence) error "), "\(fault.name)")
       #expect(eventually { world.state("hostile", "xvde") == "faulted" }, "\(fault.name)")
       #expect(hostile.grants.mappedPages == 0 && hostile.grants.boundPorts == 0, "\(fault.name)")
-      try registers.store.write("\(registers.frontend)/state", "1")
-      try registers.store.write("\(registers.frontend)/vx-setup", "0 0")
+      try registers.xenstore.write("\(registers.frontend)/state", "1")
+      try registers.xenstore.write("\(registers.frontend)/vx-setup", "0 0")
     }
     #expect(try neighbour.guest.write(block(1), sector: 0) == 0)
     // The frontend's numbers go on from where they are.
@@ -152,29 +152,29 @@ import Xen
     let (world, hostile, honest) = try world()
     defer { world.end() }
     let neighbour = try world.bootXenbus(honest)
-    let store = try XenStore(socketPath: world.server.path)
+    let xenstore = try XenStore(socketPath: world.server.path)
     let frontend = "/local/domain/5/device/virtio_disk/\(SimulatedToolstack.deviceNumber("xvde"))"
     let garbage = [
       "", " ", "4", "-1", "99999999999999999999", "3 3", "0x3", "\u{1F600}", String(repeating: "7", count: 1500),
     ]
     for text in garbage {
       for node in ["vx-setup", "vx-cfgw", "state"] {
-        try store.write("\(frontend)/\(node)", text)
-        try store.write("\(frontend)/state", "3")
+        try xenstore.write("\(frontend)/\(node)", text)
+        try xenstore.write("\(frontend)/state", "3")
       }
     }
     for text in ["1", "1 2 3", "a b", "1 -2", "4294967296 1", "1 4294967295", "7 7"] {
-      try store.write("\(frontend)/vx-setup", text)
-      try store.write("\(frontend)/state", "3")
+      try xenstore.write("\(frontend)/vx-setup", text)
+      try xenstore.write("\(frontend)/state", "3")
     }
     for _ in 0..<20 { #expect(try neighbour.guest.write(block(1), sector: 0) == 0) }
     #expect(eventually { hostile.grants.mappedPages == 0 })
-    try store.write("\(frontend)/state", "1")
+    try xenstore.write("\(frontend)/state", "1")
     let (guest, registers) = try world.bootXenbus(hostile)
     if !registers.isConnected { registers.connect() }
     #expect(registers.isConnected)
     for text in ["1", "1 0", "1 0 f", "1 9999999 00", "x 0 00", "1 -1 00", "2 0 zz", "3 32 000000000000000000"] {
-      try store.write("\(frontend)/vx-cfgw", text)
+      try xenstore.write("\(frontend)/vx-cfgw", text)
     }
     #expect(try guest.write(block(1), sector: 0) == 0)
     world.settle()
@@ -221,7 +221,7 @@ import Xen
       return random
     }
     let offer = XenbusOffer(
-      profile: DeviceProfile(deviceID: 2, offeredFeatures: [.version1, .eventIndex], queueSizes: [256, 64]),
+      identity: DeviceIdentity(deviceID: 2, offeredFeatures: [.version1, .eventIndex], queueSizes: [256, 64]),
       maximumPages: 32768, configurationBytes: 60, epoch: 77)
     for _ in 0..<50 {
       var page = [UInt8](repeating: 0, count: 4096)

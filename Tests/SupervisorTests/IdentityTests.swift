@@ -13,10 +13,10 @@ import Xen
   /// A vxd in a domain that is not dom0, with one guest whose own nodes it cannot read.
   private func world(_ profiles: String, uuid: String? = nil) throws -> World {
     let world = try World()
-    let store = try XenStore(socketPath: world.server.path)
-    try store.write("/local/domain/0/domid", "3")
+    let xenstore = try XenStore(socketPath: world.server.path)
+    try xenstore.write("/local/domain/0/domid", "3")
     _ = try world.domain(5, name: "web1", type: "pvh")
-    for node in ["name", "vm"] { try store.remove("/local/domain/5/\(node)") }
+    for node in ["name", "vm"] { try xenstore.remove("/local/domain/5/\(node)") }
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5, changes: uuid.map { ["vx-uuid": $0] } ?? [:])
     try world.start(profiles: profiles)
     #expect(eventually { world.state("domain-5", "xvde") == "ready" })
@@ -66,16 +66,16 @@ import Xen
     let world = try World()
     defer { world.end() }
     _ = try world.domain(5, name: "web1", type: "pvh")
-    let store = try XenStore(socketPath: world.server.path)
-    let disk = ToolstackDevice(store, guest: 5, device: try ToolstackDevice.number("xvdf"))
+    let xenstore = try XenStore(socketPath: world.server.path)
+    let disk = ToolstackDevice(xenstore, guest: 5, device: try ToolstackDevice.number("xvdf"))
     try disk.create(backend: 3, target: "/image", readOnly: false)
     let path = "/local/domain/3/backend/virtio_disk/5/\(disk.device)/vx-uuid"
-    let uuid = store.read(path)
+    let uuid = xenstore.read(path)
     #expect(uuid == "00000000-0000-4000-8000-000000001005")
-    try store.remove(path)
+    try xenstore.remove(path)
     #expect(try disk.identify() == uuid)
-    #expect(store.read(path) == uuid)
+    #expect(xenstore.read(path) == uuid)
     try disk.move(to: 4)
-    #expect(store.read("/local/domain/4/backend/virtio_disk/5/\(disk.device)/vx-uuid") == uuid)
+    #expect(xenstore.read("/local/domain/4/backend/virtio_disk/5/\(disk.device)/vx-uuid") == uuid)
   }
 }

@@ -143,18 +143,18 @@ import Xen
     _ = try world.domain(5, name: "churn", type: "pvh")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
     try world.start { $0.startRetry.longestPause = 400 }
-    let store = try XenStore(socketPath: world.server.path)
+    let xenstore = try XenStore(socketPath: world.server.path)
     let frontend = "/local/domain/5/device/virtio_disk/\(SimulatedToolstack.deviceNumber("xvde"))"
-    let backend = try #require(store.read("\(frontend)/backend"))
+    let backend = try #require(xenstore.read("\(frontend)/backend"))
     var slowed = 0
     for round in 0..<24 {
       #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5), "round \(round)")
-      try store.write("\(frontend)/backend", "/elsewhere")
-      try store.remove("\(frontend)/state")
+      try xenstore.write("\(frontend)/backend", "/elsewhere")
+      try xenstore.remove("\(frontend)/state")
       #expect(world.toolstack.wait(for: "6", of: "state", disk: "xvde", domain: 5), "round \(round)")
       #expect(eventually { world.state("churn", "xvde") == nil })
-      try store.write("\(frontend)/backend", backend)
-      try store.write("\(frontend)/state", "1")
+      try xenstore.write("\(frontend)/backend", backend)
+      try xenstore.write("\(frontend)/state", "1")
       // A change of the entry is what has it looked at again: in the wild, the echo of the state that was written.
       try world.toolstack.set("online", "1", disk: "xvde", of: 5)
       #expect(eventually { world.state("churn", "xvde") != nil })

@@ -102,6 +102,34 @@ import Xen
     if isRefused { expectEmptySlot(domain) }
   }
 
+  /// A window that Xen does not give is no matter of the guest's other devices, now or with the next daemon.
+  @Test func windowThatIsRefusedKeepsNoServerFromItsStart() throws {
+    let world = try World()
+    defer { world.end() }
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    try world.start {
+      $0.stateFolder = folder
+      $0.startRetry.firstPause = 10
+    }
+    let domain = try arm(world)
+    domain.refusedMemory.withLock { $0 = 0x200_0000...0x200_01ff }
+    try attach(world, "xvda")
+    #expect(eventually { world.state("alpha", "xvda") == "failed" })
+    try attach(world, "xvdb", base: 0x200_0200)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvdb", domain: 5))
+    #expect(world.toolstack.value("state", disk: "xvda", of: 5) == "1")
+    #expect(folder.guest(5)?.windows == [0x200_0200])
+    try world.toolstack.removeEntry(disk: "xvda", of: 5)
+    #expect(eventually { world.state("alpha", "xvda") == nil })
+    world.stop()
+    try world.start {
+      $0.stateFolder = folder
+      $0.startRetry.firstPause = 10
+    }
+    try #require(eventually { world.state("alpha", "xvdb") == "ready" })
+    #expect(try world.boot(domain, base: 0x200_0200).write([UInt8](repeating: 1, count: 512), sector: 0) == 0)
+  }
+
   /// Without a server nobody answers: better no guest than one whose kernel dies.
   @Test func guestIsNotLetGoOnWithoutAServer() throws {
     let world = try World()

@@ -158,6 +158,11 @@ final class World: @unchecked Sendable {
     events.list.withLock { $0.filter { $0.kind == kind }.map { $0.reason ?? "" } }
   }
 
+  /// What was told of a device.
+  func kinds(of device: String) -> [SupervisorEvent.Kind] {
+    events.list.withLock { $0.filter { $0.device == device }.map(\.kind) }
+  }
+
   var eventKinds: [SupervisorEvent.Kind] { events.list.withLock { $0.map(\.kind) } }
 
   /// Makes a domain; its disks are attached by the test.

@@ -194,7 +194,7 @@ import Xen
     for sector in 0..<20 { #expect(try guest.write(block(9), sector: UInt64(sector) * 8) == 0) }
     world.settle()
     #expect(world.toolstack.value("state", disk: "xvde", of: 5) == "5")
-    try registers.store.write("\(registers.frontend)/state", "5")
+    try registers.xenstore.write("\(registers.frontend)/state", "5")
     #expect(registers.wait(for: "6"))
     expectNothingLeft(domain, world)
     #expect(eventually { world.state("web1", "xvde") == nil })
@@ -231,15 +231,15 @@ import Xen
     #expect(world.call("device.pause", ["guest": "web1", "device": "xvde"])["accepted"] == true)
     #expect(eventually { world.state("web1", "xvde") == "paused" })
     if end == "reset" {
-      try registers.store.write("\(registers.frontend)/state", "5")
+      try registers.xenstore.write("\(registers.frontend)/state", "5")
     } else {
-      try registers.store.remove(registers.frontend)
+      try registers.xenstore.remove(registers.frontend)
     }
     // What another device of the guest does comes behind that, on the same threads.
     let other = try XenbusRegisters(server: world.server, domain: domain, disk: "xvdf")
     #expect(other.wait(for: "2"))
-    try other.store.write("\(other.frontend)/vx-setup", "1 0")
-    try other.store.write("\(other.frontend)/state", "3")
+    try other.xenstore.write("\(other.frontend)/vx-setup", "1 0")
+    try other.xenstore.write("\(other.frontend)/state", "3")
     #expect(eventually { other.acknowledgement.hasPrefix("1 error") })
     #expect(domain.grants.mappedPages == mapped)
     #expect(domain.grants.boundPorts == 1)

@@ -23,33 +23,33 @@ import Xen
     ("5", "0", "6"), ("5", "1", "6"), ("4", "0", "6"), ("1", "0", "6"), ("1", "1", "1"), ("6", "1", "6"),
   ])
   func closedIsNotSaidOfAnEntryThatBegins(state: String, online: String, after: String) throws {
-    let (world, store, writer, key) = try stage()
+    let (world, xenstore, writer, key) = try stage()
     defer { world.end() }
-    try store.write("\(key.path)/state", state)
-    try store.write("\(key.path)/online", online)
+    try xenstore.write("\(key.path)/state", state)
+    try xenstore.write("\(key.path)/online", online)
     let frontend = "/local/domain/5/device/virtio_disk/\(key.device)"
-    try store.write("\(key.path)/frontend", frontend)
-    try store.write("\(frontend)/backend", "/local/domain/0/\(key.path)")
+    try xenstore.write("\(key.path)/frontend", frontend)
+    try xenstore.write("\(frontend)/backend", "/local/domain/0/\(key.path)")
     writer.writeClosed(key)
-    #expect(store.read("\(key.path)/state") == after)
+    #expect(xenstore.read("\(key.path)/state") == after)
   }
 
   @Test func nothingBringsAnEntryBackThatIsGone() throws {
-    let (world, store, writer, key) = try stage()
+    let (world, xenstore, writer, key) = try stage()
     defer { world.end() }
     writer.writeClosed(key)
     writer.writeError(key, "late")
     writer.writeState(key, .initWait, over: [.initialising])
     writer.offer(key, "offer", configuration: "0 0 ")
-    #expect(store.list("backend") == nil)
+    #expect(xenstore.list("backend") == nil)
   }
 
   @Test(arguments: [("1", "2"), ("2", "2"), ("5", "5")])
   func stateIsWrittenOverThoseThatAreNamed(state: String, after: String) throws {
-    let (world, store, writer, key) = try stage()
+    let (world, xenstore, writer, key) = try stage()
     defer { world.end() }
-    try store.write("\(key.path)/state", state)
+    try xenstore.write("\(key.path)/state", state)
     writer.writeState(key, .initWait, over: [.initialising])
-    #expect(store.read("\(key.path)/state") == after)
+    #expect(xenstore.read("\(key.path)/state") == after)
   }
 }

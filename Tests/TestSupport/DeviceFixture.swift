@@ -11,7 +11,7 @@ package import Xen
 /// they can be exchanged under the driver.
 package final class DeviceFixture: CustomReflectable {
   package typealias Start = (
-    DeviceBackend.Surroundings, @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
+    DeviceBackend.Context, @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread]
 
   package let domain: SimulatedDomain
@@ -28,7 +28,7 @@ package final class DeviceFixture: CustomReflectable {
   package let faults = Faults()
   private var threads: [LoopThread]
   private let start: Start
-  private let surroundings: DeviceBackend.Surroundings
+  private let context: DeviceBackend.Context
 
   /// What the device reported.
   package final class Faults: Sendable {
@@ -65,12 +65,13 @@ package final class DeviceFixture: CustomReflectable {
     pool = ForeignMappingPool(guest: handle, bucketShift: 16, budgetBytes: 1 << 30)
     let kept = Mutex<DeviceState?>(nil)
     let faults = faults
-    var surroundings = DeviceBackend.Surroundings(
+    var context = DeviceBackend.Context(
       name: "test", source: pool, rate: rate, account: account,
-      makeState: { shape throws(StartFault) in
+      makeState: { layout throws(StartFault) in
         if let known = kept.withLock({ $0 }) { return known }
         do throws(Errno) {
-          let made = try DeviceState(shape: shape, place: .xenbus)
+          let made = try DeviceState(
+            layout: layout, place: .mmio(base: SlotTable.slot(0).base, index: 0, sharedInterrupt: 0))
           kept.withLock { $0 = made }
           return made
         } catch {
@@ -78,10 +79,10 @@ package final class DeviceFixture: CustomReflectable {
         }
       },
       report: { faults.add($0) })
-    surroundings.consoleFolder = consoleFolder
-    self.surroundings = surroundings
+    context.consoleFolder = consoleFolder
+    self.context = context
     self.start = start
-    let (backend, threads) = try Self.open(start, surroundings)
+    let (backend, threads) = try Self.open(start, context)
     (present, self.threads) = (backend, threads)
     transport = MMIOTransport(
       device: backend, line: SlotTable.slot(0).line(of: handle), state: backend.state, onStatus: { _ in })
@@ -90,12 +91,12 @@ package final class DeviceFixture: CustomReflectable {
       deviceID: deviceID, wanted: wanted ?? backend.offeredFeatures, queueSize: queueSize, queueCount: queueCount)
   }
 
-  private static func open(_ start: Start, _ surroundings: DeviceBackend.Surroundings) throws -> (
+  private static func open(_ start: Start, _ context: DeviceBackend.Context) throws -> (
     DeviceBackend, [LoopThread]
   ) {
     let latch = Latch()
     let result = Mutex<Result<DeviceBackend, StartFault>?>(nil)
-    let threads = start(surroundings) { outcome in
+    let threads = start(context) { outcome in
       result.withLock { $0 = outcome }
       latch.open()
     }
@@ -139,7 +140,7 @@ package final class DeviceFixture: CustomReflectable {
     // An image is free when its backend is gone.
     present = nil
     threads = []
-    let (backend, threads) = try Self.open(start, surroundings)
+    let (backend, threads) = try Self.open(start, context)
     (present, self.threads) = (backend, threads)
     transport.plug(backend)
   }

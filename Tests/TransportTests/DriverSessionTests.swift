@@ -188,7 +188,7 @@ import Virtqueue
       let known = transport.read(offset: 0x0fc, width: 4)
       let saved = try #require(journal.saved.last)
       transport = MMIOTransport(
-        restoring: DeviceProfile(device), saved.driver, saved.status, configuration: [9, 9, 9], line: RecordingLine(),
+        restoring: DeviceIdentity(device), saved.driver, saved.status, configuration: [9, 9, 9], line: RecordingLine(),
         state: journal, onStatus: { _ in })
       #expect(transport.read(offset: 0x0fc, width: 4) & 0xff != known & 0xff, "round \(round)")
       #expect(transport.plug(Choosy()))

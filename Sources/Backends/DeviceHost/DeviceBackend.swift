@@ -16,13 +16,13 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   // properties are immutable or made for sharing.
 
   /// What a backend of any type is made of.
-  package struct Parts {
-    package var profile: DeviceProfile
+  package struct Components {
+    package var identity: DeviceIdentity
     package var configuration: ConfigurationSpace
     /// How it is served, for people.
     package var mode: String
     package var threads: [LoopThread]
-    package var workers: [any DeviceWorking]
+    package var workers: [any AnyDeviceWorker]
     /// For each queue of the device: which worker has it, and as which of its own.
     package var routes: [Route]
     package var rate: RateNode
@@ -37,16 +37,16 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   }
 
   /// What its supervisor gives to a backend.
-  package struct Surroundings: Sendable {
+  package struct Context: Sendable {
     /// The device, for error messages and the threads' names.
     package var name: String
     package var source: any GuestMemorySource
-    /// The device's node of the budget tree.
+    /// The device's node of the tree of limits.
     package var rate: RateNode
     /// Counters that go on from an earlier backend of the device.
     package var account: DeviceAccount
     /// Gives the device its saved state: a new one, or that of an earlier process when it fits.
-    package var makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)?
+    package var makeState: (@Sendable (DeviceState.Layout) throws(StartFault) -> DeviceState)?
     /// Called on the device's threads.
     package var report: @Sendable (DeviceReport) -> Void
     /// Names the device for the record of a death of the daemon; empty for none.
@@ -65,7 +65,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     package init(
       name: String, source: any GuestMemorySource, rate: RateNode = RateNode(),
       account: DeviceAccount = DeviceAccount(),
-      makeState: (@Sendable (DeviceState.Shape) throws(StartFault) -> DeviceState)? = nil,
+      makeState: (@Sendable (DeviceState.Layout) throws(StartFault) -> DeviceState)? = nil,
       report: @escaping @Sendable (DeviceReport) -> Void
     ) {
       self.name = name
@@ -77,7 +77,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     }
   }
 
-  private let profile: DeviceProfile
+  private let identity: DeviceIdentity
   package let configuration: ConfigurationSpace
   package let mode: String
   /// The saved state that the queues' positions are in; nil where nothing is to survive.
@@ -85,7 +85,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// The counters of each queue.
   package let counters: [QueueCounters]
   private let threads: [LoopThread]
-  private let workers: [any DeviceWorking]
+  private let workers: [any AnyDeviceWorker]
   private let routes: [Route]
   private let rate: RateNode
   private let signals = Mutex<(any TransportSignals)?>(nil)
@@ -127,16 +127,16 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   }
 
   /// On the device's first thread.
-  package init(_ parts: Parts) throws(StartFault) {
-    profile = parts.profile
-    configuration = parts.configuration
-    mode = parts.mode
-    state = parts.state
-    counters = parts.counters
-    threads = parts.threads
-    workers = parts.workers
-    routes = parts.routes
-    rate = parts.rate
+  package init(_ components: Components) throws(StartFault) {
+    identity = components.identity
+    configuration = components.configuration
+    mode = components.mode
+    state = components.state
+    counters = components.counters
+    threads = components.threads
+    workers = components.workers
+    routes = components.routes
+    rate = components.rate
     do throws(Errno) {
       for worker in workers { try Self.onThread(of: worker) { () throws(Errno) in try worker.open() } }
     } catch {
@@ -146,7 +146,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
 
   /// Runs `body` on the worker's thread, which may be the present one (the first of the device).
   private static func onThread(
-    of worker: any DeviceWorking, _ body: @escaping @Sendable () throws(Errno) -> Void
+    of worker: any AnyDeviceWorker, _ body: @escaping @Sendable () throws(Errno) -> Void
   ) throws(Errno) {
     guard !worker.thread.isCurrent else { return try body() }
     let failure = Mutex<Errno?>(nil)
@@ -158,9 +158,9 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
 
   // MARK: What others read
 
-  package var deviceID: UInt32 { profile.deviceID }
-  package var offeredFeatures: FeatureBits { profile.offeredFeatures }
-  package var queueSizes: [UInt16] { profile.queueSizes }
+  package var deviceID: UInt32 { identity.deviceID }
+  package var offeredFeatures: FeatureBits { identity.offeredFeatures }
+  package var queueSizes: [UInt16] { identity.queueSizes }
   /// CPU time of the data threads in nanoseconds.
   package var cpuTime: UInt64 { threads.reduce(0) { $0 &+ $1.cpuTime } }
   package var threadCount: Int { threads.count }

@@ -48,7 +48,7 @@ package protocol DeviceSettings: Equatable, Sendable {
   mutating func keep(configuration: [UInt8])
   /// Starts a backend, see `DeviceBackend.start`.
   func start(
-    _ surroundings: DeviceBackend.Surroundings,
+    _ context: DeviceBackend.Context,
     completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread]
   /// Removes what of a device outlives its backends. May wait for other programs; on the guest's thread.
@@ -71,9 +71,9 @@ extension DeviceSettings {
   package static func removeOrphans(where isOrphan: (DomainID) -> Bool) {}
 
   /// Keeps what the guest's driver knows of a device that runs.
-  package mutating func keep(_ profile: DeviceProfile) {
-    offered = profile.offeredFeatures
-    keep(queueSizes: profile.queueSizes)
+  package mutating func keep(_ identity: DeviceIdentity) {
+    offered = identity.offeredFeatures
+    keep(queueSizes: identity.queueSizes)
   }
 }
 
@@ -136,9 +136,9 @@ extension OptionDocument {
   }
 }
 
-extension DeviceState.Shape {
+extension DeviceState.Layout {
   /// For devices that need no journal: their rings say where they go on.
-  init(unjournaled profile: DeviceProfile) { self.init(profile: profile, slotCount: 1, chainLimit: 1) }
+  init(unjournaled identity: DeviceIdentity) { self.init(identity: identity, slotCount: 1, chainLimit: 1) }
 }
 
 extension DeviceBackend {

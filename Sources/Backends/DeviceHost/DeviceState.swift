@@ -53,90 +53,83 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   private static let queueLimit = 64
 
   /// What a new file is made for.
-  package struct Shape: Equatable, Sendable {
-    package var profile: DeviceProfile
+  package struct Layout: Equatable, Sendable {
+    package var identity: DeviceIdentity
     /// Requests and buffers of a chain in each journal.
     package var slotCount: Int
     package var chainLimit: Int
 
-    package init(profile: DeviceProfile, slotCount: Int, chainLimit: Int) {
-      self.profile = profile
+    package init(identity: DeviceIdentity, slotCount: Int, chainLimit: Int) {
+      self.identity = identity
       self.slotCount = slotCount
       self.chainLimit = chainLimit
     }
   }
 
-  /// Where the device sits in its guest.
-  package struct Place: Equatable, Sendable {
-    package var base: UInt64
-    package var index: Int
-    /// Number of the shared peripheral interrupt; 0 on x86.
-    package var sharedInterrupt: UInt32
-    /// No place at all: the device is reached over Xenbus.
-    package var isXenbus: Bool
-    /// The device's number on the PCI bus; nil for one that is elsewhere.
-    package var pciDevice: UInt8?
-
-    package static let xenbus = Place(base: 0, index: 0, sharedInterrupt: 0, isXenbus: true)
-
-    /// A function of a PCI device.
-    package init(pciDevice: UInt8) {
-      self.init(base: 0, index: 0, sharedInterrupt: 0)
-      self.pciDevice = pciDevice
-    }
-
-    package init(base: UInt64, index: Int, sharedInterrupt: UInt32, isXenbus: Bool = false) {
-      self.isXenbus = isXenbus
-      self.base = base
-      self.index = index
-      self.sharedInterrupt = sharedInterrupt
-    }
-  }
-
-  package let shape: Shape
-  package let place: Place
+  package let layout: Layout
+  package let place: DevicePlace
   private let memory: UnsafeMutableRawPointer
   private let length: Int
 
-  private static func journalBytes(_ shape: Shape) -> Int {
-    (QueueJournal.bytes(slotCount: shape.slotCount, chainLimit: shape.chainLimit) + 4095) & ~4095
+  private static func journalBytes(_ layout: Layout) -> Int {
+    (QueueJournal.bytes(slotCount: layout.slotCount, chainLimit: layout.chainLimit) + 4095) & ~4095
   }
 
-  private static func bytes(_ shape: Shape, _ place: Place) -> Int {
-    journalsOffset + shape.profile.queueSizes.count * journalBytes(shape) + (place.pciDevice == nil ? 0 : 4096)
+  private static func bytes(_ layout: Layout, _ place: DevicePlace) -> Int {
+    journalsOffset + layout.identity.queueSizes.count * journalBytes(layout) + functionBytes(place)
+  }
+
+  /// Of the page of a PCI function.
+  private static func functionBytes(_ place: DevicePlace) -> Int {
+    switch place {
+    case .pci: 4096
+    case .mmio, .xenbus: 0
+    }
+  }
+
+  private static func version(of place: DevicePlace) -> UInt32 {
+    switch place {
+    case .mmio: version
+    case .xenbus: xenbusVersion
+    case .pci: pciVersion
+    }
   }
 
   /// Makes a file, complete before it has its name.
-  package init(path: String, shape: Shape, place: Place) throws(Errno) {
-    self.shape = shape
+  package init(path: String, layout: Layout, place: DevicePlace) throws(Errno) {
+    self.layout = layout
     self.place = place
-    let queues = shape.profile.queueSizes.count
-    length = Self.bytes(shape, place)
+    let queues = layout.identity.queueSizes.count
+    length = Self.bytes(layout, place)
     let temporary = path + ".new"
     unlink(temporary)
     let descriptor = OwnedDescriptor(
       adopting: try retrying { open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600) })
     do throws(Errno) {
-      memory = try Self.makeRoom(descriptor.raw, shape, length)
+      memory = try Self.makeRoom(descriptor.raw, layout, length)
     } catch {
       unlink(temporary)
       throw error
     }
     memory.storeBytes(of: Self.magic, as: UInt64.self)
     for (index, value) in [
-      place.isXenbus ? Self.xenbusVersion : place.pciDevice != nil ? Self.pciVersion : Self.version,
-      UInt32(clamping: length >> 12), shape.profile.deviceID,
-      UInt32(queues), UInt32(shape.slotCount),
-      UInt32(shape.chainLimit),
+      Self.version(of: place),
+      UInt32(clamping: length >> 12), layout.identity.deviceID,
+      UInt32(queues), UInt32(layout.slotCount),
+      UInt32(layout.chainLimit),
     ].enumerated() {
       memory.storeBytes(of: value, toByteOffset: 8 + 4 * index, as: UInt32.self)
     }
-    memory.storeBytes(of: shape.profile.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
-    memory.storeBytes(of: place.base, toByteOffset: 72, as: UInt64.self)
-    memory.storeBytes(
-      of: UInt32(truncatingIfNeeded: place.pciDevice.map { Int($0) } ?? place.index), toByteOffset: 80, as: UInt32.self)
-    memory.storeBytes(of: place.sharedInterrupt, toByteOffset: 84, as: UInt32.self)
-    for (index, size) in shape.profile.queueSizes.enumerated() {
+    memory.storeBytes(of: layout.identity.offeredFeatures.rawValue, toByteOffset: 64, as: UInt64.self)
+    switch place {
+    case .mmio(let base, let index, let sharedInterrupt):
+      memory.storeBytes(of: base, toByteOffset: 72, as: UInt64.self)
+      memory.storeBytes(of: UInt32(truncatingIfNeeded: index), toByteOffset: 80, as: UInt32.self)
+      memory.storeBytes(of: sharedInterrupt, toByteOffset: 84, as: UInt32.self)
+    case .pci(let device): memory.storeBytes(of: UInt32(device), toByteOffset: 80, as: UInt32.self)
+    case .xenbus: break
+    }
+    for (index, size) in layout.identity.queueSizes.enumerated() {
       memory.storeBytes(of: size, toByteOffset: 96 + 2 * index, as: UInt16.self)
     }
     guard rename(temporary, path) == 0 else {
@@ -148,10 +141,10 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   }
 
   /// State that ends with the process: it outlives backends.
-  package init(shape: Shape, place: Place) throws(Errno) {
-    self.shape = shape
+  package init(layout: Layout, place: DevicePlace) throws(Errno) {
+    self.layout = layout
     self.place = place
-    length = Self.bytes(shape, place)
+    length = Self.bytes(layout, place)
     let start = mmap(nil, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     guard let start, start != MAP_FAILED else { throw Errno.last }
     memory = start
@@ -170,7 +163,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     do throws(Errno) { mapped = try Self.map(descriptor.raw, max(length, 4096)) } catch { throw .host(error) }
     // The first page is there, and zero behind the file's end.
     var fault: StateFault?
-    var found: (Shape, Place)?
+    var found: (Layout, DevicePlace)?
     do throws(StateFault) { found = try Self.examine(mapped, length) } catch { fault = error }
     guard let found else {
       munmap(mapped, max(length, 4096))
@@ -178,14 +171,14 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     }
     memory = mapped
     self.length = max(length, 4096)
-    (shape, place) = found
+    (layout, place) = found
   }
 
   deinit { munmap(memory, length) }
 
   /// Sizes and maps a new file. What may be stored to at once has memory from now on; a file system in memory that is full later would answer
   /// a store with SIGBUS. Kernels that cannot be asked for the rest when it is needed (before Linux 5.14) are asked for all of it now.
-  private static func makeRoom(_ descriptor: Int32, _ shape: Shape, _ length: Int) throws(Errno)
+  private static func makeRoom(_ descriptor: Int32, _ layout: Layout, _ length: Int) throws(Errno)
     -> UnsafeMutableRawPointer
   {
     func allocate(_ start: Int, _ end: Int) throws(Errno) {
@@ -195,16 +188,16 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     try allocate(length - 4096, length)
     try allocate(0, journalsOffset)
     let mapped = try map(descriptor, length)
-    let queues = shape.profile.queueSizes.count
+    let queues = layout.identity.queueSizes.count
     do throws(Errno) {
       guard populate(mapped, 4096) != .unknown else {
         try allocate(0, length)
         return mapped
       }
       mapped.storeBytes(of: UInt32(QueueJournal.slotGroup), toByteOffset: slotsOffset, as: UInt32.self)
-      let first = QueueJournal.bytesAtFirst(slotCount: shape.slotCount, chainLimit: shape.chainLimit)
+      let first = QueueJournal.bytesAtFirst(slotCount: layout.slotCount, chainLimit: layout.chainLimit)
       for queue in 0..<queues {
-        let start = journalsOffset + queue * journalBytes(shape)
+        let start = journalsOffset + queue * journalBytes(layout)
         try allocate(start, start + first)
       }
     } catch {
@@ -223,7 +216,9 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     return start
   }
 
-  private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (Shape, Place) {
+  private static func examine(_ memory: UnsafeMutableRawPointer, _ length: Int) throws(StateFault) -> (
+    Layout, DevicePlace
+  ) {
     func word(_ offset: Int) -> UInt32 { memory.load(fromByteOffset: offset, as: UInt32.self) }
     guard memory.load(as: UInt64.self) == magic else { throw .damaged("it does not begin as such a file does") }
     guard [version, xenbusVersion, pciVersion].contains(word(8)) else { throw .version(word(8)) }
@@ -232,19 +227,20 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
       throw .damaged("\(queues) queues of \(slots) slots")
     }
     let sizes = (0..<queues).map { memory.load(fromByteOffset: 96 + 2 * $0, as: UInt16.self) }
-    let shape = Shape(
-      profile: DeviceProfile(
+    let layout = Layout(
+      identity: DeviceIdentity(
         deviceID: word(16), offeredFeatures: FeatureBits(rawValue: memory.load(fromByteOffset: 64, as: UInt64.self)),
         queueSizes: sizes), slotCount: slots, chainLimit: chains)
-    let place: Place =
+    let place: DevicePlace =
       switch word(8) {
       case xenbusVersion: .xenbus
-      case pciVersion: Place(pciDevice: UInt8(truncatingIfNeeded: word(80) & 31))
+      case pciVersion: .pci(device: UInt8(truncatingIfNeeded: word(80) & 31))
       default:
-        Place(base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
+        .mmio(
+          base: memory.load(fromByteOffset: 72, as: UInt64.self), index: Int(word(80)), sharedInterrupt: word(84))
       }
-    guard length == bytes(shape, place), word(256) <= 1 else { throw .damaged("it has \(length) bytes") }
-    return (shape, place)
+    guard length == bytes(layout, place), word(256) <= 1 else { throw .damaged("it has \(length) bytes") }
+    return (layout, place)
   }
 
   // MARK: Queues
@@ -257,12 +253,12 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   /// The journal of a queue.
   package func storage(_ queue: Int) -> JournalStorage {
     JournalStorage(
-      memory: memory + Self.journalsOffset + queue * Self.journalBytes(shape), slotCount: shape.slotCount,
-      chainLimit: shape.chainLimit, slotsWithMemory: slotsWithMemory, owner: self)
+      memory: memory + Self.journalsOffset + queue * Self.journalBytes(layout), slotCount: layout.slotCount,
+      chainLimit: layout.chainLimit, slotsWithMemory: slotsWithMemory, owner: self)
   }
 
   package func endQueue(_ queue: Int) {
-    guard shape.profile.queueSizes.indices.contains(queue) else { return }
+    guard layout.identity.queueSizes.indices.contains(queue) else { return }
     storage(queue).journal.end()
   }
 
@@ -321,7 +317,7 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     registers.generation = word(8)
     registers.driverFeatures = UInt64(word(5)) << 32 | UInt64(word(4))
     let configuration = (0..<Int(min(word(6), 128))).map { copy.load(fromByteOffset: 64 + $0, as: UInt8.self) }
-    for index in shape.profile.queueSizes.indices {
+    for index in layout.identity.queueSizes.indices {
       let queue = copy + 192 + 32 * index
       var layout = QueueLayout()
       layout.size = queue.load(as: UInt16.self)
@@ -337,7 +333,10 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
   // MARK: Registers of a PCI function
 
   /// The page of the function; nil where the device is none.
-  private var functionPage: UnsafeMutableRawPointer? { place.pciDevice == nil ? nil : memory + length - 4096 }
+  private var functionPage: UnsafeMutableRawPointer? {
+    let bytes = Self.functionBytes(place)
+    return bytes == 0 ? nil : memory + length - bytes
+  }
 
   private func validFunction(_ page: UnsafeMutableRawPointer) -> UnsafeMutablePointer<Atomic<UInt32>> {
     (page + 4092).assumingMemoryBound(to: Atomic<UInt32>.self)
@@ -353,8 +352,8 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
 
   /// What was saved last of a PCI function.
   package var savedFunction: PCIRegisters {
-    guard let page = functionPage else { return PCIRegisters(shape.profile) }
+    guard let page = functionPage else { return PCIRegisters(layout.identity) }
     let copy = Int(validFunction(page).pointee.load(ordering: .acquiring) & 1)
-    return PCIRegisters(shape.profile, decoding: page + copy * PCIRegisters.bytes)
+    return PCIRegisters(layout.identity, decoding: page + copy * PCIRegisters.bytes)
   }
 }

@@ -6,7 +6,7 @@ package import Virtqueue
 
 /// A share of a device: some of its virtqueues, the pump that serves them, and the thread on which all that happens. What every device
 /// type has in common lies here: wake-ups, channels, the timer, the life of queues, faults.
-package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @unchecked Sendable {
+package final class DeviceWorker<Pump: DevicePump & ~Copyable>: AnyDeviceWorker, @unchecked Sendable {
   // Invariant behind @unchecked Sendable: the properties below "data thread" are touched by the thread's loop only; all others
   // are immutable or made for sharing.
 
@@ -54,7 +54,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
     self.thread = thread
     self.source = source
     self.report = report
-    signals = queues.map { _ in Silence.shared }
+    signals = queues.map { _ in NullSignals.shared }
     doorbells = queues.map { _ in nil }
     self.pump = consume pump
   }
@@ -154,7 +154,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
     listen(queue, to: nil)
     pump?.deactivate(queue)
     pump?.end(queue)
-    signals[queue] = Silence.shared
+    signals[queue] = NullSignals.shared
     sayReports()
   }
 
@@ -194,7 +194,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
     for queue in queues.indices {
       pump?.markBroken(queue)
       signals[queue].needReset()
-      signals[queue] = Silence.shared
+      signals[queue] = NullSignals.shared
     }
     report(.fault(fault))
   }
@@ -206,7 +206,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
       case .held(let result): report(.held(queue: index, result))
       case .gone(let result):
         rest()
-        signals = queues.map { _ in Silence.shared }
+        signals = queues.map { _ in NullSignals.shared }
         return report(.storageGone(result))
       }
     }
@@ -229,7 +229,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
 
   package func withdraw() {
     rest()
-    signals = queues.map { _ in Silence.shared }
+    signals = queues.map { _ in NullSignals.shared }
   }
 
   package func close() {
@@ -243,7 +243,7 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: DeviceWorking, @
 }
 
 /// A worker, whatever its pump is.
-package protocol DeviceWorking: AnyObject, Sendable {
+package protocol AnyDeviceWorker: AnyObject, Sendable {
   var thread: LoopThread { get }
   /// Starts to listen; on the data thread.
   func open() throws(Errno)
@@ -265,8 +265,8 @@ package protocol DeviceWorking: AnyObject, Sendable {
 }
 
 /// For queues that no driver has: nobody is to be told.
-private final class Silence: TransportSignals {
-  static let shared = Silence()
+private final class NullSignals: TransportSignals {
+  static let shared = NullSignals()
   func interruptForUsedBuffers() {}
   func interruptForConfiguration() {}
   func needReset() {}

@@ -31,9 +31,21 @@ package enum UnixSocket {
   }
 
   /// A connection: waited for, unless it is non-blocking, which a listener whose queue is full refuses.
-  package static func connect(_ path: String, nonBlocking: Bool = false) throws(Errno) -> Int32 {
+  ///
+  /// - Parameter timeoutMilliseconds: after which what waits for the peer, here and in later sends, ends with EAGAIN; nil for never.
+  package static func connect(
+    _ path: String, nonBlocking: Bool = false, timeoutMilliseconds: Int32? = nil
+  ) throws(Errno) -> Int32 {
     let raw = try make(nonBlocking: nonBlocking)
     do throws(Errno) {
+      if let timeoutMilliseconds {
+        // 0 would be no limit.
+        let limit = Int(max(timeoutMilliseconds, 1))
+        var time = timeval(tv_sec: limit / 1000, tv_usec: limit % 1000 * 1000)
+        guard setsockopt(raw, SOL_SOCKET, SO_SNDTIMEO, &time, socklen_t(MemoryLayout<timeval>.size)) == 0 else {
+          throw Errno.last
+        }
+      }
       try withAddress(path) { Glibc.connect(raw, $0, $1) }
     } catch {
       close(raw)

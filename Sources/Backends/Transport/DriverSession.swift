@@ -16,7 +16,7 @@ final class DriverSession: Sendable {
     case unfit
   }
 
-  let profile: DeviceProfile
+  let identity: DeviceIdentity
   private let status = Atomic<UInt32>(0)
   private let space: Mutex<ConfigurationSpace>
   private let state: (any TransportState)?
@@ -33,17 +33,17 @@ final class DriverSession: Sendable {
   init(_ device: any VirtioDevice, _ state: (any TransportState)?) {
     self.device = device
     self.state = state
-    profile = DeviceProfile(device)
+    identity = DeviceIdentity(device)
     space = Mutex(device.configuration)
-    driver = DriverState(queueCount: profile.queueSizes.count)
+    driver = DriverState(queueCount: identity.queueSizes.count)
   }
 
   /// As an earlier process left it, without a backend.
   init(
-    restoring profile: DeviceProfile, _ driver: DriverState, _ status: DeviceStatus, configuration: [UInt8],
+    restoring identity: DeviceIdentity, _ driver: DriverState, _ status: DeviceStatus, configuration: [UInt8],
     state: any TransportState
   ) {
-    self.profile = profile
+    self.identity = identity
     self.driver = driver
     self.state = state
     space = Mutex(ConfigurationSpace(configuration, behind: driver.generation))
@@ -69,7 +69,7 @@ final class DriverSession: Sendable {
   /// Whether a driver may begin with these features (virtio 1.2, 3.1.1): a part of what is offered, without the legacy interface, and a set
   /// that makes sense to the device.
   func accepts(_ features: FeatureBits) -> Bool {
-    features.isSubset(of: profile.offeredFeatures) && features.contains(.version1)
+    features.isSubset(of: identity.offeredFeatures) && features.contains(.version1)
       && device?.accepts(features) != false
   }
 
@@ -77,7 +77,7 @@ final class DriverSession: Sendable {
   func isValid(queue: Int) -> Bool {
     do throws(VirtqueueFault) {
       try driver.queues[queue].validate(
-        maximum: profile.queueSizes[queue], packed: driver.negotiated.contains(.ringPacked))
+        maximum: identity.queueSizes[queue], packed: driver.negotiated.contains(.ringPacked))
       return true
     } catch {
       return false
@@ -93,7 +93,7 @@ final class DriverSession: Sendable {
   func activate(_ signals: any TransportSignals, adopts: Bool) {
     guard let device else { return }
     // It may have come behind FEATURES_OK, in another's place.
-    guard profile.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else {
+    guard identity.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else {
       return signals.needReset()
     }
     device.activate(features: driver.negotiated, layouts: driver.layouts, signals: signals, adopts: adopts)
@@ -127,7 +127,7 @@ final class DriverSession: Sendable {
   }
 
   /// What queues have in their journals is of another life.
-  func endJournals() { for queue in profile.queueSizes.indices { state?.endQueue(queue) } }
+  func endJournals() { for queue in identity.queueSizes.indices { state?.endQueue(queue) } }
 
   /// The driver resets the device, or is gone: when this returns, nothing touches its memory.
   ///
@@ -137,7 +137,7 @@ final class DriverSession: Sendable {
     untilStopped?()
     endJournals()
     state?.forgetDriver()
-    driver = DriverState(queueCount: profile.queueSizes.count)
+    driver = DriverState(queueCount: identity.queueSizes.count)
     let old = status.exchange(0, ordering: .acquiringAndReleasing)
     save()
     return DeviceStatus(rawValue: old)
@@ -168,7 +168,7 @@ final class DriverSession: Sendable {
       }
       return .idle
     }
-    guard profile.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else { return .unfit }
+    guard identity.goesOn(with: device, features: driver.negotiated, layouts: driver.layouts) else { return .unfit }
     // Before it begins: what the driver chose holds from the first request on.
     device.configurationWritten(offset: 0, bytes: old)
     activate(signals, adopts: true)

@@ -30,17 +30,17 @@ package final class MMIOTransport: DeviceTransport {
 
   /// A transport as an earlier process left it, without a backend: registers are answered, queues wait.
   package init(
-    restoring profile: DeviceProfile, _ driver: DriverState, _ status: DeviceStatus, configuration: [UInt8],
+    restoring identity: DeviceIdentity, _ driver: DriverState, _ status: DeviceStatus, configuration: [UInt8],
     line: any InterruptLine, state: any TransportState, onStatus: @escaping @Sendable (DeviceStatus) -> Void
   ) {
-    session = DriverSession(restoring: profile, driver, status, configuration: configuration, state: state)
+    session = DriverSession(restoring: identity, driver, status, configuration: configuration, state: state)
     self.onStatus = onStatus
     interrupts = InterruptState(line: line)
     // The earlier process may have left it high, which nothing here would know.
     line.set(false)
   }
 
-  package var profile: DeviceProfile { session.profile }
+  package var identity: DeviceIdentity { session.identity }
   package var interruptCount: UInt64 { interrupts.raised.load(ordering: .relaxed) }
   package var currentStatus: DeviceStatus { session.currentStatus }
 
@@ -80,16 +80,16 @@ package final class MMIOTransport: DeviceTransport {
     switch offset {
     case MMIORegister.magicValue: return MMIORegister.magic
     case MMIORegister.version: return 2
-    case MMIORegister.deviceID: return UInt64(profile.deviceID)
+    case MMIORegister.deviceID: return UInt64(identity.deviceID)
     case MMIORegister.vendorID: return MMIORegister.vendor
     case MMIORegister.deviceFeatures:
-      let features = profile.offeredFeatures.rawValue
+      let features = identity.offeredFeatures.rawValue
       switch session.driver.deviceFeaturesSelect {
       case 0: return features & 0xffff_ffff
       case 1: return features >> 32
       default: return 0
       }
-    case MMIORegister.queueSizeMaximum: return UInt64(selected.map { profile.queueSizes[$0] } ?? 0)
+    case MMIORegister.queueSizeMaximum: return UInt64(selected.map { identity.queueSizes[$0] } ?? 0)
     case MMIORegister.queueReady: return selected.map { session.driver.ready[$0] ? 1 : 0 } ?? 0
     case MMIORegister.interruptStatus: return UInt64(interrupts.pending)
     case MMIORegister.status: return UInt64(currentStatus.rawValue)

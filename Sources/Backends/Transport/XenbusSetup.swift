@@ -15,14 +15,14 @@ package struct XenbusOffer: Equatable, Sendable {
   /// A chain of a disk's with so many device-writable bytes is left with none of them unwritten.
   package static let filledBytes = 2 << 20
 
-  package var profile: DeviceProfile
+  package var identity: DeviceIdentity
   package var maximumPages: UInt32
   package var configurationBytes: Int
   /// Different in each life of the device.
   package var epoch: UInt32
 
-  package init(profile: DeviceProfile, maximumPages: UInt32, configurationBytes: Int, epoch: UInt32) {
-    self.profile = profile
+  package init(identity: DeviceIdentity, maximumPages: UInt32, configurationBytes: Int, epoch: UInt32) {
+    self.identity = identity
     self.maximumPages = maximumPages
     self.configurationBytes = configurationBytes
     self.epoch = epoch
@@ -37,11 +37,11 @@ package struct XenbusOffer: Equatable, Sendable {
   }
 
   package var text: String {
-    let sizes = profile.queueSizes.map { "\($0)" }.joined(separator: ",")
-    let features = String(Self.features(profile.offeredFeatures).rawValue, radix: 16)
-    return "version=\(Self.version) device=\(profile.deviceID) vendor=0x1af4 features=0x\(features) "
-      + "queues=\(profile.queueSizes.count) sizes=\(sizes) arena=\(maximumPages) config=\(configurationBytes) epoch=\(epoch) "
-      + "readonly=1" + (profile.deviceID == 2 ? " fills=\(Self.filledBytes)" : "")
+    let sizes = identity.queueSizes.map { "\($0)" }.joined(separator: ",")
+    let features = String(Self.features(identity.offeredFeatures).rawValue, radix: 16)
+    return "version=\(Self.version) device=\(identity.deviceID) vendor=0x1af4 features=0x\(features) "
+      + "queues=\(identity.queueSizes.count) sizes=\(sizes) arena=\(maximumPages) config=\(configurationBytes) epoch=\(epoch) "
+      + "readonly=1" + (identity.deviceID == 2 ? " fills=\(Self.filledBytes)" : "")
   }
 }
 
@@ -88,7 +88,7 @@ extension XenbusSetup {
     guard half(4) == XenbusOffer.version else { throw SetupFault("version \(half(4)) of the setup page is not known") }
     guard word(0x10) == offer.epoch else { throw SetupFault("the setup page answers another offer") }
     let accepted = FeatureBits(rawValue: long(8))
-    let offered = XenbusOffer.features(offer.profile.offeredFeatures)
+    let offered = XenbusOffer.features(offer.identity.offeredFeatures)
     guard accepted.isSubset(of: offered) else { throw SetupFault("features are accepted that are not offered") }
     guard accepted.isSuperset(of: [.version1, .accessPlatform]) else {
       throw SetupFault("VIRTIO_F_VERSION_1 and VIRTIO_F_ACCESS_PLATFORM must be accepted")
@@ -107,7 +107,7 @@ extension XenbusSetup {
       throw SetupFault("\(pages) pages need \(directoryCount) directories, not \(word(0x1c))")
     }
     directories = (0..<directoryCount).map { word(0x20 + 4 * $0) }
-    queues = Array(repeating: nil, count: offer.profile.queueSizes.count)
+    queues = Array(repeating: nil, count: offer.identity.queueSizes.count)
     let count = Int(half(6))
     guard (1...queues.count).contains(count) else { throw SetupFault("\(count) queues are set up") }
     for position in 0..<count {
@@ -118,7 +118,7 @@ extension XenbusSetup {
       }
       queues[index] = try Self.queue(
         half(entry + 2), word(entry + 4), long(entry + 16), long(entry + 24), long(entry + 32), word(entry + 40),
-        word(entry + 44), maximum: offer.profile.queueSizes[index], pages: pages, readOnlyPages: readOnlyPages,
+        word(entry + 44), maximum: offer.identity.queueSizes[index], pages: pages, readOnlyPages: readOnlyPages,
         "queue \(index)")
     }
     let ports = queues.compactMap { $0?.port }

@@ -31,7 +31,7 @@ package final class XenbusTransport: DeviceTransport {
     self.onConfiguration = onConfiguration
   }
 
-  package var profile: DeviceProfile { session.profile }
+  package var identity: DeviceIdentity { session.identity }
   package var currentStatus: DeviceStatus { session.currentStatus }
   /// Event channels that are bound.
   package var channelCount: Int { bound.load(ordering: .relaxed) }

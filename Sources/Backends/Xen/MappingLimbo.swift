@@ -10,16 +10,19 @@ import Virtqueue
 /// Belongs to its pool's lock.
 struct MappingLimbo<Mapping>: ~Copyable {
   /// With the generation that viewers must have reached.
-  private var entries: [(mapping: Mapping, generation: UInt64)] = []
+  private var entries: [(mapping: Mapping?, generation: UInt64)] = []
+  /// Entries before this one have been given out. They leave the array together, so that what is given out one by one costs no move of
+  /// all that waits.
+  private var first = 0
   private var viewers: [MemoryViewer] = []
 
   init() {}
 
-  var isEmpty: Bool { entries.isEmpty }
-  var count: Int { entries.count }
+  var isEmpty: Bool { count == 0 }
+  var count: Int { entries.count - first }
 
   /// Whether nothing waits any more that was put here under a generation or one before it.
-  func isDone(_ generation: UInt64) -> Bool { entries.first.map { $0.generation > generation } ?? true }
+  func isDone(_ generation: UInt64) -> Bool { isEmpty || entries[first].generation > generation }
 
   mutating func add(_ viewer: MemoryViewer) { viewers.append(viewer) }
 
@@ -34,17 +37,22 @@ struct MappingLimbo<Mapping>: ~Copyable {
   ///
   /// - Parameter limit: so many at most.
   mutating func takeUnused(limit: Int = .max) -> [Mapping] {
-    guard !entries.isEmpty else { return [] }
+    guard !isEmpty else { return [] }
     var oldest = UInt64.max
     for viewer in viewers {
       let epoch = viewer.epoch.load(ordering: .sequentiallyConsistent)
       if epoch != 0 { oldest = min(oldest, epoch) }
     }
     // Generations grow, so what may go stands before what must stay.
-    let count = min(entries.firstIndex { $0.generation > oldest } ?? entries.count, limit)
-    guard count > 0 else { return [] }
-    let unused = entries[..<count].map(\.mapping)
-    entries.removeFirst(count)
+    var unused: [Mapping] = []
+    while unused.count < limit, first < entries.count, entries[first].generation <= oldest {
+      if let mapping = entries[first].mapping.take() { unused.append(mapping) }
+      first += 1
+    }
+    if first * 2 >= entries.count {
+      entries.removeFirst(first)
+      first = 0
+    }
     return unused
   }
 }

@@ -19,50 +19,50 @@ package struct ToolstackDevice {
     case generic = "virtio"
   }
 
-  package let store: XenStore
+  package let xenstore: XenStore
   package let guest: DomainID
   package let kind: Kind
   /// libxl's number of the virtual disk, or of the generic device.
   package let device: UInt32
 
-  package init(_ store: XenStore, guest: DomainID, device: UInt32, kind: Kind = .disk) {
-    self.store = store
+  package init(_ xenstore: XenStore, guest: DomainID, device: UInt32, kind: Kind = .disk) {
+    self.xenstore = xenstore
     self.guest = guest
     self.device = device
     self.kind = kind
   }
 
   /// By the name that operators use: xvda to xvdp, or net0, console1, rng2.
-  package init(_ store: XenStore, guest: DomainID, name: String) throws(Fault) {
+  package init(_ xenstore: XenStore, guest: DomainID, name: String) throws(Fault) {
     for type in VirtioType.generic where name.hasPrefix(type.prefix) {
       guard let number = UInt32(name.dropFirst(type.prefix.count)), "\(type.prefix)\(number)" == name else {
         continue
       }
-      self.init(store, guest: guest, device: number, kind: .generic)
+      self.init(xenstore, guest: guest, device: number, kind: .generic)
       return
     }
-    self.init(store, guest: guest, device: try Self.number(name))
+    self.init(xenstore, guest: guest, device: try Self.number(name))
   }
 
   /// The name that operators use.
   package var name: String {
     guard kind == .generic else { return Self.name(device) }
-    let entryType = store.read("\(library)/type")
+    let entryType = xenstore.read("\(library)/type")
     return "\(VirtioType.generic.first { $0.entryType == entryType }?.prefix ?? "virtio")\(device)"
   }
 
   // MARK: Names
 
   /// A domain by its number or name.
-  package static func domain(_ word: String, _ store: XenStore) throws(Fault) -> DomainID {
-    let domains = (store.list("/local/domain") ?? []).compactMap { DomainID($0) }
+  package static func domain(_ word: String, _ xenstore: XenStore) throws(Fault) -> DomainID {
+    let domains = (xenstore.list("/local/domain") ?? []).compactMap { DomainID($0) }
     if let number = DomainID(word) {
       guard domains.contains(number) else {
         throw Fault("there is no domain \(number)", remedy: "'xl list' names them")
       }
       return number
     }
-    let named = domains.filter { store.read("/local/domain/\($0)/name") == word }
+    let named = domains.filter { xenstore.read("/local/domain/\($0)/name") == word }
     guard let first = named.first else { throw Fault("there is no domain '\(word)'", remedy: "'xl list' names them") }
     guard named.count == 1 else {
       throw Fault("\(named.count) domains are called '\(word)'", remedy: "use the number of one of them")
@@ -85,9 +85,9 @@ package struct ToolstackDevice {
   }
 
   /// The first name that the guest has no disk of.
-  package static func free(_ store: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
+  package static func free(_ xenstore: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
     let taken = Set(
-      ["virtio_disk", "vbd"].flatMap { store.list("/libxl/\(guest)/device/\($0)") ?? [] }.compactMap { UInt32($0) })
+      ["virtio_disk", "vbd"].flatMap { xenstore.list("/libxl/\(guest)/device/\($0)") ?? [] }.compactMap { UInt32($0) })
     guard let free = (0..<16).map({ 202 << 8 | UInt32($0) << 4 }).first(where: { !taken.contains($0) }) else {
       throw Fault("the guest has all of xvda to xvdp")
     }
@@ -95,8 +95,8 @@ package struct ToolstackDevice {
   }
 
   /// The first number that the guest has no generic device of.
-  package static func freeGeneric(_ store: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
-    let taken = Set((store.list("/libxl/\(guest)/device/virtio") ?? []).compactMap { UInt32($0) })
+  package static func freeGeneric(_ xenstore: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
+    let taken = Set((xenstore.list("/libxl/\(guest)/device/virtio") ?? []).compactMap { UInt32($0) })
     guard let free = (0..<64).first(where: { !taken.contains($0) }) else {
       throw Fault("the guest has 64 generic virtio devices already")
     }
@@ -104,11 +104,11 @@ package struct ToolstackDevice {
   }
 
   /// Every virtio device of every guest.
-  package static func all(_ store: XenStore) -> [ToolstackDevice] {
-    (store.list("/libxl") ?? []).compactMap { DomainID($0) }.flatMap { guest in
+  package static func all(_ xenstore: XenStore) -> [ToolstackDevice] {
+    (xenstore.list("/libxl") ?? []).compactMap { DomainID($0) }.flatMap { guest in
       Kind.allCases.flatMap { kind in
-        (store.list("/libxl/\(guest)/device/\(kind.rawValue)") ?? []).compactMap { UInt32($0) }.map {
-          ToolstackDevice(store, guest: guest, device: $0, kind: kind)
+        (xenstore.list("/libxl/\(guest)/device/\(kind.rawValue)") ?? []).compactMap { UInt32($0) }.map {
+          ToolstackDevice(xenstore, guest: guest, device: $0, kind: kind)
         }
       }
     }
@@ -119,8 +119,8 @@ package struct ToolstackDevice {
   package var library: String { "/libxl/\(guest)/device/\(kind.rawValue)/\(device)" }
   package var frontend: String { "/local/domain/\(guest)/device/\(kind.rawValue)/\(device)" }
   /// The backend's directory, as libxl has it written down.
-  package var backend: String? { store.read("\(library)/backend") }
-  package var exists: Bool { store.read("\(library)/frontend") != nil }
+  package var backend: String? { xenstore.read("\(library)/backend") }
+  package var exists: Bool { xenstore.read("\(library)/frontend") != nil }
 
   private func backend(of domain: DomainID) -> String {
     "/local/domain/\(domain)/backend/\(kind.rawValue)/\(guest)/\(device)"
@@ -135,7 +135,7 @@ package struct ToolstackDevice {
     guard !exists else {
       throw Fault("domain \(guest) has a disk \(name) already", remedy: "name another one by --vdev")
     }
-    let plain = store.list("/libxl/\(guest)/device/vbd") ?? []
+    let plain = xenstore.list("/libxl/\(guest)/device/vbd") ?? []
     guard plain.isEmpty else {
       throw Fault(
         "domain \(guest) has plain Xen disks; libxl loses all disks of a guest with both kinds when it reboots",
@@ -168,7 +168,7 @@ package struct ToolstackDevice {
 
   /// The guest's UUID, by which profiles in a driver domain know it: that may not see the guest's own nodes.
   private var identity: [(String, String)] {
-    let uuid = store.read("/local/domain/\(guest)/vm").flatMap { $0.split(separator: "/").last.map(String.init) }
+    let uuid = xenstore.read("/local/domain/\(guest)/vm").flatMap { $0.split(separator: "/").last.map(String.init) }
     return uuid.map { [("vx-uuid", $0)] } ?? []
   }
 
@@ -176,13 +176,13 @@ package struct ToolstackDevice {
   ///
   /// - Returns: the UUID; nil when there is no backend, or no UUID.
   package func identify() throws(Fault) -> String? {
-    guard let path = backend, store.read("\(path)/frontend") != nil, let (name, uuid) = identity.first else {
+    guard let path = backend, xenstore.read("\(path)/frontend") != nil, let (name, uuid) = identity.first else {
       return nil
     }
     // With the permissions of the folder: the backend's domain owns it, and the guest can read it.
     try change { transaction throws(XenError) in
-      try store.write("\(path)/\(name)", uuid, in: transaction)
-      try store.write("\(library)/\(name)", uuid, in: transaction)
+      try xenstore.write("\(path)/\(name)", uuid, in: transaction)
+      try xenstore.write("\(library)/\(name)", uuid, in: transaction)
     }
     return uuid
   }
@@ -192,10 +192,12 @@ package struct ToolstackDevice {
     try change { transaction throws(XenError) in
       try writeBackend(domain, keys, transaction)
       try writeFrontend(domain, transaction)
-      try store.makeDirectory(library, owner: 0, reader: 0, in: transaction)
-      try store.write("\(library)/frontend", frontend, in: transaction)
-      try store.write("\(library)/backend", backend(of: domain), in: transaction)
-      for (key, value) in keys where key != "frontend" { try store.write("\(library)/\(key)", value, in: transaction) }
+      try xenstore.makeDirectory(library, owner: 0, reader: 0, in: transaction)
+      try xenstore.write("\(library)/frontend", frontend, in: transaction)
+      try xenstore.write("\(library)/backend", backend(of: domain), in: transaction)
+      for (key, value) in keys where key != "frontend" {
+        try xenstore.write("\(library)/\(key)", value, in: transaction)
+      }
     }
   }
 
@@ -203,53 +205,53 @@ package struct ToolstackDevice {
   package func move(to domain: DomainID) throws(Fault) {
     guard let old = backend else { throw Fault("domain \(guest) has no virtio device \(name)") }
     var keys: [(String, String)] = [("frontend", frontend)]
-    for name in store.list(library) ?? [] where !["frontend", "backend", "vx-uuid"].contains(name) {
-      keys.append((name, store.read("\(library)/\(name)") ?? ""))
+    for name in xenstore.list(library) ?? [] where !["frontend", "backend", "vx-uuid"].contains(name) {
+      keys.append((name, xenstore.read("\(library)/\(name)") ?? ""))
     }
     keys += identity
     try change { transaction throws(XenError) in
-      if old != backend(of: domain) { try store.remove(old, in: transaction) }
+      if old != backend(of: domain) { try xenstore.remove(old, in: transaction) }
       // Made anew: nodes that are there already would keep the old backend's permissions.
-      try store.remove(frontend, in: transaction)
+      try xenstore.remove(frontend, in: transaction)
       try writeBackend(domain, keys, transaction)
       try writeFrontend(domain, transaction)
-      try store.write("\(library)/backend", backend(of: domain), in: transaction)
+      try xenstore.write("\(library)/backend", backend(of: domain), in: transaction)
     }
   }
 
   private func writeBackend(_ domain: DomainID, _ keys: [(String, String)], _ transaction: UInt32) throws(XenError) {
     let path = backend(of: domain)
-    try store.makeDirectory(path, owner: domain, reader: guest, in: transaction)
-    for (key, value) in keys { try store.write("\(path)/\(key)", value, in: transaction) }
-    try store.write("\(path)/online", "1", in: transaction)
-    try store.write("\(path)/state", "1", in: transaction)
+    try xenstore.makeDirectory(path, owner: domain, reader: guest, in: transaction)
+    for (key, value) in keys { try xenstore.write("\(path)/\(key)", value, in: transaction) }
+    try xenstore.write("\(path)/online", "1", in: transaction)
+    try xenstore.write("\(path)/state", "1", in: transaction)
   }
 
   private func writeFrontend(_ domain: DomainID, _ transaction: UInt32) throws(XenError) {
-    try store.makeDirectory(frontend, owner: guest, reader: domain, in: transaction)
+    try xenstore.makeDirectory(frontend, owner: guest, reader: domain, in: transaction)
     var keys = [("backend-id", "\(domain)"), ("state", "1"), ("trusted", "1"), ("backend", backend(of: domain))]
     if kind == .disk { keys += [("virtual-device", "\(device)"), ("device-type", "disk")] }
-    for (key, value) in keys { try store.write("\(frontend)/\(key)", value, in: transaction) }
+    for (key, value) in keys { try xenstore.write("\(frontend)/\(key)", value, in: transaction) }
   }
 
   /// Asks the driver and the backend to end the disk.
   package func requestEnd() throws(Fault) {
     guard let path = backend else { throw Fault("domain \(guest) has no virtio device \(name)") }
     try change { transaction throws(XenError) in
-      guard store.read("\(path)/state", in: transaction) != nil else { return }
-      try store.write("\(path)/online", "0", in: transaction)
-      try store.write("\(path)/state", "5", in: transaction)
+      guard xenstore.read("\(path)/state", in: transaction) != nil else { return }
+      try xenstore.write("\(path)/online", "0", in: transaction)
+      try xenstore.write("\(path)/state", "5", in: transaction)
     }
   }
 
   /// Takes the frontend away: the backend lets go, whatever the driver does.
   package func forceEnd() throws(Fault) {
-    try change { transaction throws(XenError) in try store.remove(frontend, in: transaction) }
+    try change { transaction throws(XenError) in try xenstore.remove(frontend, in: transaction) }
   }
 
   /// Whether the backend has given everything back, or is gone.
   package var hasEnded: Bool {
-    guard let path = backend, let state = store.read("\(path)/state") else { return true }
+    guard let path = backend, let state = xenstore.read("\(path)/state") else { return true }
     return state == "6"
   }
 
@@ -257,15 +259,15 @@ package struct ToolstackDevice {
   package func remove() throws(Fault) {
     let path = backend
     try change { transaction throws(XenError) in
-      try store.remove(frontend, in: transaction)
-      if let path { try store.remove(path, in: transaction) }
-      try store.remove(library, in: transaction)
+      try xenstore.remove(frontend, in: transaction)
+      if let path { try xenstore.remove(path, in: transaction) }
+      try xenstore.remove(library, in: transaction)
     }
   }
 
   private func change(_ body: (UInt32) throws(XenError) -> Void) throws(Fault) {
     do throws(XenError) {
-      try store.transaction(body)
+      try xenstore.transaction(body)
     } catch {
       throw Fault("Xenstore cannot be changed: \(error)", remedy: "run this in dom0, as root")
     }
@@ -277,6 +279,6 @@ package struct ToolstackDevice {
   ///
   /// - Returns: false when the time is over.
   package func wait(seconds: Int, until condition: () -> Bool) -> Bool {
-    store.wait(on: [backend, frontend].compactMap { $0 }, seconds: seconds, until: condition)
+    xenstore.wait(on: [backend, frontend].compactMap { $0 }, seconds: seconds, until: condition)
   }
 }

@@ -4,14 +4,14 @@ package import Xen
 
 /// Plays xl: writes a domain's entries as libxl does, waits for what libxl waits for, takes them away again.
 package final class SimulatedToolstack {
-  private let store: XenStore
+  private let xenstore: XenStore
   private let hypervisor: SimulatedHypervisor
   private let server: XenstoreServer
 
   package init(server: XenstoreServer, hypervisor: SimulatedHypervisor) throws(XenError) {
     self.server = server
     self.hypervisor = hypervisor
-    store = try XenStore(socketPath: server.path)
+    xenstore = try XenStore(socketPath: server.path)
   }
 
   /// The disk's number of a name such as xvde (xen: libxl__device_disk_dev_number).
@@ -37,14 +37,14 @@ package final class SimulatedToolstack {
   ) throws(XenError) {
     hypervisor.add(domain)
     let path = "/local/domain/\(domain.identifier)"
-    try store.transaction { transaction throws(XenError) in
-      try store.write("\(path)/name", name, in: transaction)
+    try xenstore.transaction { transaction throws(XenError) in
+      try xenstore.write("\(path)/name", name, in: transaction)
       let vm = uuid ?? "00000000-0000-4000-8000-00000000\(1000 + domain.identifier)"
-      try store.write("\(path)/vm", "/vm/\(vm)", in: transaction)
+      try xenstore.write("\(path)/vm", "/vm/\(vm)", in: transaction)
       let now = EventLoop.now()
-      try store.write("/vm/\(vm)/start_time", "\(now / 1_000_000_000).\(now % 1_000_000_000)", in: transaction)
-      try store.write("\(path)/device", "", in: transaction)
-      try store.write("/libxl/\(domain.identifier)/type", type, in: transaction)
+      try xenstore.write("/vm/\(vm)/start_time", "\(now / 1_000_000_000).\(now % 1_000_000_000)", in: transaction)
+      try xenstore.write("\(path)/device", "", in: transaction)
+      try xenstore.write("/libxl/\(domain.identifier)/type", type, in: transaction)
     }
     server.fire(special: "@introduceDomain")
   }
@@ -65,11 +65,11 @@ package final class SimulatedToolstack {
       "base": "0", "irq": "0",
     ]
     for (key, value) in changes { keys[key] = value }
-    try store.transaction { transaction throws(XenError) in
-      try store.write("\(frontend)/backend", backend, in: transaction)
-      try store.write("\(frontend)/backend-id", "0", in: transaction)
-      try store.write("\(frontend)/state", "1", in: transaction)
-      for (key, value) in keys { try store.write("\(backend)/\(key)", value, in: transaction) }
+    try xenstore.transaction { transaction throws(XenError) in
+      try xenstore.write("\(frontend)/backend", backend, in: transaction)
+      try xenstore.write("\(frontend)/backend-id", "0", in: transaction)
+      try xenstore.write("\(frontend)/state", "1", in: transaction)
+      for (key, value) in keys { try xenstore.write("\(backend)/\(key)", value, in: transaction) }
     }
   }
 
@@ -86,27 +86,27 @@ package final class SimulatedToolstack {
       ("transport", "mmio"), ("base", base), ("irq", irq), ("grant_usage", "0"),
     ]
     if let options { keys.append(("vx-options", options)) }
-    try store.transaction { transaction throws(XenError) in
-      try store.write("\(frontend)/backend", backend, in: transaction)
-      try store.write("\(frontend)/backend-id", "0", in: transaction)
-      try store.write("\(frontend)/state", "1", in: transaction)
-      for (key, value) in keys { try store.write("\(backend)/\(key)", value, in: transaction) }
+    try xenstore.transaction { transaction throws(XenError) in
+      try xenstore.write("\(frontend)/backend", backend, in: transaction)
+      try xenstore.write("\(frontend)/backend-id", "0", in: transaction)
+      try xenstore.write("\(frontend)/state", "1", in: transaction)
+      for (key, value) in keys { try xenstore.write("\(backend)/\(key)", value, in: transaction) }
     }
   }
 
   /// Changes a key of an entry.
   package func set(_ key: String, _ value: String, disk: String, of domain: DomainID) throws(XenError) {
-    try store.write("\(Self.backendPath(domain, disk))/\(key)", value)
+    try xenstore.write("\(Self.backendPath(domain, disk))/\(key)", value)
   }
 
   package func value(_ key: String, disk: String, of domain: DomainID) -> String? {
-    store.read("\(Self.backendPath(domain, disk))/\(key)")
+    xenstore.read("\(Self.backendPath(domain, disk))/\(key)")
   }
 
   /// Waits until an entry's key has a value, as libxl waits for states; false when the time is over.
   package func wait(for value: String, of key: String, disk: String, domain: DomainID, seconds: Int = 30) -> Bool {
     let path = "\(Self.backendPath(domain, disk))/\(key)"
-    return store.wait(on: [path], seconds: seconds) { store.read(path) == value }
+    return xenstore.wait(on: [path], seconds: seconds) { xenstore.read(path) == value }
   }
 
   /// Takes the devices away as `xl destroy` does: frontend deleted, online 0, state 5; waits for state 6; deletes the rest.
@@ -114,20 +114,20 @@ package final class SimulatedToolstack {
   /// - Returns: whether every backend reached state 6 in time.
   package func destroy(_ domain: DomainID, disks: [String], seconds: Int = 30) throws(XenError) -> Bool {
     for disk in disks {
-      try store.transaction { transaction throws(XenError) in
-        try store.remove(
+      try xenstore.transaction { transaction throws(XenError) in
+        try xenstore.remove(
           "/local/domain/\(domain)/device/virtio_disk/\(Self.deviceNumber(disk))", in: transaction)
-        try store.write("\(Self.backendPath(domain, disk))/online", "0", in: transaction)
-        try store.write("\(Self.backendPath(domain, disk))/state", "5", in: transaction)
+        try xenstore.write("\(Self.backendPath(domain, disk))/online", "0", in: transaction)
+        try xenstore.write("\(Self.backendPath(domain, disk))/state", "5", in: transaction)
       }
     }
     var allClosed = true
     for disk in disks where !wait(for: "6", of: "state", disk: disk, domain: domain, seconds: seconds) {
       allClosed = false
     }
-    try store.remove("/local/domain/0/backend/virtio_disk/\(domain)")
-    try store.remove("/local/domain/\(domain)")
-    try store.remove("/libxl/\(domain)")
+    try xenstore.remove("/local/domain/0/backend/virtio_disk/\(domain)")
+    try xenstore.remove("/local/domain/\(domain)")
+    try xenstore.remove("/libxl/\(domain)")
     hypervisor.remove(domain)
     server.fire(special: "@releaseDomain")
     return allClosed
@@ -135,29 +135,29 @@ package final class SimulatedToolstack {
 
   /// The domain dies without its toolstack: Xen's view is gone, and xenstored removes the nodes that it owned.
   package func crash(_ domain: DomainID) throws(XenError) {
-    try store.remove("/local/domain/\(domain)/device")
+    try xenstore.remove("/local/domain/\(domain)/device")
     hypervisor.remove(domain)
     server.fire(special: "@releaseDomain")
   }
 
   /// Removes what the frontend sees of its devices.
   package func removeFrontend(of domain: DomainID) throws(XenError) {
-    try store.remove("/local/domain/\(domain)/device/virtio_disk")
+    try xenstore.remove("/local/domain/\(domain)/device/virtio_disk")
   }
 
   /// Removes every disk's entry with one blow.
-  package func removeAllEntries() throws(XenError) { try store.remove("/local/domain/0/backend/virtio_disk") }
+  package func removeAllEntries() throws(XenError) { try xenstore.remove("/local/domain/0/backend/virtio_disk") }
 
   /// How many guests have a directory among the backends.
-  package var backendNodes: Int { store.list("/local/domain/0/backend/virtio_disk")?.count ?? 0 }
+  package var backendNodes: Int { xenstore.list("/local/domain/0/backend/virtio_disk")?.count ?? 0 }
 
   /// Renames a domain.
   package func rename(_ domain: DomainID, _ name: String) throws(XenError) {
-    try store.write("/local/domain/\(domain)/name", name)
+    try xenstore.write("/local/domain/\(domain)/name", name)
   }
 
   /// Removes an entry without any ceremony.
   package func removeEntry(disk: String, of domain: DomainID) throws(XenError) {
-    try store.remove(Self.backendPath(domain, disk))
+    try xenstore.remove(Self.backendPath(domain, disk))
   }
 }

@@ -17,7 +17,7 @@ package final class XenbusRegisters: RegisterAccess {
     var inFlight: UInt64 = 0
   }
 
-  package let store: XenStore
+  package let xenstore: XenStore
   package let frontend: String
   package let backend: String
   private let domain: SimulatedDomain
@@ -44,7 +44,7 @@ package final class XenbusRegisters: RegisterAccess {
   private var reserved: Int { domain.memory.pageCount - 64 - 32 - 1 }
 
   package init(server: XenstoreServer, domain: SimulatedDomain, disk: String) throws(XenError) {
-    store = try XenStore(socketPath: server.path)
+    xenstore = try XenStore(socketPath: server.path)
     self.domain = domain
     frontend = "/local/domain/\(domain.identifier)/device/virtio_disk/\(SimulatedToolstack.deviceNumber(disk))"
     backend = SimulatedToolstack.backendPath(domain.identifier, disk)
@@ -53,12 +53,12 @@ package final class XenbusRegisters: RegisterAccess {
   /// Waits for a value of a node of the backend's; false when the time is over.
   @discardableResult
   package func wait(for value: String, of node: String = "state") -> Bool {
-    wait { store.read("\(backend)/\(node)") == value }
+    wait { xenstore.read("\(backend)/\(node)") == value }
   }
 
   /// Waits until a condition on the backend's nodes holds, woken by their changes.
   private func wait(until condition: () -> Bool) -> Bool {
-    store.wait(on: [backend], seconds: patience, until: condition)
+    xenstore.wait(on: [backend], seconds: patience, until: condition)
   }
 
   private func readOffer() {
@@ -69,7 +69,7 @@ package final class XenbusRegisters: RegisterAccess {
 
   /// The offer as it is now, by key.
   private var offerWords: [String: String] {
-    let pairs = (store.read("\(backend)/vx-offer") ?? "").split(separator: " ").map {
+    let pairs = (xenstore.read("\(backend)/vx-offer") ?? "").split(separator: " ").map {
       $0.split(separator: "=", maxSplits: 1)
     }
     return pairs.reduce(into: [:]) { if $1.count == 2 { $0[String($1[0])] = String($1[1]) } }
@@ -79,7 +79,7 @@ package final class XenbusRegisters: RegisterAccess {
   private var offered: UInt64 { UInt64((offer["features"] ?? "").dropFirst(2), radix: 16) ?? 0 }
 
   package var configuration: [UInt8] {
-    let words = (store.read("\(backend)/vx-config") ?? "").split(separator: " ", omittingEmptySubsequences: false)
+    let words = (xenstore.read("\(backend)/vx-config") ?? "").split(separator: " ", omittingEmptySubsequences: false)
     guard words.count == 3 else { return [] }
     let digits = Array(words[2].utf8)
     return stride(from: 0, to: digits.count - 1, by: 2).compactMap {
@@ -89,7 +89,7 @@ package final class XenbusRegisters: RegisterAccess {
 
   /// The status in `vx-config`: of it DEVICE_NEEDS_RESET is the backend's word.
   package var backendStatus: UInt32 {
-    let words = (store.read("\(backend)/vx-config") ?? "").split(separator: " ")
+    let words = (xenstore.read("\(backend)/vx-config") ?? "").split(separator: " ")
     return words.count > 1 ? UInt32(words[1], radix: 16) ?? 0 : 0
   }
 
@@ -143,7 +143,7 @@ package final class XenbusRegisters: RegisterAccess {
       let byte = UInt8(truncatingIfNeeded: value >> UInt64(8 * index))
       return (byte < 16 ? "0" : "") + String(byte, radix: 16)
     }
-    try? store.write("\(frontend)/vx-cfgw", "\(configurationWrites) \(offset) \(hex.joined())")
+    try? xenstore.write("\(frontend)/vx-cfgw", "\(configurationWrites) \(offset) \(hex.joined())")
   }
 
   private func writeStatus(_ word: UInt32) {
@@ -214,20 +214,20 @@ package final class XenbusRegisters: RegisterAccess {
     setup.storeBytes(of: count, toByteOffset: 6, as: UInt16.self)
     alter(setup)
     sequence += 1
-    try? store.write("\(frontend)/vx-setup", "\(sequence) \(setupReference)")
-    try? store.write("\(frontend)/state", "3")
+    try? xenstore.write("\(frontend)/vx-setup", "\(sequence) \(setupReference)")
+    try? xenstore.write("\(frontend)/state", "3")
     var isRefused = false
     let answered = wait {
       isRefused = acknowledgement.hasPrefix("\(sequence) error")
-      return isRefused || store.read("\(backend)/state") == "4"
+      return isRefused || xenstore.read("\(backend)/state") == "4"
     }
     guard answered, !isRefused else { return }
-    try? store.write("\(frontend)/state", "4")
+    try? xenstore.write("\(frontend)/state", "4")
     isConnected = true
   }
 
   /// The backend's word on the last setup.
-  package var acknowledgement: String { store.read("\(backend)/vx-ack") ?? "" }
+  package var acknowledgement: String { xenstore.read("\(backend)/vx-ack") ?? "" }
 
   /// The heads that the backend says it has in a queue.
   package func inFlight(_ queue: Int) -> [Int] {
@@ -237,16 +237,16 @@ package final class XenbusRegisters: RegisterAccess {
 
   private func reset() {
     status = 0
-    if isConnected || store.read("\(frontend)/state") == "3" {
-      try? store.write("\(frontend)/state", "5")
+    if isConnected || xenstore.read("\(frontend)/state") == "3" {
+      try? xenstore.write("\(frontend)/state", "5")
       if isConnected { wait(for: "6") }
-      try? store.write("\(frontend)/state", "6")
-      try? store.write("\(frontend)/state", "1")
+      try? xenstore.write("\(frontend)/state", "6")
+      try? xenstore.write("\(frontend)/state", "1")
     }
     isConnected = false
     features = 0
     // A device that is on its way out is not offered again.
-    if store.read("\(backend)/online") == "1" { readOffer() } else { offer = [:] }
+    if xenstore.read("\(backend)/online") == "1" { readOffer() } else { offer = [:] }
   }
 
   /// Ends every grant.

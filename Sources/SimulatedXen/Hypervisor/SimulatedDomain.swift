@@ -55,12 +55,16 @@ package final class SimulatedDomain: @unchecked Sendable {
   package let openFailures = Atomic<Int>(0)
   package let mapFailures = Atomic<Int>(0)
   package let rangeFailures = Atomic<Int>(0)
+  /// Memory that no server may claim, each time.
+  package let refusedMemory = Mutex<ClosedRange<UInt64>?>(nil)
   package let pageFailures = Atomic<Int>(0)
   package let lostEvents = Atomic<Int>(0)
   /// Accesses to memory that nobody has claimed: a kernel on Arm dies of the first.
   package let aborts = Atomic<UInt64>(0)
   /// Runs when a vCPU has selected its server and not yet written to its slot: where a test lets something happen in between.
   package let beforeSending = Mutex<(@Sendable () -> Void)?>(nil)
+  /// Runs when memory is about to be mapped, on the thread that needs it.
+  package let beforeMapping = Mutex<(@Sendable () -> Void)?>(nil)
   /// Runs when a mapping is about to be taken away.
   package let beforeUnmapping = Mutex<(@Sendable () -> Void)?>(nil)
   let state = Mutex(State())

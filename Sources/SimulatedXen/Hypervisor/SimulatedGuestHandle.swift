@@ -153,6 +153,9 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
 
   func claim(_ range: AccessRange, for server: UInt16) throws(XenError) {
     if SimulatedDomain.strikes(domain.rangeFailures) { throw XenError("map_io_range", Errno(ENOMEM)) }
+    if case .memory(let wanted) = range, domain.refusedMemory.withLock({ $0?.overlaps(wanted) }) == true {
+      throw XenError("map_io_range", Errno(ENOMEM))
+    }
     _ = try change("map_io_range") { state in
       guard let found = state.servers[server] else { return .failure(Errno(EINVAL)) }
       guard !found.ranges.contains(where: { $0.overlaps(range) }) else { return .failure(Errno(EEXIST)) }
@@ -250,6 +253,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
   func map(
     frames: UnsafePointer<UInt64>, count: Int, errors: UnsafeMutablePointer<Int32>
   ) -> UnsafeMutableRawPointer? {
+    domain.beforeMapping.withLock { $0 }?()
     domain.mapCalls.wrappingAdd(1, ordering: .relaxed)
     guard !domain.state.withLock({ $0.isDestroyed }) else { return nil }
     if SimulatedDomain.strikes(domain.mapFailures) { return nil }

@@ -37,11 +37,18 @@ struct BusHost {
   var grantBudget: GrantBudget
   /// Takes what happens by itself on the guest's or a data thread: an event, or a configuration space that changed. Any thread.
   var report: @Sendable (BusReport) -> Void
+
+  /// What a device's transport calls at each change of its status. At most one report is under way, however often the guest writes its status
+  /// register: a guest that resets its device in a storm cannot fill the supervisor's mailbox.
+  func statusReporter(_ key: DeviceKey) -> @Sendable (DeviceStatus) -> Void {
+    let (latest, report) = (Latest<DeviceStatus>(), report)
+    return { status in if latest.put(status) { report(.driver(key, latest)) } }
+  }
 }
 
 /// What a bus says without being asked.
 enum BusReport: Sendable {
-  case driver(DeviceKey, StatusRelay)
+  case driver(DeviceKey, Latest<DeviceStatus>)
   /// What is published of a device's configuration space may be another than before.
   case configuration(DeviceKey)
 }
@@ -100,7 +107,7 @@ protocol GuestBus: AnyObject, SendableMetatype {
   /// Whether a device is reached this way. The first bus in the list that says so has the device.
   static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool
   /// Whether a device that an earlier daemon left is put back in its place by `restore`.
-  static func restores(_ place: DeviceState.Place) -> Bool
+  static func restores(_ place: DevicePlace) -> Bool
   /// Whether the guest looks for a device whatever becomes of it, where nobody answers but the bus, see `DeviceMachine.Claim`.
   static func hasWindow(_ device: DeviceWish) -> Bool
   init(_ ground: GuestGround) throws(XenError)
@@ -132,7 +139,7 @@ protocol GuestBus: AnyObject, SendableMetatype {
   /// The guest's memory as a device's backend reaches it.
   func memory(of key: DeviceKey) -> (any GuestMemorySource)?
   /// Where a device's state says that it is.
-  func place(of key: DeviceKey) -> DeviceState.Place
+  func place(of key: DeviceKey) -> DevicePlace
   func transport(of key: DeviceKey) -> (any DeviceTransport)?
   func facts(of key: DeviceKey) -> DeviceFacts
   /// Answers accesses to a device's window from now on, whether the device is there or not.
@@ -169,7 +176,7 @@ protocol GuestBus: AnyObject, SendableMetatype {
 extension GuestBus {
   static var diskQueueSize: UInt16 { 256 }
   static var longestDiskChain: Int? { nil }
-  static func restores(_ place: DeviceState.Place) -> Bool { false }
+  static func restores(_ place: DevicePlace) -> Bool { false }
   static func hasWindow(_ device: DeviceWish) -> Bool { false }
   func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { { .device(key, .claimed(nil)) } }
   var note: String? { nil }

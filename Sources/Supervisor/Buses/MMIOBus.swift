@@ -31,7 +31,9 @@ final class MMIOBus: GuestBus {
   /// A kernel on Arm dies of an access that nobody answers; those on x86 read ones.
   static func hasWindow(_ device: DeviceWish) -> Bool { device.base != 0 }
 
-  static func restores(_ place: DeviceState.Place) -> Bool { !place.isXenbus && place.pciDevice == nil }
+  static func restores(_ place: DevicePlace) -> Bool {
+    if case .mmio = place { true } else { false }
+  }
 
   /// Where a device is, and with what the guest's thread answers for it.
   private struct Seat {
@@ -56,15 +58,15 @@ final class MMIOBus: GuestBus {
   // MARK: What an earlier daemon left
 
   func restore(_ key: DeviceKey, _ state: DeviceState) {
-    let place = state.place
+    guard case .mmio(let base, let index, let sharedInterrupt) = state.place else { return }
     let slot =
-      place.sharedInterrupt == 0
-      ? SlotTable.slot(min(max(place.index, 0), SlotTable.maximumCount - 1))
-      : DeviceSlot(index: nil, base: place.base, interrupt: .spi(place.sharedInterrupt))
+      sharedInterrupt == 0
+      ? SlotTable.slot(min(max(index, 0), SlotTable.maximumCount - 1))
+      : DeviceSlot(index: nil, base: base, interrupt: .spi(sharedInterrupt))
     let saved = state.saved
     let transport = MMIOTransport(
-      restoring: state.shape.profile, saved.registers, saved.status, configuration: saved.configuration,
-      line: slot.line(of: server.handle), state: state, onStatus: statusReporter(key))
+      restoring: state.layout.identity, saved.registers, saved.status, configuration: saved.configuration,
+      line: slot.line(of: server.handle), state: state, onStatus: host.statusReporter(key))
     take(key, Seat(slot: slot, transport: transport, restored: state))
   }
 
@@ -84,12 +86,6 @@ final class MMIOBus: GuestBus {
       return (.lost("no saved state for a device in use: the guest must reset it"), nil)
     }
     return (.nothing, nil)
-  }
-
-  /// What a device's transport calls at each change of its status.
-  private func statusReporter(_ key: DeviceKey) -> @Sendable (DeviceStatus) -> Void {
-    let (relay, report) = (StatusRelay(), host.report)
-    return { status in if relay.put(status) { report(.driver(key, relay)) } }
   }
 
   // MARK: The server
@@ -136,11 +132,11 @@ final class MMIOBus: GuestBus {
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
-  func place(of key: DeviceKey) -> DeviceState.Place {
-    guard let slot = seats[key]?.slot else { return DeviceState.Place(base: 0, index: 0, sharedInterrupt: 0) }
+  func place(of key: DeviceKey) -> DevicePlace {
+    guard let slot = seats[key]?.slot else { return .mmio(base: 0, index: 0, sharedInterrupt: 0) }
     var interrupt: UInt32 = 0
     if case .spi(let number) = slot.interrupt { interrupt = number }
-    return DeviceState.Place(base: slot.base, index: slot.index ?? 0, sharedInterrupt: interrupt)
+    return .mmio(base: slot.base, index: slot.index ?? 0, sharedInterrupt: interrupt)
   }
 
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
@@ -162,7 +158,7 @@ final class MMIOBus: GuestBus {
     }
     let transport = MMIOTransport(
       device: backend, line: slot.line(of: server.handle), state: backend.state, needsReset: needsReset,
-      onStatus: statusReporter(key))
+      onStatus: host.statusReporter(key))
     seats[key]?.transport = transport
     let attach = server.use { server throws(XenError) in try server.attach(transport, to: slot) }
     return {

@@ -21,7 +21,9 @@ final class PCIBus: GuestBus {
     device.transport == .pci && device.base == 0 && !guest.isParavirtual && !guest.isDriverDomain
   }
 
-  static func restores(_ place: DeviceState.Place) -> Bool { place.pciDevice != nil }
+  static func restores(_ place: DevicePlace) -> Bool {
+    if case .pci = place { true } else { false }
+  }
 
   /// Device numbers on the bus that are ours. QEMU fills the bus from below: its chipset is 0 and 1, the Xen platform device, graphics,
   /// network cards and passed-through devices follow.
@@ -57,13 +59,13 @@ final class PCIBus: GuestBus {
   // MARK: What an earlier daemon left
 
   func restore(_ key: DeviceKey, _ state: DeviceState) {
-    guard let device = state.place.pciDevice else { return }
+    guard case .pci(let device) = state.place else { return }
     let address = PCIAddress(device: device)
     let saved = state.saved
     let transport = PCITransport(
-      restoring: state.shape.profile, saved.registers, saved.status, state.savedFunction,
+      restoring: state.layout.identity, saved.registers, saved.status, state.savedFunction,
       configuration: saved.configuration, line: line(address), sender: messages, state: state,
-      onStatus: statusReporter(key))
+      onStatus: host.statusReporter(key))
     take(key, Seat(address: address, transport: transport, restored: state))
   }
 
@@ -90,12 +92,6 @@ final class PCIBus: GuestBus {
       return (.lost("no saved state for a device in use: the guest must look for its devices again"), nil)
     }
     return (.nothing, nil)
-  }
-
-  /// What a device's transport calls at each change of its status.
-  private func statusReporter(_ key: DeviceKey) -> @Sendable (DeviceStatus) -> Void {
-    let (relay, report) = (StatusRelay(), host.report)
-    return { status in if relay.put(status) { report(.driver(key, relay)) } }
   }
 
   // MARK: The server
@@ -170,8 +166,8 @@ final class PCIBus: GuestBus {
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
-  func place(of key: DeviceKey) -> DeviceState.Place {
-    DeviceState.Place(pciDevice: seats[key]?.address.device ?? Self.devices.lowerBound)
+  func place(of key: DeviceKey) -> DevicePlace {
+    .pci(device: seats[key]?.address.device ?? Self.devices.lowerBound)
   }
 
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
@@ -200,7 +196,7 @@ final class PCIBus: GuestBus {
     }
     let transport = PCITransport(
       device: backend, line: line(address), sender: messages, state: backend.state, needsReset: needsReset,
-      onStatus: statusReporter(key))
+      onStatus: host.statusReporter(key))
     seats[key]?.transport = transport
     let attach = server.use { server throws(XenError) in try server.attach(transport, at: address) }
     return {

@@ -19,8 +19,6 @@ final class RegisterServer {
   private var isStarted = false
   /// The guest's, as it was when the server was started.
   private var uuid: String?
-  /// Windows that the guest looks for devices in as long as it runs, whatever becomes of those.
-  private var windows: Set<UInt64> = []
   /// INTx pins of the guest's PCI bus that its devices drive, on whatever bus: each may belong to one only, since a level has one owner.
   private var pins: [DeviceKey: DeviceSlot.Interrupt] = [:]
 
@@ -70,7 +68,7 @@ final class RegisterServer {
       return []
     }
     cell.earlier.withLock { $0 = saved.server }
-    windows = Set(saved.windows)
+    cell.windows.withLock { $0 = Set(saved.windows) }
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
@@ -82,12 +80,12 @@ final class RegisterServer {
       domain, host.settings.stateFolder, cell, handle, pool, thread.loop
     )
     let preparations = preparations.map { $0() }
-    let windows = windows.sorted()
     isStarted = true
     self.uuid = uuid
     let (transport, started) = (guest.transport, guest.started)
     let ignoresInvalidations = host.settings.ignoresInvalidations
     return {
+      let windows = cell.windows.withLock { $0 }.sorted()
       do throws(XenError) {
         let server = try cell.makeServer(
           handle, pool, loop, ignoresInvalidations: ignoresInvalidations
@@ -118,10 +116,14 @@ final class RegisterServer {
 
   /// Has accesses to a window answered for as long as the guest runs: an empty slot, until a device is put there.
   func claim(window base: UInt64, of key: DeviceKey) -> BusJob {
-    windows.insert(base)
-    let (windows, domain, folder, guest, uuid) = (windows.sorted(), domain, host.settings.stateFolder, guest, uuid)
+    let (cell, domain, folder, guest, uuid) = (cell, domain, host.settings.stateFolder, guest, uuid)
     let claim = use { server throws(XenError) in
       try server.claim(window: base)
+      // What Xen has refused is not asked for again with each start of the server: the guest's other devices would wait for it.
+      let windows = cell.windows.withLock { windows in
+        windows.insert(base)
+        return windows.sorted()
+      }
       let saved = StateFolder.Guest(
         server: server.identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
       try? folder?.save(saved, of: domain)
@@ -199,6 +201,8 @@ private final class ServerCell: @unchecked Sendable {
   let report = Mutex<(report: StatusBoard.IOReqServerReport, vcpus: Int)?>(nil)
   /// The server of an earlier daemon, until it is adopted or known to be gone.
   let earlier = Mutex<UInt16?>(nil)
+  /// Windows that are claimed, and that the guest looks for devices in as long as it runs, whatever becomes of those.
+  let windows = Mutex<Set<UInt64>>([])
 
   /// Makes the server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
   func makeServer(

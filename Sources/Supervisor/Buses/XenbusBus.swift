@@ -40,10 +40,10 @@ final class XenbusBus: GuestBus {
     /// As an earlier daemon left them.
     var registers: DriverState?
 
-    func offer(_ profile: DeviceProfile, configurationBytes: Int) -> XenbusOffer {
+    func offer(_ identity: DeviceIdentity, configurationBytes: Int) -> XenbusOffer {
       XenbusOffer(
-        profile: profile,
-        maximumPages: UInt32(min(Int(XenbusOffer.maximumPages), profile.queueSizes.count * pagesForEachQueue)),
+        identity: identity,
+        maximumPages: UInt32(min(Int(XenbusOffer.maximumPages), identity.queueSizes.count * pagesForEachQueue)),
         configurationBytes: configurationBytes, epoch: epoch)
     }
   }
@@ -72,7 +72,7 @@ final class XenbusBus: GuestBus {
     let state = nodes["state"].flatMap(XenbusState.init(rawValue:))
     if let folder = host.settings.stateFolder {
       if state == .connected, frontend?.isSetUp == true,
-        let saved = try? DeviceState(path: folder.devicePath(key)), saved.place.isXenbus,
+        let saved = try? DeviceState(path: folder.devicePath(key)), saved.place == .xenbus,
         saved.saved.status.contains(.driverOK)
       {
         seats[key]?.registers = saved.saved.registers
@@ -123,7 +123,7 @@ final class XenbusBus: GuestBus {
   func forget(_ key: DeviceKey) { seats[key] = nil }
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { seats[key]?.pool }
-  func place(of key: DeviceKey) -> DeviceState.Place { .xenbus }
+  func place(of key: DeviceKey) -> DevicePlace { .xenbus }
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
   func facts(of key: DeviceKey) -> DeviceFacts {
     guard let seat = seats[key] else { return DeviceFacts() }
@@ -174,7 +174,7 @@ final class XenbusBus: GuestBus {
     guard let seat = seats[key], let transport = seat.transport, let grants else {
       return { .device(key, .connected(sequence: sequence, .refused("the device is not there"))) }
     }
-    let offer = seat.offer(transport.profile, configurationBytes: 0)
+    let offer = seat.offer(transport.identity, configurationBytes: 0)
     let (pool, epoch, saved) = (seat.pool, seat.epoch, adopts ? seat.registers : nil)
     return {
       let result: DeviceEvent.ConnectResult
@@ -238,7 +238,7 @@ final class XenbusBus: GuestBus {
     seat.published = transport.configurationText
     seats[key] = seat
     let space = seat.published.split(separator: " ", omittingEmptySubsequences: false).last?.utf8.count ?? 0
-    return (seat.offer(transport.profile, configurationBytes: space / 2).text, seat.published)
+    return (seat.offer(transport.identity, configurationBytes: space / 2).text, seat.published)
   }
 
   func changedConfiguration(_ key: DeviceKey) -> String? {

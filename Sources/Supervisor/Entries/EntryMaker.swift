@@ -13,8 +13,8 @@ struct EntryMaker {
   func entry(_ key: DeviceKey, _ nodes: [String: String], of guest: Guest) throws(EntryFault) -> DeviceEntry {
     switch key.kind {
     case .spare:
-      let filling = settings.stateFolder?.filling(key)
-      return spare(key, image: filling?.image ?? "", limits: filling?.limits ?? RateLimits(), of: guest)
+      let assignment = settings.stateFolder?.assignment(key)
+      return spare(key, image: assignment?.image ?? "", limits: assignment?.limits ?? RateLimits(), of: guest)
     case .declared: return try declared(key, of: guest)
     case .generic:
       var entry = try DeviceEntry.parse(key, nodes, types: settings.types)
@@ -119,7 +119,7 @@ struct EntryMaker {
   }
 
   private func made(
-    _ device: DeclaredDevice, _ field: String, _ suffix: String, _ guest: Guest
+    _ device: ProfileDevice, _ field: String, _ suffix: String, _ guest: Guest
   ) throws(EntryFault) -> any DeviceSettings {
     let owner = DeviceOwner(
       guest: guest.name, uuid: guest.uuid, domain: guest.domain, device: device.name, suffix: suffix)
@@ -143,7 +143,7 @@ struct EntryMaker {
         "type",
         "this is of type \(type.type.name), and the profile has a \(known.type.type.name) device in its place")
     }
-    var device = known ?? DeclaredDevice(type, number: key.device, options: [])
+    var device = known ?? ProfileDevice(type, number: key.device, options: [])
     if let text = nodes["vx-options"] {
       let value: JSONValue
       do throws(JSONText.Fault) {

@@ -32,7 +32,7 @@ package struct Profiles: Equatable, Sendable {
     /// What role operate may attach there.
     var spareImages = SpareImages()
     /// Network, console and entropy devices.
-    var devices: [DeclaredDevice] = []
+    var devices: [ProfileDevice] = []
     /// How the guest finds its devices.
     var transport = RegisterTransport.mmio
 
@@ -63,7 +63,7 @@ package struct Profiles: Equatable, Sendable {
             guard index < deviceLimit else {
               throw SettingFault(field: given.field, reason: "expected at most \(deviceLimit) devices")
             }
-            let device = try DeclaredDevice(value, "\(given.field)[\(index)]", types: types, after: guest.devices)
+            let device = try ProfileDevice(value, "\(given.field)[\(index)]", types: types, after: guest.devices)
             guest.devices.append(device)
           }
         },

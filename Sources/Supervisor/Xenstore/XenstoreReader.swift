@@ -42,20 +42,20 @@ final class XenstoreReader {
   ///
   /// - Parameter note: told that a watch cannot be had which the domain may do without.
   func connect(note: (String) -> Void) throws(XenError) {
-    let store = try XenStore(socketPath: socketPath)
-    isDriverDomain = (store.read("domid") ?? "0") != "0"
-    for kind in DeviceKey.Kind.watched { try store.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
+    let xenstore = try XenStore(socketPath: socketPath)
+    isDriverDomain = (xenstore.read("domid") ?? "0") != "0"
+    for kind in DeviceKey.Kind.watched { try xenstore.watch("backend/\(kind.rawValue)", token: kind.rawValue) }
     do throws(XenError) {
-      try store.watch(Self.releaseWatch, token: Self.releaseWatch)
-      if !isDriverDomain { try store.watch(Self.introduceWatch, token: Self.introduceWatch) }
+      try xenstore.watch(Self.releaseWatch, token: Self.releaseWatch)
+      if !isDriverDomain { try xenstore.watch(Self.introduceWatch, token: Self.introduceWatch) }
     } catch {
       // A driver domain may not watch it before Xen 4.22; it learns of a death by its devices' nodes.
       note("no watch on @releaseDomain: \(error)")
     }
     // Of a guest that a driver domain may not see, nothing comes.
-    for domain in names { try? store.watch(Self.namePath(domain), token: "\(Self.nameToken)\(domain)") }
-    for folder in folders.keys { try store.watch("/" + folder, token: Self.frontendToken + folder) }
-    connection = store
+    for domain in names { try? xenstore.watch(Self.namePath(domain), token: "\(Self.nameToken)\(domain)") }
+    for folder in folders.keys { try xenstore.watch("/" + folder, token: Self.frontendToken + folder) }
+    connection = xenstore
   }
 
   func disconnect() { connection = nil }
@@ -137,11 +137,11 @@ final class XenstoreReader {
 
   /// All nodes of an entry as of one moment; nil when there is none.
   func nodes(_ key: DeviceKey) throws(XenError) -> [String: String]? {
-    let store = try connected()
-    let nodes = try store.transaction { transaction throws(XenError) -> [String: String]? in
-      guard let names = try store.listIfThere(key.path, in: transaction) else { return nil }
+    let xenstore = try connected()
+    let nodes = try xenstore.transaction { transaction throws(XenError) -> [String: String]? in
+      guard let names = try xenstore.listIfThere(key.path, in: transaction) else { return nil }
       var nodes: [String: String] = [:]
-      for name in names { nodes[name] = try store.readIfThere("\(key.path)/\(name)", in: transaction) }
+      for name in names { nodes[name] = try xenstore.readIfThere("\(key.path)/\(name)", in: transaction) }
       return nodes
     }
     return nodes?.isEmpty == true ? nil : nodes
@@ -152,11 +152,11 @@ final class XenstoreReader {
   ///
   /// - Parameter known: the other nodes.
   func progress(_ key: DeviceKey, of known: [String: String]) throws(XenError) -> [String: String]? {
-    let store = try connected()
-    guard let state = try store.readIfThere("\(key.path)/state") else { return try nodes(key) }
+    let xenstore = try connected()
+    guard let state = try xenstore.readIfThere("\(key.path)/state") else { return try nodes(key) }
     var nodes = known
     nodes["state"] = state
-    nodes["online"] = try store.readIfThere("\(key.path)/online")
+    nodes["online"] = try xenstore.readIfThere("\(key.path)/online")
     return nodes
   }
 
@@ -177,14 +177,14 @@ final class XenstoreReader {
 
   /// What a Xenbus frontend says; nil when it is gone.
   func view(frontend: String) throws(XenError) -> FrontendView? {
-    let store = try connected()
-    guard let state = try store.readIfVisible("\(frontend)/state").map({ XenbusState(rawValue: $0) }) else {
+    let xenstore = try connected()
+    guard let state = try xenstore.readIfVisible("\(frontend)/state").map({ XenbusState(rawValue: $0) }) else {
       return nil
     }
     guard state?.isSetUp == true else { return FrontendView(state: state) }
     return FrontendView(
-      state: state, setup: FrontendView.Setup(store.read("\(frontend)/vx-setup")),
-      write: store.read("\(frontend)/vx-cfgw").flatMap { FrontendView.ConfigurationWrite($0) })
+      state: state, setup: FrontendView.Setup(xenstore.read("\(frontend)/vx-setup")),
+      write: xenstore.read("\(frontend)/vx-cfgw").flatMap { FrontendView.ConfigurationWrite($0) })
   }
 
   func state(frontend: String) -> XenbusState? {

@@ -33,33 +33,33 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
   }
 
   package static func start(
-    _ settings: ConsoleSettings, _ surroundings: Surroundings,
+    _ settings: ConsoleSettings, _ context: Context,
     completion: @escaping @Sendable (Result<ConsoleBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, label: surroundings.label, threads: 1,
-      make: { threads throws(StartFault) in try ConsoleBackend(settings, surroundings, threads[0]) },
+      name: context.name, label: context.label, threads: 1,
+      make: { threads throws(StartFault) in try ConsoleBackend(settings, context, threads[0]) },
       completion: completion)
   }
 
-  private init(_ settings: ConsoleSettings, _ surroundings: Surroundings, _ thread: LoopThread) throws(StartFault) {
+  private init(_ settings: ConsoleSettings, _ context: Context, _ thread: LoopThread) throws(StartFault) {
     let count = settings.ports.count
-    let profile = DeviceProfile(
+    let identity = DeviceIdentity(
       deviceID: ConsoleConfiguration.deviceID, offeredFeatures: settings.offered ?? ConsoleConfiguration.features,
       queueSizes: Array(repeating: Self.queueSize, count: 2 * count + 2))
-    let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
-    let counters = profile.queueSizes.indices.map { surroundings.account.queue($0).counters }
+    let state = try context.makeState?(DeviceState.Layout(unjournaled: identity))
+    let counters = identity.queueSizes.indices.map { context.account.queue($0).counters }
     let configuration = ConfigurationSpace(ConsoleConfiguration.bytes(nil, ports: count))
     var channels: [ConsolePort] = []
     var parts: [ConsolePump.PortParts] = []
     for (index, port) in settings.ports.enumerated() {
       let first = index == 0 ? 0 : 2 * index + 2
-      let logLine = surroundings.logLine
+      let logLine = context.logLine
       let place = ConsolePort.Place(
         loop: thread.loop, counters: counters[first + 1],
-        viewerPath: surroundings.consoleFolder.map { Self.viewerPath($0, surroundings.fileName, port: index) },
-        historyPath: surroundings.consoleFolder.map { Self.historyPath($0, surroundings.fileName, port: index) },
-        mayAttach: surroundings.mayAttach, logLine: { logLine("port \(index): \($0)") })
+        viewerPath: context.consoleFolder.map { Self.viewerPath($0, context.fileName, port: index) },
+        historyPath: context.consoleFolder.map { Self.historyPath($0, context.fileName, port: index) },
+        mayAttach: context.mayAttach, logLine: { logLine("port \(index): \($0)") })
       do throws(ConsoleFault) {
         channels.append(try ConsolePort(port, place))
       } catch {
@@ -74,30 +74,30 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     let speaker = Speaker()
     let made = parts
     let board = ConsolePortBoard()
-    let report = surroundings.report
+    let report = context.report
     let worker = try Self.make { () throws in
       try DeviceWorker(
         ConsolePump(
-          ports: made, controlCounters: (counters[2], counters[3]), source: surroundings.source,
-          rate: surroundings.rate, notes: state?.notes, board: board,
+          ports: made, controlCounters: (counters[2], counters[3]), source: context.source,
+          rate: context.rate, notes: state?.notes, board: board,
           onSize: { size in
             configuration.update { ConsoleConfiguration.set(size, in: &$0) }
             speaker.backend?.announceConfiguration()
           },
           onOpen: { report(.portsOpen($0)) }),
         index: 0, queues: counters.map { .init(maximumSize: Self.queueSize, counters: $0) }, thread: thread,
-        source: surroundings.source, report: surroundings.report)
+        source: context.source, report: context.report)
     }
     for channel in channels { channel.onChange = { [weak worker] in worker?.refresh() } }
     self.settings = settings
-    fileName = surroundings.fileName
-    consoleFolder = surroundings.consoleFolder
+    fileName = context.fileName
+    consoleFolder = context.consoleFolder
     self.worker = worker
     self.board = board
     try super.init(
-      Parts(
-        profile: profile, configuration: configuration, mode: "\(count) ports", threads: [thread], workers: [worker],
-        routes: profile.queueSizes.indices.map { Route(worker: 0, queue: $0) }, rate: surroundings.rate, state: state,
+      Components(
+        identity: identity, configuration: configuration, mode: "\(count) ports", threads: [thread], workers: [worker],
+        routes: identity.queueSizes.indices.map { Route(worker: 0, queue: $0) }, rate: context.rate, state: state,
         counters: counters))
     speaker.backend = self
   }

@@ -30,10 +30,10 @@ package struct ConsoleSettings: DeviceSettings {
   }
 
   package func start(
-    _ surroundings: DeviceBackend.Surroundings,
+    _ context: DeviceBackend.Context,
     completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread] {
-    ConsoleBackend.start(self, surroundings) { completion($0.map { $0 }) }
+    ConsoleBackend.start(self, context) { completion($0.map { $0 }) }
   }
 
   /// What its ports remember.

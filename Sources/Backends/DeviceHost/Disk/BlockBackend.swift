@@ -28,26 +28,26 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   ///
   /// - Parameter decorate: puts something between a queue and its engine: faults in tests.
   package static func start(
-    _ settings: BlockSettings, _ surroundings: Surroundings,
+    _ settings: BlockSettings, _ context: Context,
     decorate: @escaping @Sendable (any BlockEngine, _ queue: Int) -> any BlockEngine = { engine, _ in engine },
     completion: @escaping @Sendable (Result<BlockBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, label: surroundings.label, threads: max(1, min(settings.threads, settings.queues)),
-      make: { threads throws(StartFault) in try BlockBackend(settings, surroundings, threads, decorate) },
+      name: context.name, label: context.label, threads: max(1, min(settings.threads, settings.queues)),
+      make: { threads throws(StartFault) in try BlockBackend(settings, context, threads, decorate) },
       completion: completion)
   }
 
   private init(
-    _ settings: BlockSettings, _ surroundings: Surroundings, _ threads: [LoopThread],
+    _ settings: BlockSettings, _ context: Context, _ threads: [LoopThread],
     _ decorate: (any BlockEngine, Int) -> any BlockEngine
   ) throws(StartFault) {
-    let report = surroundings.report
+    let report = context.report
     let notice: NBDEngine.Notice = { report($0.map(DeviceReport.storageLost) ?? .storageBack) }
     var engines: [any BlockEngine] = []
     let opened: BlockStorage
     do throws(ImageFault) {
-      opened = try BlockStorage.open(settings, name: surroundings.name, notice: notice)
+      opened = try BlockStorage.open(settings, name: context.name, notice: notice)
       for index in 0..<opened.queueCount(settings) {
         engines.append(decorate(try opened.engine(queue: index, settings, notice: notice), index))
       }
@@ -55,27 +55,27 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
       throw .image(error)
     }
     let geometry = engines[0].geometry
-    let profile = DeviceProfile(
+    let identity = DeviceIdentity(
       deviceID: 2,
       offeredFeatures: settings.offered
         ?? BlockConfiguration.features(geometry, queues: engines.count, cache: settings.cache).union(
           settings.ringFeatures),
       queueSizes: engines.map { _ in settings.queueSize })
-    let shape = DeviceState.Shape(
-      profile: profile, slotCount: settings.slots,
+    let layout = DeviceState.Layout(
+      identity: identity, slotCount: settings.slots,
       chainLimit: settings.longestChain ?? BlockPump.chainLimit(queueSize: settings.queueSize))
-    let state = try surroundings.makeState?(shape)
+    let state = try context.makeState?(layout)
     let writeback = WritebackSwitch()
     let flushFault = FlushFault(
       earlier: state.map { Int($0.notes.load(as: Int64.self)) } ?? 0,
       keep: { result in state?.notes.storeBytes(of: Int64(result), as: Int64.self) })
-    let accounts = engines.indices.map { surroundings.account.queue($0) }
+    let accounts = engines.indices.map { context.account.queue($0) }
     var queues: [DeviceWorker<BlockPump>] = []
     for (index, engine) in engines.enumerated() {
-      let storage = state?.storage(index) ?? JournalStorage(slotCount: shape.slotCount, chainLimit: shape.chainLimit)
+      let storage = state?.storage(index) ?? JournalStorage(slotCount: layout.slotCount, chainLimit: layout.chainLimit)
       queues.append(
         try Self.makeQueue(
-          index, engine, settings, surroundings, threads[index % threads.count], writeback, flushFault, storage,
+          index, engine, settings, context, threads[index % threads.count], writeback, flushFault, storage,
           accounts[index]))
     }
     storage = opened
@@ -88,30 +88,30 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     bytes = Atomic(geometry.capacity)
     latencies = accounts.map(\.latencies)
     try super.init(
-      Parts(
-        profile: profile,
+      Components(
+        identity: identity,
         configuration: ConfigurationSpace(
           BlockConfiguration.bytes(
             geometry, queues: engines.count, cache: settings.cache, queueSize: settings.queueSize)),
         mode: opened.mode, threads: threads, workers: queues,
-        routes: engines.indices.map { Route(worker: $0, queue: 0) }, rate: surroundings.rate, state: state,
+        routes: engines.indices.map { Route(worker: $0, queue: 0) }, rate: context.rate, state: state,
         counters: accounts.map(\.counters)))
   }
 
   private static func makeQueue(
-    _ index: Int, _ engine: any BlockEngine, _ settings: BlockSettings, _ surroundings: Surroundings,
+    _ index: Int, _ engine: any BlockEngine, _ settings: BlockSettings, _ context: Context,
     _ thread: LoopThread, _ writeback: WritebackSwitch, _ flushFault: FlushFault, _ storage: JournalStorage,
     _ account: QueueAccount
   ) throws(StartFault) -> DeviceWorker<BlockPump> {
     try make {
       let pump = try BlockPump(
-        engine: engine, source: surroundings.source, counters: account.counters, settings: settings.pump,
-        writeback: writeback, flushFault: flushFault, storage: storage, rate: surroundings.rate,
+        engine: engine, source: context.source, counters: account.counters, settings: settings.pump,
+        writeback: writeback, flushFault: flushFault, storage: storage, rate: context.rate,
         latencies: account.latencies)
       return try DeviceWorker(
         pump, index: index,
         queues: [.init(maximumSize: settings.queueSize, counters: account.counters)],
-        thread: thread, source: surroundings.source, report: surroundings.report)
+        thread: thread, source: context.source, report: context.report)
     }
   }
 

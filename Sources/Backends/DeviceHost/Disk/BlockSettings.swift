@@ -134,9 +134,9 @@ package struct BlockSettings: DeviceSettings {
   }
 
   package func start(
-    _ surroundings: DeviceBackend.Surroundings,
+    _ context: DeviceBackend.Context,
     completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread] {
-    BlockBackend.start(self, surroundings, decorate: surroundings.decorate) { completion($0.map { $0 }) }
+    BlockBackend.start(self, context, decorate: context.decorate) { completion($0.map { $0 }) }
   }
 }

@@ -10,31 +10,31 @@ package final class EntropyBackend: DeviceBackend, @unchecked Sendable {
   private static let queueSize: UInt16 = 64
 
   package static func start(
-    _ settings: EntropySettings, _ surroundings: Surroundings,
+    _ settings: EntropySettings, _ context: Context,
     completion: @escaping @Sendable (Result<EntropyBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, label: surroundings.label, threads: 1,
-      make: { threads throws(StartFault) in try EntropyBackend(settings, surroundings, threads[0]) },
+      name: context.name, label: context.label, threads: 1,
+      make: { threads throws(StartFault) in try EntropyBackend(settings, context, threads[0]) },
       completion: completion)
   }
 
-  private init(_ settings: EntropySettings, _ surroundings: Surroundings, _ thread: LoopThread) throws(StartFault) {
-    let profile = DeviceProfile(
+  private init(_ settings: EntropySettings, _ context: Context, _ thread: LoopThread) throws(StartFault) {
+    let identity = DeviceIdentity(
       deviceID: EntropyPump.deviceID, offeredFeatures: settings.offered ?? EntropyPump.features,
       queueSizes: [Self.queueSize])
-    let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
-    let counters = surroundings.account.queue(0).counters
+    let state = try context.makeState?(DeviceState.Layout(unjournaled: identity))
+    let counters = context.account.queue(0).counters
     let worker = try Self.make { () throws in
       try DeviceWorker(
-        EntropyPump(source: surroundings.source, counters: counters, rate: surroundings.rate), index: 0,
-        queues: [.init(maximumSize: Self.queueSize, counters: counters)], thread: thread, source: surroundings.source,
-        report: surroundings.report)
+        EntropyPump(source: context.source, counters: counters, rate: context.rate), index: 0,
+        queues: [.init(maximumSize: Self.queueSize, counters: counters)], thread: thread, source: context.source,
+        report: context.report)
     }
     try super.init(
-      Parts(
-        profile: profile, configuration: ConfigurationSpace([]), mode: "the kernel's random numbers",
-        threads: [thread], workers: [worker], routes: [Route(worker: 0, queue: 0)], rate: surroundings.rate,
+      Components(
+        identity: identity, configuration: ConfigurationSpace([]), mode: "the kernel's random numbers",
+        threads: [thread], workers: [worker], routes: [Route(worker: 0, queue: 0)], rate: context.rate,
         state: state, counters: [counters]))
   }
 }

@@ -29,9 +29,9 @@ package struct EntropySettings: DeviceSettings {
   package var optionTexts: [(name: String, value: String)] { Self.options.texts(self) }
 
   package func start(
-    _ surroundings: DeviceBackend.Surroundings,
+    _ context: DeviceBackend.Context,
     completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread] {
-    EntropyBackend.start(self, surroundings) { completion($0.map { $0 }) }
+    EntropyBackend.start(self, context) { completion($0.map { $0 }) }
   }
 }

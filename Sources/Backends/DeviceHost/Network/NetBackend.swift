@@ -17,13 +17,13 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
 
   /// - Parameter openTap: another way to a tap: a pair of sockets in tests.
   package static func start(
-    _ settings: NetSettings, _ surroundings: Surroundings,
+    _ settings: NetSettings, _ context: Context,
     openTap: @escaping @Sendable (NetSettings) throws(TapFault) -> TapDevice = NetBackend.openTap,
     completion: @escaping @Sendable (Result<NetBackend, StartFault>) -> Void
   ) -> [LoopThread] {
     start(
-      name: surroundings.name, label: surroundings.label, threads: settings.pairs,
-      make: { threads throws(StartFault) in try NetBackend(settings, surroundings, threads, openTap) },
+      name: context.name, label: context.label, threads: settings.pairs,
+      make: { threads throws(StartFault) in try NetBackend(settings, context, threads, openTap) },
       completion: completion)
   }
 
@@ -33,7 +33,7 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
   }
 
   private init(
-    _ settings: NetSettings, _ surroundings: Surroundings, _ threads: [LoopThread],
+    _ settings: NetSettings, _ context: Context, _ threads: [LoopThread],
     _ openTap: (NetSettings) throws(TapFault) -> TapDevice
   ) throws(StartFault) {
     let tap: TapDevice
@@ -42,25 +42,25 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     } catch {
       throw .resource(error.message)
     }
-    let profile = DeviceProfile(
+    let identity = DeviceIdentity(
       deviceID: NetConfiguration.deviceID,
       offeredFeatures: settings.offered ?? settings.features(segmentsUDP: tap.segmentsUDP),
       queueSizes: Array(repeating: settings.queueSize, count: 2 * settings.pairs) + [min(settings.queueSize, 64)])
-    let state = try surroundings.makeState?(DeviceState.Shape(unjournaled: profile))
-    let counters = profile.queueSizes.indices.map { surroundings.account.queue($0).counters }
+    let state = try context.makeState?(DeviceState.Layout(unjournaled: identity))
+    let counters = identity.queueSizes.indices.map { context.account.queue($0).counters }
     let mtu = tap.mtu
     let isLinkUp = state.flatMap { Self.savedLink($0.notes) } ?? settings.isLinkUp
     let configuration = ConfigurationSpace(
       NetConfiguration.bytes(
         mac: settings.mac, status: isLinkUp ? NetConfiguration.statusLinkUp : 0, pairs: settings.pairs,
         mtu: UInt16(clamping: mtu)))
-    let crew = Crew()
+    let group = PumpGroup()
     let onChoices: @Sendable (NetChoices) -> Bool = { choices in
       guard tap.setOffloads(FeatureBits(rawValue: choices.offloads)) else { return false }
       tap.use(pairs: choices.pairs)
       if let state { choices.save(to: state.notes) }
       Self.set(mac: choices.mac, in: configuration)
-      crew.tell(choices)
+      group.tell(choices)
       return true
     }
     var pairs: [DeviceWorker<NetPump>] = []
@@ -74,19 +74,19 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
       options.source.mayServe = settings.mayServe
       options.mtu = mtu
       options.pairs = settings.pairs
-      let (sizes, final) = (profile.queueSizes, options)
+      let (sizes, final) = (identity.queueSizes, options)
       pairs.append(
         try Self.make { () throws in
           try DeviceWorker(
             NetPump(
-              tap: tap.queues[index], source: surroundings.source, counters: own, settings: final,
-              rate: surroundings.rate, choices: NetChoices(mac: settings.mac, offloads: 0),
+              tap: tap.queues[index], source: context.source, counters: own, settings: final,
+              rate: context.rate, choices: NetChoices(mac: settings.mac, offloads: 0),
               isLinkUp: isLinkUp,
               onChoices: onChoices,
               onAnnounced: {
                 // Where the driver reads a copy of the space, that is to follow.
                 if Self.setStatus(configuration, { $0 & ~NetConfiguration.statusAnnounce }) {
-                  crew.backend?.announceConfiguration()
+                  group.backend?.announceConfiguration()
                 }
               }),
             index: index,
@@ -94,38 +94,38 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
               // Without several pairs the driver has the control queue where it saw the size of a pair's.
               .init(maximumSize: max(sizes[0], sizes.last ?? 64), counters: $0.element)
             },
-            thread: threads[index], source: surroundings.source, report: surroundings.report)
+            thread: threads[index], source: context.source, report: context.report)
         })
     }
-    crew.set(others: Array(pairs.dropFirst()))
+    group.set(others: Array(pairs.dropFirst()))
     var routes = (0..<2 * settings.pairs).map { Route(worker: $0 / 2, queue: $0 % 2) }
     routes.append(Self.controlRoute)
     self.settings = settings
     self.tap = tap
     self.pairs = pairs
     try super.init(
-      Parts(
-        profile: profile, configuration: configuration, mode: "tap \(tap.name)", threads: threads, workers: pairs,
-        routes: routes, rate: surroundings.rate, state: state, counters: counters))
-    crew.set(backend: self)
+      Components(
+        identity: identity, configuration: configuration, mode: "tap \(tap.name)", threads: threads, workers: pairs,
+        routes: routes, rate: context.rate, state: state, counters: counters))
+    group.set(backend: self)
   }
 
   private static let controlRoute = Route(worker: 0, queue: 2)
 
   /// The workers that the first one passes the driver's choices to, and the backend; they do not keep each other.
-  private final class Crew: Sendable {
+  private final class PumpGroup: Sendable {
     private struct Member: Sendable {
       weak let worker: DeviceWorker<NetPump>?
       let latest = Latest<NetChoices>()
 
       init(worker: DeviceWorker<NetPump>) { self.worker = worker }
     }
-    private struct Whole: Sendable { weak let backend: NetBackend? }
+    private struct WeakBackend: Sendable { weak let backend: NetBackend? }
     private let members = Mutex<[Member]>([])
-    private let whole = Mutex(Whole(backend: nil))
+    private let owner = Mutex(WeakBackend(backend: nil))
 
-    func set(backend: NetBackend) { whole.withLock { $0 = Whole(backend: backend) } }
-    var backend: NetBackend? { whole.withLock { $0.backend } }
+    func set(backend: NetBackend) { owner.withLock { $0 = WeakBackend(backend: backend) } }
+    var backend: NetBackend? { owner.withLock { $0.backend } }
 
     func set(others: [DeviceWorker<NetPump>]) { members.withLock { $0 = others.map { Member(worker: $0) } } }
 

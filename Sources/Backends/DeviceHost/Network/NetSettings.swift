@@ -76,10 +76,10 @@ package struct NetSettings: DeviceSettings {
   }
 
   package func start(
-    _ surroundings: DeviceBackend.Surroundings,
+    _ context: DeviceBackend.Context,
     completion: @escaping @Sendable (Result<DeviceBackend, StartFault>) -> Void
   ) -> [LoopThread] {
-    NetBackend.start(self, surroundings) { completion($0.map { $0 }) }
+    NetBackend.start(self, context) { completion($0.map { $0 }) }
   }
 
   /// The tap, and its place in the bridge.

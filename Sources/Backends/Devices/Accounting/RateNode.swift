@@ -1,6 +1,6 @@
 import Synchronization
 
-/// Limits of one node of the budget tree; nil is no limit.
+/// Limits of one node of the tree of limits; nil is no limit.
 package struct RateLimits: Equatable, Sendable {
   /// Requests a second.
   package var readOperations: UInt64?
@@ -20,7 +20,7 @@ package struct RateLimits: Equatable, Sendable {
   }
 }
 
-/// One node of the budget tree: daemon, guest or device. A request needs the word of its device's node and of all above.
+/// One node of the tree of limits: daemon, guest or device. A request needs the word of its device's node and of all above.
 ///
 /// Rates are kept by the generic cell rate algorithm in its debt form: each bucket is the time up to which its rate is used up. A
 /// request goes through while that lies in the past, and moves it on by what it costs, so the long-run rate is exact whatever the

@@ -1,7 +1,10 @@
 package import Transport
 
 /// A block queue in the common skeleton: one pump for each queue.
-extension BlockPump: DevicePump {
+extension BlockPump: DevicePump, WatchingPump {
+  var clock: UInt64 { engine.now }
+  var hasPending: Bool { mutating get { queue.hasPending() } }
+
   package var descriptors: [Int32] { [engine.readiness] }
 
   package mutating func acknowledge(_ descriptor: Int) { engine.acknowledgeReadiness() }

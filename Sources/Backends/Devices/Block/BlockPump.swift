@@ -1,4 +1,3 @@
-import CLinux
 import HostMemory
 package import Transport
 package import Virtqueue
@@ -61,8 +60,8 @@ package struct BlockPump: ~Copyable {
   var rangesInFlight = 0
   var budget = RunBudget()
   var tally = Tally()
-  private var idle: IdlePoll
-  private var runStart: UInt64 = 0
+  var idle: IdlePoll
+  private(set) var runStart: UInt64 = 0
   /// Time of the batch, in nanoseconds.
   var now: UInt64 = 0
   /// Whether writes of the present life must be durable when they complete, or whether the driver decides by `writeback`.
@@ -347,31 +346,11 @@ package struct BlockPump: ~Copyable {
     return hasFreed
   }
 
-  /// Watches the queue for a moment, where that is worth it.
-  ///
-  /// - Returns: whether there is something to do.
+  /// Whether there is something to do; the queue is watched for it for a moment, where that is worth it.
   private mutating func pollForMore() -> Bool {
-    if queue.hasPending() { return true }
+    if hasPending { return true }
     // What the engine works on is worth waking up for too, and says nothing of the driver.
-    guard settings.pollsWhenIdle, inFlight == 0 else { return false }
-    let start = engine.now
-    let window = idle.rests(at: start)
-    guard window > 0 else { return false }
-    repeat {
-      for _ in 0..<IdlePoll.looks {
-        if queue.hasPending() {
-          now = engine.now
-          idle.watched(from: start, to: now, found: true)
-          idle.arrives(at: now)
-          if now &- runStart > IdlePoll.longestRun { budget.spend() }
-          return true
-        }
-        clinux_pause()
-      }
-      now = engine.now
-    } while now &- start < window
-    idle.watched(from: start, to: now, found: false)
-    return false
+    return settings.pollsWhenIdle && inFlight == 0 && watch()
   }
 
   /// Takes chains until the queue is empty, the group full, or the budget spent.

@@ -17,8 +17,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
     let channel: any ConsoleChannel
     let name: String
     let isConsole: Bool
-    var input: OrderedQueue
-    var output: OrderedQueue
+    var input: SerialQueue
+    var output: SerialQueue
     /// Bytes of the oldest output chain that the channel has already.
     var outputDone = 0
     /// What the driver has said, and what it has been told.
@@ -50,8 +50,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
   let ports: UnsafeMutablePointer<Port>
   let portCount: Int
   var memory: GuestMemoryView
-  var toDriver: OrderedQueue
-  var fromDriver: OrderedQueue
+  var toDriver: SerialQueue
+  var fromDriver: SerialQueue
   /// Messages that wait for a buffer of the driver, oldest first.
   var messages: [Message] = []
   /// Ports that the driver was told of, or is about to be.
@@ -84,8 +84,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
     onSize: @escaping @Sendable (TerminalSize) -> Void, onOpen: @escaping @Sendable (UInt64) -> Void
   ) {
     memory = GuestMemoryView(source: source)
-    toDriver = OrderedQueue(chainLimit: Self.chainLimit, counters: controlCounters.0)
-    fromDriver = OrderedQueue(chainLimit: Self.chainLimit, counters: controlCounters.1)
+    toDriver = SerialQueue(chainLimit: Self.chainLimit, counters: controlCounters.0)
+    fromDriver = SerialQueue(chainLimit: Self.chainLimit, counters: controlCounters.1)
     self.rate = rate
     self.notes = notes
     self.onSize = onSize
@@ -97,8 +97,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
       (ports + index).initialize(
         to: Port(
           channel: part.channel, name: part.name, isConsole: part.isConsole,
-          input: OrderedQueue(chainLimit: Self.chainLimit, counters: part.inputCounters),
-          output: OrderedQueue(chainLimit: Self.chainLimit, counters: part.outputCounters)))
+          input: SerialQueue(chainLimit: Self.chainLimit, counters: part.inputCounters),
+          output: SerialQueue(chainLimit: Self.chainLimit, counters: part.outputCounters)))
     }
     portCount = parts.count
   }

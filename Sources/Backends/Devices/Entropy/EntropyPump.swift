@@ -16,14 +16,14 @@ package struct EntropyPump: DevicePump, ~Copyable {
   private static var pieceBytes: Int { 256 }
 
   private var memory: GuestMemoryView
-  private var queue: OrderedQueue
+  private var queue: SerialQueue
   private let rate: RateNode
   package private(set) var nextTime: UInt64 = 0
   private let piece: UnsafeMutableRawPointer
 
   package init(source: any GuestMemorySource, counters: QueueCounters, rate: RateNode) {
     memory = GuestMemoryView(source: source)
-    queue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters)
+    queue = SerialQueue(chainLimit: Self.chainLimit, counters: counters)
     self.rate = rate
     piece = .allocate(byteCount: Self.pieceBytes, alignment: 16)
   }

@@ -1,4 +1,3 @@
-import CLinux
 import Glibc
 package import Transport
 package import Virtqueue
@@ -9,7 +8,7 @@ package import Virtqueue
 /// Queue 0 of the pump is the pair's receive queue, 1 its transmit queue; the first pair's pump has the control queue as 2. What the
 /// driver chooses there comes to all pumps by `set`. Sending is in `NetPump+Transmit.swift`, receiving in `NetPump+Receive.swift`,
 /// the control queue in `NetPump+Control.swift`.
-package struct NetPump: DevicePump, ~Copyable {
+package struct NetPump: WatchingPump, ~Copyable {
   /// Packets in each direction before other sources of the thread have their turn.
   static var batchLimit: Int { 64 }
   /// Packets between two looks at whether the driver wants an interrupt.
@@ -34,9 +33,9 @@ package struct NetPump: DevicePump, ~Copyable {
   let settings: NetPumpSettings
   let rate: RateNode
   var memory: GuestMemoryView
-  var receiveQueue: OrderedQueue
-  var transmitQueue: OrderedQueue
-  var controlQueue: OrderedQueue
+  var receiveQueue: SerialQueue
+  var transmitQueue: SerialQueue
+  var controlQueue: SerialQueue
   let lock: SourceLock
   var filter: ReceiveFilter
   /// What the driver chose; the control queue's pump changes it.
@@ -77,7 +76,7 @@ package struct NetPump: DevicePump, ~Copyable {
   package internal(set) var nextTime: UInt64 = 0
   var goneResult = 0
   var idle = IdlePoll()
-  private var runStart: UInt64 = 0
+  private(set) var runStart: UInt64 = 0
   var now: UInt64 = 0
 
   /// A chain of the receive queue that is ready for a packet.
@@ -104,9 +103,9 @@ package struct NetPump: DevicePump, ~Copyable {
     self.onChoices = onChoices
     self.onAnnounced = onAnnounced
     memory = GuestMemoryView(source: source)
-    receiveQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[0])
-    transmitQueue = OrderedQueue(chainLimit: Self.chainLimit, counters: counters[1])
-    controlQueue = OrderedQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
+    receiveQueue = SerialQueue(chainLimit: Self.chainLimit, counters: counters[0])
+    transmitQueue = SerialQueue(chainLimit: Self.chainLimit, counters: counters[1])
+    controlQueue = SerialQueue(chainLimit: 16, counters: counters.count > 2 ? counters[2] : QueueCounters())
     lock = SourceLock(settings.source)
     filter = ReceiveFilter(choices)
     // One more for the spill: IOV_MAX is 1024.
@@ -230,32 +229,14 @@ package struct NetPump: DevicePump, ~Copyable {
     case limited
   }
 
-  /// Watches the transmit queue for a moment, where that is worth it.
-  ///
-  /// - Returns: whether there is something to do.
+  /// Whether there is something to do; the transmit queue is watched for it for a moment, where that is worth it.
   private mutating func pollForMore() -> Bool {
     guard nextTime == 0 else { return false }
-    if transmitQueue.hasPending { return true }
-    guard settings.pollsWhenIdle else { return false }
-    let start = MonotonicClock.now
-    let window = idle.rests(at: start)
-    guard window > 0 else { return false }
-    repeat {
-      for _ in 0..<IdlePoll.looks {
-        if transmitQueue.hasPending {
-          now = MonotonicClock.now
-          idle.watched(from: start, to: now, found: true)
-          idle.arrives(at: now)
-          if now &- runStart > IdlePoll.longestRun { budget.spend() }
-          return true
-        }
-        clinux_pause()
-      }
-      now = MonotonicClock.now
-    } while now &- start < window
-    idle.watched(from: start, to: now, found: false)
-    return false
+    return hasPending || settings.pollsWhenIdle && watch()
   }
+
+  var clock: UInt64 { MonotonicClock.now }
+  var hasPending: Bool { mutating get { transmitQueue.hasPending } }
 
   /// Notes that a direction has to wait for its rate.
   mutating func wait(until time: UInt64) { nextTime = nextTime == 0 ? time : min(nextTime, time) }

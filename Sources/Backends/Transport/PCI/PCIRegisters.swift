@@ -11,15 +11,17 @@ package struct PCIRegisters: Equatable, Sendable {
   var configurationVector = PCILayout.noVector
   var queueVectors: [UInt16]
 
-  package init(_ profile: DeviceProfile) {
-    let vectors = Self.vectors(profile)
-    function = PCIFunction(deviceID: profile.deviceID, vectors: vectors)
+  package init(_ identity: DeviceIdentity) {
+    let vectors = Self.vectors(identity)
+    function = PCIFunction(deviceID: identity.deviceID, vectors: vectors)
     table = MSIXTable(count: vectors)
-    queueVectors = Array(repeating: PCILayout.noVector, count: profile.queueSizes.count)
+    queueVectors = Array(repeating: PCILayout.noVector, count: identity.queueSizes.count)
   }
 
   /// One for the configuration, and one for each queue.
-  static func vectors(_ profile: DeviceProfile) -> Int { min(profile.queueSizes.count + 1, PCILayout.maximumVectors) }
+  static func vectors(_ identity: DeviceIdentity) -> Int {
+    min(identity.queueSizes.count + 1, PCILayout.maximumVectors)
+  }
 
   /// A vector as it is assigned: one that is not there reads as none (virtio 1.2, 4.1.5.1.2.1).
   func assignable(_ vector: UInt16) -> UInt16 {
@@ -48,8 +50,8 @@ package struct PCIRegisters: Equatable, Sendable {
     }
   }
 
-  package init(_ profile: DeviceProfile, decoding memory: UnsafeRawPointer) {
-    self.init(profile)
+  package init(_ identity: DeviceIdentity, decoding memory: UnsafeRawPointer) {
+    self.init(identity)
     function.restore((0..<8).map { memory.load(fromByteOffset: 4 * $0, as: UInt32.self) })
     configurationVector = assignable(memory.load(fromByteOffset: 32, as: UInt16.self))
     for index in queueVectors.indices.prefix(64) {

@@ -10,11 +10,11 @@ extension PCITransport {
     func high(_ address: UInt64?) -> UInt32 { UInt32(truncatingIfNeeded: (address ?? 0) >> 32) }
     switch index * 4 {
     case PCICommon.deviceFeatureSelect: return session.driver.deviceFeaturesSelect
-    case PCICommon.deviceFeature: return half(profile.offeredFeatures.rawValue, session.driver.deviceFeaturesSelect)
+    case PCICommon.deviceFeature: return half(identity.offeredFeatures.rawValue, session.driver.deviceFeaturesSelect)
     case PCICommon.driverFeatureSelect: return session.driver.driverFeaturesSelect
     case PCICommon.driverFeature: return half(session.driver.driverFeatures, session.driver.driverFeaturesSelect)
     case PCICommon.configurationVector:
-      return UInt32(pci.configurationVector) | UInt32(profile.queueSizes.count) << 16
+      return UInt32(pci.configurationVector) | UInt32(identity.queueSizes.count) << 16
     case PCICommon.status:
       return currentStatus.rawValue & 0xff | (session.configuration.generation & 0xff) << 8 | session.driver.queueSelect
         << 16
@@ -123,7 +123,7 @@ extension PCITransport {
   private func resetQueue() {
     guard negotiated.contains(.ringReset), let queue = selected else { return }
     session.takeDown(queue)
-    session.driver.queues[queue] = Self.unusedQueue(profile.queueSizes[queue])
+    session.driver.queues[queue] = Self.unusedQueue(identity.queueSizes[queue])
   }
 
   /// The size of a queue reads as the largest one until the driver has written another (4.1.4.3.1).
@@ -134,7 +134,7 @@ extension PCITransport {
   }
 
   func clearQueues() {
-    session.driver.queues = profile.queueSizes.map { Self.unusedQueue($0) }
+    session.driver.queues = identity.queueSizes.map { Self.unusedQueue($0) }
     session.save()
   }
 

@@ -46,10 +46,10 @@ package final class PCITransport: DeviceTransport {
     session = DriverSession(device, state)
     self.onStatus = onStatus
     self.state = state
-    let profile = session.profile
-    pci = PCIRegisters(profile)
+    let identity = session.identity
+    pci = PCIRegisters(identity)
     interrupts = PCIInterrupts(
-      line: line, sender: sender, vectors: PCIRegisters.vectors(profile), queues: profile.queueSizes.count)
+      line: line, sender: sender, vectors: PCIRegisters.vectors(identity), queues: identity.queueSizes.count)
     if needsReset { session.add([.acknowledge, .driver, .featuresOK, .driverOK, .needsReset]) }
     interrupts.apply(pci)
     state?.save(pci)
@@ -58,16 +58,16 @@ package final class PCITransport: DeviceTransport {
 
   /// A function as an earlier process left it, without a backend: registers are answered, queues wait.
   package init(
-    restoring profile: DeviceProfile, _ driver: DriverState, _ status: DeviceStatus, _ pci: PCIRegisters,
+    restoring identity: DeviceIdentity, _ driver: DriverState, _ status: DeviceStatus, _ pci: PCIRegisters,
     configuration: [UInt8], line: any InterruptLine, sender: any MessageSender, state: any PCITransportState,
     onStatus: @escaping @Sendable (DeviceStatus) -> Void
   ) {
-    session = DriverSession(restoring: profile, driver, status, configuration: configuration, state: state)
+    session = DriverSession(restoring: identity, driver, status, configuration: configuration, state: state)
     self.onStatus = onStatus
     self.state = state
     self.pci = pci
     interrupts = PCIInterrupts(
-      line: line, sender: sender, vectors: PCIRegisters.vectors(profile), queues: profile.queueSizes.count)
+      line: line, sender: sender, vectors: PCIRegisters.vectors(identity), queues: identity.queueSizes.count)
     // The earlier process may have left it high, which nothing here would know.
     line.set(false)
     interrupts.apply(pci)
@@ -75,7 +75,7 @@ package final class PCITransport: DeviceTransport {
   }
 
   package var interruptCount: UInt64 { interrupts.raisedCount }
-  package var profile: DeviceProfile { session.profile }
+  package var identity: DeviceIdentity { session.identity }
   package var currentStatus: DeviceStatus { session.currentStatus }
   /// The first address of the BAR; nil while it is not decoded. From any thread.
   package var base: UInt64? {
@@ -88,7 +88,7 @@ package final class PCITransport: DeviceTransport {
     set { claimed.store(newValue, ordering: .relaxed) }
   }
   /// MSI-X vectors of the function.
-  package var vectorCount: Int { PCIRegisters.vectors(profile) }
+  package var vectorCount: Int { PCIRegisters.vectors(identity) }
 
   // MARK: The configuration space
 
@@ -187,7 +187,7 @@ package final class PCITransport: DeviceTransport {
 
   /// Queues interrupt by vectors of their own.
   package func interruptForUsedBuffers() {
-    for queue in profile.queueSizes.indices { interrupts.raise(queue: queue) }
+    for queue in identity.queueSizes.indices { interrupts.raise(queue: queue) }
   }
 
   package func interruptForConfiguration() { interrupts.raiseConfiguration() }

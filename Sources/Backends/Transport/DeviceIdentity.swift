@@ -1,7 +1,7 @@
 package import Virtqueue
 
 /// What a transport shows of a device, whether or not a backend is there to serve it.
-package struct DeviceProfile: Equatable, Sendable {
+package struct DeviceIdentity: Equatable, Sendable {
   /// The device's number: 1 net, 2 blk, 3 console (virtio 1.2, chapter 5).
   package var deviceID: UInt32
   package var offeredFeatures: FeatureBits

@@ -5,7 +5,7 @@ package import Virtqueue
 ///
 /// The used index in the ring alone then says where another backend or process goes on, so such a device needs no journal: what was
 /// taken and not answered is taken again. For split rings, which is what devices built on it offer.
-package struct OrderedQueue: ~Copyable {
+package struct SerialQueue: ~Copyable {
   package let counters: QueueCounters
   /// The driver's queue while it is live. In a place of its own: what is in an optional is copied out and back for each call.
   private let queue: UnsafeMutablePointer<Virtqueue>

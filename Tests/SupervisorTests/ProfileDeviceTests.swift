@@ -8,7 +8,7 @@ import Testing
 import Xen
 
 /// Devices that no disk is: declared by profiles, or by the toolstack with options from there.
-@Suite struct DeclaredDeviceTests {
+@Suite struct ProfileDeviceTests {
   private static let profile = #"""
     {"version": 1, "guests": [{"guest": "web*", "devices": [
       {"type": "entropy"}, {"type": "console", "ports": [{"name": "vx.test"}]}]}]}

@@ -12,7 +12,7 @@ import Xen
 /// Its name counts within its type (net0, console0, rng0), and vxd makes it with the guest. Devices with `"create": false` are options of
 /// those that the toolstack makes: the first of them belongs to the first of `virtio = [ "type=virtio,device1,...", ... ]`, and so on,
 /// whose place in that list is the number in their name (net0, console1).
-struct DeclaredDevice: Sendable {
+struct ProfileDevice: Sendable {
   var type: any DeviceSettings.Type
   /// Of vxd's devices of this type, or in the toolstack's list.
   var number: UInt32
@@ -27,7 +27,7 @@ struct DeclaredDevice: Sendable {
   ///   - types: those that are served.
   ///   - others: those before it in the guest's list, for its number.
   init(
-    _ value: JSONValue, _ field: String, types: [any DeviceSettings.Type], after others: [DeclaredDevice]
+    _ value: JSONValue, _ field: String, types: [any DeviceSettings.Type], after others: [ProfileDevice]
   ) throws(SettingFault) {
     guard let members = value.objectValue else { throw SettingFault(field, expected: "an object", not: value) }
     guard let type = value["type"]?.stringValue.flatMap({ types.declarable(named: $0) }) else {
@@ -73,8 +73,8 @@ struct DeclaredDevice: Sendable {
   }
 }
 
-extension DeclaredDevice: Equatable {
-  static func == (left: DeclaredDevice, right: DeclaredDevice) -> Bool {
+extension ProfileDevice: Equatable {
+  static func == (left: ProfileDevice, right: ProfileDevice) -> Bool {
     left.kind == right.kind && left.number == right.number && left.isCreated == right.isCreated
       && left.options == right.options
   }
