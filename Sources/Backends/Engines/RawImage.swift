@@ -60,6 +60,13 @@ package final class RawImage: @unchecked Sendable {
     let access = (readOnly ? O_RDONLY : O_RDWR) | (isExclusive ? O_EXCL : 0) | O_CLOEXEC | O_NONBLOCK
     let reopened = "/proc/self/fd/\(found.raw)"
     var raw = wantsDirect ? open(reopened, access | clinux_o_direct()) : -1
+    if wantsDirect, raw < 0, isExclusive, errno == EBUSY, ImageLock.holder(of: kind) == nil {
+      // It may be taken by requests that a process left behind when it was killed, as with the lock below.
+      ImageLock.waitWhile {
+        raw = open(reopened, access | clinux_o_direct())
+        return raw < 0 && errno == EBUSY
+      }
+    }
     var direct = raw >= 0
     if raw < 0 {
       guard !wantsDirect || errno != EISDIR else { throw .notAnImage(path: path) }

@@ -2,9 +2,13 @@ package import Transport
 
 /// A block queue in the common skeleton: one pump for each queue.
 extension BlockPump: DevicePump {
-  package var descriptors: [Int32] { [engine.readiness] }
+  package var descriptors: [Int32] { [engine.readiness] + (engine.alarm.map { [$0] } ?? []) }
 
-  package mutating func acknowledge(_ descriptor: Int) { engine.acknowledgeReadiness() }
+  package var interruptsSleep: Bool { engine.interruptsSleep }
+
+  package mutating func acknowledge(_ descriptor: Int) {
+    if descriptor == 0 { engine.acknowledgeReadiness() } else { engine.acknowledgeAlarm() }
+  }
 
   package mutating func activate(_ queue: Int, _ activation: QueueActivation) throws(DeviceFault) {
     try activate(
