@@ -38,6 +38,9 @@ final class DaemonProcess: @unchecked Sendable {
     }
   }
 
+  /// 0 when it has ended.
+  var pid: pid_t { child?.pid ?? 0 }
+
   var descriptorCount: Int { TemporaryFolder.names("/proc/\(child?.pid ?? 0)/fd").count }
 
   /// Memory that is in use, in KiB; 0 when it has ended.
