@@ -55,8 +55,8 @@ struct SlowStoreCrashTests {
     slow.release()
     stage.daemon.kill()
     #expect(eventually { !isHeld(image) })
-    let found = try content(image)
-    #expect(found == Array(repeating: UInt8(ascii: "b"), count: found.count))
+    let old = try content(image).count { $0 != UInt8(ascii: "b") }
+    #expect(old == 0, "so many bytes are not what was written last")
   }
 
   private func facts(_ stage: DaemonStage) -> JSONValue? {
