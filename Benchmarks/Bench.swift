@@ -18,6 +18,9 @@ enum Bench {
     if CommandLine.arguments.dropFirst().first == "packets" {
       return try PacketProfile.run(Array(CommandLine.arguments.dropFirst(2)))
     }
+    if CommandLine.arguments.dropFirst().first == "alone" {
+      return try alone(Array(CommandLine.arguments.dropFirst(2)))
+    }
     let isRates = CommandLine.arguments.dropFirst().first == "rates"
     let arguments = CommandLine.arguments.dropFirst(isRates ? 2 : 1)
     let path = arguments.first ?? "/dev/shm/vxd-bench-\(getpid()).img"
@@ -39,6 +42,21 @@ enum Bench {
     )
     print("by io_uring: it is copied through buffers that are registered with the kernel.")
     print("maps, kicks (notifications), irqs (interrupts): per request by io_uring, in steady state.")
+  }
+
+  /// One load on a backend with a thread of its own, for strace or perf to look at that: `vxd-bench alone ENGINE read|write DEPTH SECONDS [FILE]`.
+  private static func alone(_ arguments: [String]) throws {
+    guard arguments.count >= 4, let engine = LoadEngine(rawValue: arguments[0]), let depth = Int(arguments[2]),
+      let seconds = Double(arguments[3])
+    else { fatalError("usage: vxd-bench alone libaio|io_uring read|write DEPTH SECONDS [FILE]") }
+    let path = arguments.dropFirst(4).first ?? "/dev/shm/vxd-bench-\(getpid()).img"
+    if arguments.count == 4 { try makeFile(path) }
+    defer { if arguments.count == 4 { unlink(path) } }
+    let load = try GuestLoad(path: path, copies: false, inline: false, engine: engine)
+    let result = load.run(
+      Pattern(isWrite: arguments[1] == "write", depth: depth, fileBytes: fileBytes), seconds: seconds)
+    load.stop()
+    print("\(Int(result.requestsPerSecond * seconds)) requests in \(seconds) s")
   }
 
   private static func compareAll(_ path: String, _ inline: Bool) throws {

@@ -19,7 +19,7 @@ package final class IOUringEngine: BlockEngine {
   package var alarm: Int32? { ready.raw }
 
   private let ready: EventDescriptor
-  private var ring: SubmissionRing
+  private let ring: SubmissionRing
   private var isOpen = true
   private let depth: Int
   /// RWF_DSYNC (linux/fs.h): the write is durable when it completes.
@@ -118,34 +118,34 @@ package final class IOUringEngine: BlockEngine {
   }
 
   private func prepare(_ request: UnsafeMutablePointer<EngineRequest>) {
+    // Word by word: what a tag's submission had before is the kernel's no more, and all of it that is used is written.
     let submission = ring.submission(request.pointee.tag)
-    var fresh = clinux_submission()
-    // Place 0 of the registered files.
-    fresh.flags = UInt8(clinux_ring_fixed_file)
-    fresh.user_data = UInt64(request.pointee.tag)
-    if request.pointee.operation == .flush {
-      fresh.opcode = UInt8(clinux_ring_fsync)
-      fresh.operation_flags = UInt32(clinux_ring_datasync)
-    } else {
-      let isRead = request.pointee.operation == .read
-      let first = request.pointee.vectors.pointee
-      fresh.offset = request.pointee.offset
-      if request.pointee.vectorCount == 1 {
-        fresh.address = UInt64(UInt(bitPattern: first.start))
-        fresh.length = UInt32(truncatingIfNeeded: first.length)
-        if isRegistered(first) {
-          fresh.opcode = UInt8(isRead ? clinux_ring_read_fixed : clinux_ring_write_fixed)
-        } else {
-          fresh.opcode = UInt8(isRead ? clinux_ring_read : clinux_ring_write)
-        }
-      } else {
-        fresh.address = UInt64(UInt(bitPattern: request.pointee.vectors))
-        fresh.length = UInt32(truncatingIfNeeded: request.pointee.vectorCount)
-        fresh.opcode = UInt8(isRead ? clinux_ring_readv : clinux_ring_writev)
-      }
-      if request.pointee.isDurable, !isRead { fresh.operation_flags = Self.durable }
+    submission.pointee.flags = UInt8(clinux_ring_fixed_file)  // place 0 of the registered files
+    submission.pointee.user_data = UInt64(request.pointee.tag)
+    submission.pointee.operation_flags = 0
+    guard request.pointee.operation != .flush else {
+      submission.pointee.opcode = UInt8(clinux_ring_fsync)
+      submission.pointee.operation_flags = UInt32(clinux_ring_datasync)
+      (submission.pointee.offset, submission.pointee.address, submission.pointee.length) = (0, 0, 0)
+      return
     }
-    submission.initialize(to: fresh)
+    let isRead = request.pointee.operation == .read
+    let first = request.pointee.vectors.pointee
+    submission.pointee.offset = request.pointee.offset
+    if request.pointee.vectorCount == 1 {
+      submission.pointee.address = UInt64(UInt(bitPattern: first.start))
+      submission.pointee.length = UInt32(truncatingIfNeeded: first.length)
+      if isRegistered(first) {
+        submission.pointee.opcode = UInt8(isRead ? clinux_ring_read_fixed : clinux_ring_write_fixed)
+      } else {
+        submission.pointee.opcode = UInt8(isRead ? clinux_ring_read : clinux_ring_write)
+      }
+    } else {
+      submission.pointee.address = UInt64(UInt(bitPattern: request.pointee.vectors))
+      submission.pointee.length = UInt32(truncatingIfNeeded: request.pointee.vectorCount)
+      submission.pointee.opcode = UInt8(isRead ? clinux_ring_readv : clinux_ring_writev)
+    }
+    if request.pointee.isDurable, !isRead { submission.pointee.operation_flags = Self.durable }
   }
 
   @inline(__always)

@@ -6,13 +6,13 @@ import Synchronization
 /// An io_uring of the kernel's: a ring of submissions and one of completions, both in memory that is shared with it.
 ///
 /// Each tag has a submission of its own, which stays as it was made until the tag is used again: so it can be handed over once more without
-/// being made anew. Confined to one thread.
-struct SubmissionRing: ~Copyable {
-  private var ring = clinux_ring()
+/// being made anew. Confined to one thread. A class, so that nothing has to watch over accesses to it as a whole for each request.
+final class SubmissionRing {
+  private let ring: clinux_ring
   /// Submissions that were put and not handed over, and the tail behind them.
   private var waiting: UInt32 = 0
   private var tail: UInt32 = 0
-  private var isOpen = false
+  private var isOpen = true
 
   /// Readable while completions are there.
   var descriptor: Int32 { ring.fd }
@@ -20,20 +20,20 @@ struct SubmissionRing: ~Copyable {
   /// - Parameter depth: tags, each of which is with the kernel once at a time.
   /// - Throws: why the kernel makes none.
   init(depth: Int) throws(Errno) {
+    var ring = clinux_ring()
     let failure = clinux_ring_open(&ring, UInt32(clamping: depth))
     guard failure == 0 else { throw Errno(failure) }
-    isOpen = true
+    self.ring = ring
   }
 
-  deinit {
-    var ring = ring
-    if isOpen { clinux_ring_close(&ring) }
-  }
+  deinit { close() }
 
   /// Nothing may be under way.
-  mutating func close() {
-    if isOpen { clinux_ring_close(&ring) }
+  func close() {
+    guard isOpen else { return }
     isOpen = false
+    var ring = ring
+    clinux_ring_close(&ring)
   }
 
   @inline(__always)
@@ -43,11 +43,11 @@ struct SubmissionRing: ~Copyable {
 
   /// The submission of a tag.
   @inline(__always)
-  mutating func submission(_ tag: UInt32) -> UnsafeMutablePointer<clinux_submission> { ring.submissions + Int(tag) }
+  func submission(_ tag: UInt32) -> UnsafeMutablePointer<clinux_submission> { ring.submissions + Int(tag) }
 
   /// Puts a tag's submission in the row; the kernel learns of it by `enter`.
   @inline(__always)
-  mutating func put(_ tag: UInt32) {
+  func put(_ tag: UInt32) {
     ring.submission_order[Int(tail & ring.submission_mask)] = tag
     tail &+= 1
     waiting &+= 1
@@ -57,7 +57,7 @@ struct SubmissionRing: ~Copyable {
   ///
   /// - Parameter refused: called for each tag that the kernel does not take, with a negated errno.
   /// - Returns: how many it took.
-  mutating func enter(refused: (UInt32, Int) -> Void) -> Int {
+  func enter(refused: (UInt32, Int) -> Void) -> Int {
     guard waiting > 0 else { return 0 }
     word(ring.submission_tail).pointee.store(tail, ordering: .releasing)
     var taken = 0
@@ -90,7 +90,7 @@ struct SubmissionRing: ~Copyable {
   }
 
   @inline(__always)
-  mutating func completions() -> Harvest {
+  func completions() -> Harvest {
     Harvest(
       head: word(ring.completion_head).pointee.load(ordering: .relaxed),
       tail: word(ring.completion_tail).pointee.load(ordering: .acquiring))
@@ -98,7 +98,7 @@ struct SubmissionRing: ~Copyable {
 
   /// Takes the next of them, which must be there.
   @inline(__always)
-  mutating func next(_ harvest: inout Harvest) -> (tag: UInt32, result: Int) {
+  func next(_ harvest: inout Harvest) -> (tag: UInt32, result: Int) {
     let place = ring.completions + Int(harvest.head & ring.completion_mask)
     harvest.head &+= 1
     return (UInt32(truncatingIfNeeded: place.pointee.user_data), Int(place.pointee.result))
@@ -106,7 +106,7 @@ struct SubmissionRing: ~Copyable {
 
   /// Gives the kernel back the places of what was taken.
   @inline(__always)
-  mutating func give(_ harvest: Harvest) {
+  func give(_ harvest: Harvest) {
     word(ring.completion_head).pointee.store(harvest.head, ordering: .releasing)
   }
 }
