@@ -20,17 +20,19 @@ enum ImageLock {
   /// Names of our own holders, so that a conflict within this daemon can say which guest's disk it is.
   private static let holders = Mutex<[FileIdentity: [String]]>([:])
 
-  /// - Parameter holder: who wants it, for others' error messages.
+  /// - Parameters:
+  ///   - holder: who wants it, for others' error messages.
+  ///   - left: how to wait for requests that an ended process left behind.
   static func take(
-    _ descriptor: Int32, path: String, holder: String, exclusive: Bool
+    _ descriptor: Int32, path: String, holder: String, exclusive: Bool, after left: LeftRequests
   ) throws(ImageFault) -> FileIdentity {
     var status = stat()
     guard fstat(descriptor, &status) == 0 else { throw .host(what: "cannot examine '\(path)'", Errno.last) }
     let identity = FileIdentity(status)
     var result = clinux_lock_description(descriptor, exclusive ? 1 : 0)
     if result == EAGAIN || result == EACCES, isHeldByNobody(descriptor, identity) {
-      // No process has it, but requests that one left behind when it was killed: they hold it for as long as they may still write.
-      waitWhile {
+      // No process has it, but requests that one left behind: they hold it for as long as they may still write.
+      left.wait {
         result = clinux_lock_description(descriptor, exclusive ? 1 : 0)
         return result == EAGAIN || result == EACCES
       }
@@ -52,15 +54,6 @@ enum ImageLock {
   /// Which of our disks have a file, as far as it was opened by the same name.
   static func holder(of status: stat) -> String? {
     holders.withLock { $0[FileIdentity(status)] }?.joined(separator: " and ")
-  }
-
-  /// How long requests of a process that is gone are waited for, in milliseconds; behind that the device's start is tried again later.
-  private static let patience: UInt64 = 2_000
-
-  /// Waits for what a process left behind, while `isTaken`, on the device's own thread.
-  static func waitWhile(_ isTaken: () -> Bool) {
-    let end = EventLoop.now() &+ patience &* 1_000_000
-    repeat { poll(nil, 0, 2) } while isTaken() && EventLoop.now() < end
   }
 
   private static func isHeldByNobody(_ descriptor: Int32, _ identity: FileIdentity) -> Bool {

@@ -47,9 +47,10 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     let report = surroundings.report
     let notice: NBDEngine.Notice = { report($0.map(DeviceReport.storageLost) ?? .storageBack) }
     var engines: [any BlockEngine] = []
+    let left = LeftRequests(isLikely: surroundings.isResumed)
     var opened: BlockStorage
     do throws(ImageFault) {
-      opened = try BlockStorage.open(settings, name: surroundings.name, notice: notice)
+      opened = try BlockStorage.open(settings, name: surroundings.name, notice: notice, after: left)
       for index in 0..<opened.queueCount(settings) {
         engines.append(decorate(try opened.engine(queue: index, settings, notice: notice), index))
       }

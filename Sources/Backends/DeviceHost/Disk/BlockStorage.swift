@@ -26,15 +26,17 @@ enum BlockStorage {
 
   /// Opens what the settings name.
   ///
-  /// - Parameter name: the device, for whoever finds the image in use.
-  static func open(_ settings: BlockSettings, name: String, notice: @escaping NBDEngine.Notice) throws(ImageFault)
-    -> BlockStorage
-  {
+  /// - Parameters:
+  ///   - name: the device, for whoever finds the image in use.
+  ///   - left: how to wait for requests that an ended process left behind.
+  static func open(
+    _ settings: BlockSettings, name: String, notice: @escaping NBDEngine.Notice, after left: LeftRequests
+  ) throws(ImageFault) -> BlockStorage {
     if settings.path.isEmpty { return .empty }
     guard NBDAddress.isAddress(settings.path) else {
       let image = try RawImage(
         path: settings.path, holder: name, readOnly: settings.readOnly, discard: settings.discard,
-        direct: settings.direct, block: settings.blockSize)
+        direct: settings.direct, block: settings.blockSize, after: left)
       return .raw(image, by: way(settings.engine, image))
     }
     let address = try NBDAddress(settings.path)
