@@ -114,7 +114,9 @@ let package = Package(
       ],
       swiftSettings: house),
     .testTarget(
-      name: "EnginesTests", dependencies: ["Engines", "Devices", "EventLoop", "TestSupport"], swiftSettings: house),
+      name: "EnginesTests", dependencies: ["Engines", "Devices", "EventLoop", "TestSupport", "CLinux"],
+      swiftSettings: house
+    ),
     .testTarget(
       name: "XenTests", dependencies: ["Xen", "SimulatedXen", "TestSupport", "Virtqueue", "Transport", "EventLoop"],
       swiftSettings: house),

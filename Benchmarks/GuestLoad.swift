@@ -30,7 +30,7 @@ final class GuestLoad {
   }
 
   /// - Parameter inline: without a thread for the device.
-  init(path: String, copies: Bool, inline: Bool, rate: RateNode = RateNode()) throws {
+  init(path: String, copies: Bool, inline: Bool, engine: LoadEngine, rate: RateNode = RateNode()) throws {
     domain = try SimulatedDomain(identifier: 1, memoryBytes: 64 << 20)
     let hypervisor = SimulatedHypervisor()
     hypervisor.add(domain)
@@ -39,12 +39,12 @@ final class GuestLoad {
     self.pool = pool
     let line = SlotTable.slot(0).line(of: handle)
     if inline {
-      let device = try InlineDevice(path: path, source: pool, copies: copies)
+      let device = try InlineDevice(path: path, source: pool, copies: copies, engine: engine)
       transport = MMIOTransport(device: device, line: line, onStatus: { _ in })
       serve = { device.run() }
       end = { device.finish() }
     } else {
-      let (backend, threads) = try Self.startBackend(path, pool, copies, rate)
+      let (backend, threads) = try Self.startBackend(path, pool, copies, engine, rate)
       transport = MMIOTransport(device: backend, line: line, onStatus: { _ in })
       serve = nil
       end = {
@@ -60,10 +60,11 @@ final class GuestLoad {
   }
 
   private static func startBackend(
-    _ path: String, _ pool: ForeignMappingPool, _ copies: Bool, _ rate: RateNode
+    _ path: String, _ pool: ForeignMappingPool, _ copies: Bool, _ engine: LoadEngine, _ rate: RateNode
   ) throws -> (BlockBackend, [LoopThread]) {
     var settings = BlockSettings(path: path, readOnly: false, discard: false, serial: "bench")
     settings.copiesAlways = copies
+    settings.engine = engine == .libaio ? .libaio : .ioUring
     let latch = Latch()
     let outcome = Outcome()
     let threads = BlockBackend.start(

@@ -4,6 +4,12 @@ import Transport
 import Virtqueue
 import Xen
 
+/// What brings requests to the kernel.
+enum LoadEngine: String {
+  case libaio
+  case ioUring = "io_uring"
+}
+
 /// The block backend without its thread: a notification runs the queue there and then, on the thread of the guest.
 ///
 /// What is left is the backend's own work per request: no wake-up, no other processor's cache lines.
@@ -17,10 +23,14 @@ final class InlineDevice: VirtioDevice, @unchecked Sendable {
   private var pump: BlockPump
   private var signals: (any TransportSignals)?
 
-  init(path: String, source: ForeignMappingPool, copies: Bool, slots: Int = 256) throws {
+  init(path: String, source: ForeignMappingPool, copies: Bool, slots: Int = 256, engine: LoadEngine) throws {
     self.source = source
     let image = try RawImage(path: path, holder: "bench", readOnly: false, discard: false)
-    let engine = try AIOEngine(image: image, depth: slots)
+    let engine: any BlockEngine =
+      switch engine {
+      case .libaio: try AIOEngine(image: image, depth: slots)
+      case .ioUring: try IOUringEngine(image: image, depth: slots)
+      }
     offeredFeatures = BlockConfiguration.features(engine.geometry)
     configuration = ConfigurationSpace(BlockConfiguration.bytes(engine.geometry))
     var settings = BlockPumpSettings()

@@ -8,7 +8,9 @@ import Xen
 
 /// A fixed number of 4 KiB requests through many devices in turn, on one thread, for callgrind to count: see `profile`.
 ///
-///     vxd-bench profile DEVICES BUCKETS REQUESTS read|write direct|bounced
+///     vxd-bench profile DEVICES BUCKETS REQUESTS read|write direct|bounced|io_uring
+///
+/// The first two are by libaio.
 enum Profile {
   private static let depth = 32
   private static let fileBytes = 1 << 20
@@ -22,7 +24,7 @@ enum Profile {
     let data: UInt64
     private let domain: SimulatedDomain
 
-    init(_ index: Int, folder: String, buckets: Int, copies: Bool) throws {
+    init(_ index: Int, folder: String, buckets: Int, mode: String) throws {
       let path = "\(folder)/\(index).img"
       let raw = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
       guard raw >= 0, ftruncate(raw, off_t(Profile.fileBytes)) == 0 else { throw Errno.last }
@@ -32,7 +34,9 @@ enum Profile {
       hypervisor.add(domain)
       let handle = try hypervisor.open(DomainID(index + 1))
       pool = ForeignMappingPool(guest: handle, budgetBytes: 4 << 30, isStable: true)
-      device = try InlineDevice(path: path, source: pool, copies: copies, slots: Profile.depth)
+      device = try InlineDevice(
+        path: path, source: pool, copies: mode == "bounced", slots: Profile.depth,
+        engine: LoadEngine(rawValue: mode) ?? .libaio)
       transport = MMIOTransport(device: device, line: SlotTable.slot(0).line(of: handle), onStatus: { _ in })
       driver = SimulatedDriver(registers: DirectRegisters(transport), memory: domain.memory, area: 1 << 20)
       try driver.start(wanted: [.indirectDescriptors, .eventIndex, .blockFlush])
@@ -50,7 +54,7 @@ enum Profile {
     guard arguments.count == 5, let devices = Int(arguments[0]), let buckets = Int(arguments[1]),
       let requests = Int(arguments[2]), devices > 0, buckets > 0
     else {
-      print("usage: vxd-bench profile DEVICES BUCKETS REQUESTS read|write direct|bounced")
+      print("usage: vxd-bench profile DEVICES BUCKETS REQUESTS read|write direct|bounced|io_uring")
       exit(2)
     }
     let isWrite = arguments[3] == "write"
@@ -59,7 +63,7 @@ enum Profile {
     let folder = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
     var lanes: [Lane] = []
     for index in 0..<devices {
-      lanes.append(try Lane(index, folder: folder, buckets: buckets, copies: arguments[4] == "bounced"))
+      lanes.append(try Lane(index, folder: folder, buckets: buckets, mode: arguments[4]))
     }
     // Every bucket is mapped and every path taken once before anything counts.
     for lane in lanes { for bucket in 0..<buckets { turn(lane, bucket, isWrite, buckets) } }

@@ -14,7 +14,7 @@ enum Rates {
       ("bytes read a second", false, nil, 8_388_608), ("bytes written a second", true, nil, 52_428_800),
     ] as [(String, Bool, UInt64?, UInt64?)] {
       let rate = RateNode()
-      let load = try GuestLoad(path: path, copies: true, inline: false, rate: rate)
+      let load = try GuestLoad(path: path, copies: true, inline: false, engine: .ioUring, rate: rate)
       defer { load.stop() }
       var limits = RateLimits()
       if isWrite {

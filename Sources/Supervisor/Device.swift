@@ -28,6 +28,8 @@ final class Device {
   /// The nodes that `entry` was made of.
   var entryNodes: [String: String] = [:]
   var running: Running?
+  /// This process has opened a backend of it.
+  var wasOpened = false
   /// What survives its backends; made with the first.
   var state: DeviceState?
   let account = DeviceAccount()

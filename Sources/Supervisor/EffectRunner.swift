@@ -119,6 +119,7 @@ final class EffectRunner {
       makeState: stateMaker(device, of: guest),
       report: { [key = device.key] report in supervisor.onLoop { $0.reported(key, id, report) } })
     context.fileName = Self.fileName(device.key, entry.name)
+    context.isResumed = !device.wasOpened && isKnown(device, guest)
     context.label = CrashRecord.label(device.key)
     context.consoleFolder = settings.consoleFolder
     context.mayAttach = settings.mayAttachConsoles
@@ -138,6 +139,11 @@ final class EffectRunner {
     return nil
   }
 
+  /// Whether the guest has found the device.
+  private func isKnown(_ device: Device, _ guest: Guest) -> Bool {
+    guest.machine[device.key].map { $0.connection != .absent } ?? false
+  }
+
   /// A device in names of files.
   private static func fileName(_ key: DeviceKey, _ name: String) -> String { "\(key.domain)-\(name)" }
 
@@ -152,8 +158,8 @@ final class EffectRunner {
   /// A device that the guest does not know follows its entry and the profiles with each start; one that it knows keeps what it was made
   /// of, and the form in which its driver knows it, until its entry changes.
   private func makeEntry(_ device: Device, of guest: Guest) throws(EntryFault) -> DeviceEntry {
-    let isKnown = guest.machine[device.key].map { $0.connection != .absent } ?? false
-    if let entry = device.entry, device.entryNodes == device.nodes, isKnown || device.key.kind == .spare {
+    if let entry = device.entry, device.entryNodes == device.nodes, isKnown(device, guest) || device.key.kind == .spare
+    {
       return entry
     }
     var entry = try entries.entry(device.key, device.nodes, of: guest)
@@ -161,7 +167,7 @@ final class EffectRunner {
     device.set(entry.settings.limits)
     if let state = device.state {
       entry.settings.keep(state.layout.identity)
-      if isKnown { entry.settings.keep(configuration: state.savedConfiguration) }
+      if isKnown(device, guest) { entry.settings.keep(configuration: state.savedConfiguration) }
     }
     device.entry = entry
     device.entryNodes = device.nodes
@@ -173,6 +179,7 @@ final class EffectRunner {
     switch result {
     case .success(let backend):
       device.running?.backend = backend
+      device.wasOpened = true
       device.state = backend.state
       return .started(id, objection: device.key.kind == .spare ? backend.objectionAsSpare : nil)
     case .failure(let fault):

@@ -97,7 +97,7 @@ extension SupervisorControl {
       if counters {
         members.append(.init(name: "queues", value: .count(all.count)))
         members.append(.init(name: "threads", value: .count(readings.threadCount)))
-        members.append(.init(name: "engine", value: .string(readings.mode)))
+        members.append(.init(name: "mode", value: .string(readings.mode)))
         // Its name before 0.3, which says the wrong thing of devices other than disks; until 0.4.
         members.append(.init(name: "store", value: .string(readings.mode)))
         members.append(.init(name: "requestsByQueue", value: .array(all.map { .count(requests($0)) })))

@@ -87,6 +87,8 @@ struct HostFacts {
   var aio: Int32 = 0
   var aioLimit: UInt64?
   var aioInUse: UInt64?
+  /// 0, or why the kernel makes no io_uring for this program.
+  var ring: Int32 = 0
 
   /// - Parameter wanted: nodes below /dev/xen that vxd says it needs; nil when it does not answer.
   static func current(nodes wanted: [String]?) -> HostFacts {
@@ -99,6 +101,7 @@ struct HostFacts {
       facts.nodes[name] = access("/dev/xen/\(name)", R_OK | W_OK) == 0 ? 0 : errno
     }
     facts.aio = clinux_probe_aio()
+    facts.ring = clinux_probe_ring()
     facts.aioLimit = text("/proc/sys/fs/aio-max-nr").flatMap { UInt64($0) }
     facts.aioInUse = text("/proc/sys/fs/aio-nr").flatMap { UInt64($0) }
     return facts
@@ -124,7 +127,7 @@ struct HostFacts {
       let wanted = wanted ?? ["evtchn", "gntdev"] + (isControlDomain ? ["privcmd"] : [])
       findings += wanted.map { node($0, nodes[$0] ?? ENOENT) }
     }
-    findings.append(asynchronousIO)
+    findings += [asynchronousIO, ioUring]
     return findings
   }
 
@@ -136,6 +139,15 @@ struct HostFacts {
     case EACCES where !isRoot:
       return Finding(.note, subject, "present; only root can check whether it is usable")
     default: return Finding(.bad, subject, "not usable: \(String(cString: strerror(error)))")
+    }
+  }
+
+  private var ioUring: Finding {
+    switch ring {
+    case 0: Finding(.good, "io_uring", "available: disks with direct I/O use it")
+    case EPERM: Finding(.note, "io_uring", "not permitted: disks use libaio (sysctl kernel.io_uring_disabled)")
+    case ENOSYS, ENOTSUP: Finding(.note, "io_uring", "this kernel has none, or an old one: disks use libaio")
+    default: Finding(.note, "io_uring", "not available: \(String(cString: strerror(ring))); disks use libaio")
     }
   }
 

@@ -133,27 +133,3 @@ struct TrustedPathTests {
     withExtendedLifetime(disk) {}
   }
 }
-
-/// A loop device of a file, made by losetup.
-private struct LoopDevice {
-  let path: String
-  var number: dev_t {
-    var status = stat()
-    stat(path, &status)
-    return status.st_rdev
-  }
-
-  static let areThere: Bool = {
-    let folder = TemporaryFolder()
-    guard let device = LoopDevice(folder.file("probe", bytes: 1 << 20)) else { return false }
-    device.detach()
-    return true
-  }()
-
-  init?(_ file: String) {
-    guard let made = try? ChildProcess.run("losetup", ["--find", "--show", file]), made.status == 0 else { return nil }
-    path = made.output.split(separator: "\n").first.map(String.init) ?? ""
-  }
-
-  func detach() { _ = try? ChildProcess.run("losetup", ["--detach", path]) }
-}

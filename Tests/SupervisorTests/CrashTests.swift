@@ -67,6 +67,12 @@ import Xen
       name: "in order", features: [.inOrder, .indirectDescriptors, .eventIndex, .blockFlush],
       profile: #", "inOrder": true"#, kills: 30),
     Form(
+      name: "libaio", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: #", "engine": "libaio""#,
+      kills: 40),
+    Form(
+      name: "io_uring, buffered", features: [.indirectDescriptors, .eventIndex, .blockFlush],
+      profile: #", "engine": "io_uring", "direct": false"#, kills: 30),
+    Form(
       name: "PCI", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: "", kills: 60, isPCI: true),
   ]
 

@@ -7,10 +7,12 @@ final class DaemonProcess: @unchecked Sendable {
   // Invariant behind @unchecked Sendable: used by one test at a time.
   let arguments: [String]
   let logPath: String
+  private let wrapper: [String]
   private var child: ChildProcess?
 
-  init(_ arguments: [String], log: String) {
+  init(_ arguments: [String], log: String, under wrapper: [String] = []) {
     self.arguments = arguments
+    self.wrapper = wrapper
     logPath = log
   }
 
@@ -37,6 +39,9 @@ final class DaemonProcess: @unchecked Sendable {
       return String(decoding: name.prefix { $0 != 0 && $0 != 10 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
     }
   }
+
+  /// 0 when it has ended.
+  var pid: pid_t { child?.pid ?? 0 }
 
   var descriptorCount: Int { TemporaryFolder.names("/proc/\(child?.pid ?? 0)/fd").count }
 
@@ -85,8 +90,9 @@ final class DaemonProcess: @unchecked Sendable {
     let descriptor = open(logPath, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0o600)
     defer { close(descriptor) }
     // Swift's own report of a crash takes half a minute, and ours must not need it.
+    let command = wrapper + [ChildProcess.products + "/vxd"] + arguments
     child = try ChildProcess(
-      ChildProcess.products + "/vxd", arguments, environment: ["SWIFT_BACKTRACE": "enable=no"], output: descriptor)
+      command[0], Array(command.dropFirst()), environment: ["SWIFT_BACKTRACE": "enable=no"], output: descriptor)
   }
 
   /// kill -9, and waits for the end.

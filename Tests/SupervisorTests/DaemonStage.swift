@@ -16,7 +16,8 @@ final class DaemonStage {
   let socket: String
   let state: String
 
-  init(profiles: String? = nil) throws {
+  /// - Parameter wrapper: a program with its arguments that starts vxd in its place.
+  init(profiles: String? = nil, under wrapper: [String] = []) throws {
     server = try XenstoreServer(path: folder.path + "/xenstored")
     simulator = try SimulatorServer(hypervisor: hypervisor, path: folder.path + "/xen")
     toolstack = try SimulatedToolstack(server: server, hypervisor: hypervisor)
@@ -26,7 +27,7 @@ final class DaemonStage {
       "--simulated-xen", simulator.path, "--simulated-xenstore", server.path, "--socket", socket, "--state", state,
     ]
     if let profiles { arguments += ["--profiles", folder.file("profiles.json", text: profiles)] }
-    daemon = DaemonProcess(arguments, log: folder.path + "/log")
+    daemon = DaemonProcess(arguments, log: folder.path + "/log", under: wrapper)
     try daemon.start()
   }
 

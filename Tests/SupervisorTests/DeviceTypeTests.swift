@@ -98,7 +98,7 @@ import Xen
     #expect(eventually { world.state("web1", "rng0") == "ready" && world.state("web1", "beacon0") == "ready" })
     let device = world.device("web1", "beacon0")
     #expect(device["type"] == "beacon" && device["kind"] == "beacon" && device["brightness"] == 7)
-    #expect(device["engine"] == "a beacon" && device["store"] == device["engine"])
+    #expect(device["mode"] == "a beacon" && device["store"] == device["mode"])
     #expect(device["limits"]?["readOps"] == 9)
     // What comes from the toolstack is known by virtio's number.
     try world.toolstack.attachGeneric(type: "virtio,device3f", device: 1, to: 5, options: #"{"brightness": 2}"#)

@@ -83,6 +83,8 @@ import Xen
     #expect(relative["data"]?["field"] == "params.image")
     let toolstacks = world.call("device.detach", ["guest": "web1", "device": "xvde"])
     #expect(toolstacks["message"] == "'web1/xvde' was made by the toolstack")
+    // What is being started cannot be paused.
+    #expect(eventually { world.state("web1", "xvde") == "ready" })
     let dry = world.call("device.pause", ["guest": "web1", "device": "xvde", "dryRun": true])
     #expect(dry["dryRun"] == true)
     world.settle()

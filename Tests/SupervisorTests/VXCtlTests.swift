@@ -284,6 +284,19 @@ import Testing
     #expect(verdict(facts, "asynchronous I/O")?.1.contains("65536") == true)
   }
 
+  @Test func doctorSaysWhatServesDisksWithoutIOUring() {
+    var facts = HostFacts()
+    #expect(verdict(facts, "io_uring")?.0 == .good)
+    for (failure, words) in [
+      (EPERM, "kernel.io_uring_disabled"), (ENOSYS, "this kernel has none"), (ENOMEM, "Cannot allocate memory"),
+    ] {
+      facts.ring = failure
+      #expect(verdict(facts, "io_uring")?.0 == .note)
+      #expect(verdict(facts, "io_uring")?.1.contains(words) == true)
+      #expect(verdict(facts, "io_uring")?.1.contains("libaio") == true)
+    }
+  }
+
   @Test func doctorKnowsWhereItRuns() {
     var facts = HostFacts()
     facts.nodes = ["evtchn": 0, "gntdev": 0, "privcmd": ENOENT]

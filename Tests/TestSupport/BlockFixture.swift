@@ -1,6 +1,7 @@
 package import DeviceHost
 package import Devices
 import EventLoop
+import Glibc
 package import SimulatedXen
 package import Transport
 package import Virtqueue
@@ -29,6 +30,11 @@ package final class BlockFixture {
     hypervisor.add(domain)
     let handle = try hypervisor.open(9)
     pool = ForeignMappingPool(guest: handle, bucketShift: bucketShift, budgetBytes: mappingBudget)
+    var settings = settings
+    // The tests are run once by each engine, see Tests/run-unit-tests.
+    if settings.engine == .auto, let name = getenv("VXD_TEST_ENGINE") {
+      settings.engine = BlockEngineChoice(rawValue: String(cString: name)) ?? .auto
+    }
     let latch = Latch()
     let outcome = Outcome()
     threads = BlockBackend.start(

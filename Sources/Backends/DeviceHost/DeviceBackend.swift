@@ -51,6 +51,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     package var report: @Sendable (DeviceReport) -> Void
     /// Names the device for the record of a death of the daemon; empty for none.
     package var label = ""
+    /// An earlier process served the device, and this one has not served it yet.
+    package var isResumed = false
     /// The device in names of files.
     package var fileName = "device"
     /// Where sockets and memories of console ports are; nil for none.

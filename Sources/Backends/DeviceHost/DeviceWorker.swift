@@ -73,9 +73,11 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: AnyDeviceWorker,
         pump?.acknowledge(index)
         run()
       }
+      let interrupts = index == 0 && pump?.interruptsSleep ?? false
       tokens.append(
         Pump.listensForEdges
-          ? try thread.loop.onEdge(descriptor, action) : try thread.loop.onReadable(descriptor, action))
+          ? try thread.loop.onEdge(descriptor, action)
+          : try thread.loop.onReadable(descriptor, alsoInterrupted: interrupts, action))
     }
   }
 

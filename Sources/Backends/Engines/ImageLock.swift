@@ -20,14 +20,23 @@ enum ImageLock {
   /// Names of our own holders, so that a conflict within this daemon can say which guest's disk it is.
   private static let holders = Mutex<[FileIdentity: [String]]>([:])
 
-  /// - Parameter holder: who wants it, for others' error messages.
+  /// - Parameters:
+  ///   - holder: who wants it, for others' error messages.
+  ///   - left: how to wait for requests that an ended process left behind.
   static func take(
-    _ descriptor: Int32, path: String, holder: String, exclusive: Bool
+    _ descriptor: Int32, path: String, holder: String, exclusive: Bool, after left: LeftRequests
   ) throws(ImageFault) -> FileIdentity {
     var status = stat()
     guard fstat(descriptor, &status) == 0 else { throw .host(what: "cannot examine '\(path)'", Errno.last) }
     let identity = FileIdentity(status)
-    let result = clinux_lock_description(descriptor, exclusive ? 1 : 0)
+    var result = clinux_lock_description(descriptor, exclusive ? 1 : 0)
+    if result == EAGAIN || result == EACCES, isHeldByNobody(descriptor, identity) {
+      // No process has it, but requests that one left behind: they hold it for as long as they may still write.
+      left.wait {
+        result = clinux_lock_description(descriptor, exclusive ? 1 : 0)
+        return result == EAGAIN || result == EACCES
+      }
+    }
     if result == EAGAIN || result == EACCES { throw .locked(path: path, holder: nameHolder(descriptor, identity)) }
     guard result == 0 else { throw .host(what: "cannot lock '\(path)'", Errno(result)) }
     holders.withLock { $0[identity, default: []].append(holder) }
@@ -47,13 +56,24 @@ enum ImageLock {
     holders.withLock { $0[FileIdentity(status)] }?.joined(separator: " and ")
   }
 
+  private static func isHeldByNobody(_ descriptor: Int32, _ identity: FileIdentity) -> Bool {
+    holders.withLock { $0[identity] ?? [] }.isEmpty && clinux_lock_holder(descriptor) <= 0
+      && openers(identity).isEmpty
+  }
+
+  private static func openers(_ identity: FileIdentity) -> [Int32] {
+    processes().filter { $0 != getpid() && has(process: $0, open: identity) }
+  }
+
   private static func nameHolder(_ descriptor: Int32, _ identity: FileIdentity) -> String {
     if let ours = holders.withLock({ $0[identity] }), !ours.isEmpty { return ours.joined(separator: " and ") }
     let pid = clinux_lock_holder(descriptor)
     if pid > 0 { return describe(process: pid) }
     // Locks of an open file description have no pid: look who has the file open.
-    let openers = processes().filter { $0 != getpid() && has(process: $0, open: identity) }
-    return openers.isEmpty ? "another process" : openers.map(describe(process:)).joined(separator: " and ")
+    let openers = openers(identity)
+    return openers.isEmpty
+      ? "another process, or by requests that one left behind when it was killed"
+      : openers.map(describe(process:)).joined(separator: " and ")
   }
 
   private static func describe(process pid: Int32) -> String {

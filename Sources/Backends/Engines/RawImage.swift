@@ -38,9 +38,10 @@ package final class RawImage: @unchecked Sendable {
   ///   - direct: whether to try O_DIRECT; where the file system refuses it, buffered I/O is used.
   ///   - block: logical block size, a power of two from 512 to 4096; nil for the smallest that the image's storage can do with direct
   ///     I/O. A smaller one makes I/O buffered.
+  ///   - left: how to wait for requests that an ended process left behind.
   package init(
     path: String, holder: String, readOnly: Bool, discard: Bool, direct wantsDirect: Bool = true,
-    block wantedBlock: UInt32? = nil
+    block wantedBlock: UInt32? = nil, after left: LeftRequests = LeftRequests()
   ) throws(ImageFault) {
     self.path = path
     self.holder = holder
@@ -60,6 +61,13 @@ package final class RawImage: @unchecked Sendable {
     let access = (readOnly ? O_RDONLY : O_RDWR) | (isExclusive ? O_EXCL : 0) | O_CLOEXEC | O_NONBLOCK
     let reopened = "/proc/self/fd/\(found.raw)"
     var raw = wantsDirect ? open(reopened, access | clinux_o_direct()) : -1
+    if wantsDirect, raw < 0, isExclusive, errno == EBUSY, ImageLock.holder(of: kind) == nil {
+      // It may be taken by requests that a process left behind when it was killed, as with the lock below.
+      left.wait {
+        raw = open(reopened, access | clinux_o_direct())
+        return raw < 0 && errno == EBUSY
+      }
+    }
     var direct = raw >= 0
     if raw < 0 {
       guard !wantsDirect || errno != EISDIR else { throw .notAnImage(path: path) }
@@ -120,7 +128,7 @@ package final class RawImage: @unchecked Sendable {
       }
       direct = false
     }
-    identity = try ImageLock.take(raw, path: path, holder: holder, exclusive: !readOnly)
+    identity = try ImageLock.take(raw, path: path, holder: holder, exclusive: !readOnly, after: left)
     owned = descriptor
     isDirect = direct
     memoryAlignment = direct ? Int(alignment ?? logical) : 1

@@ -35,6 +35,8 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     var descriptor: Int32
     /// Counts the uses of this place: an event for an earlier one is stale and dropped.
     var generation: UInt32
+    /// What it tells of may end a sleep without it being readable.
+    var isAlsoInterrupted = false
   }
 
   private struct Timer {
@@ -166,8 +168,15 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
   }
 
   /// Watches a descriptor for input and runs `action` on the loop's thread.
-  package func onReadable(_ descriptor: Int32, _ action: @escaping () -> Void) throws(Errno) -> Token {
-    try add(descriptor, events: EPOLLIN.rawValue, source: ActionSource { _ in action() })
+  ///
+  /// - Parameter alsoInterrupted: what the descriptor tells of may end the loop's sleep (EINTR) before it is seen to be readable, as an
+  ///   io_uring does: the action runs for that too, which saves a look at the descriptors.
+  package func onReadable(
+    _ descriptor: Int32, alsoInterrupted: Bool = false, _ action: @escaping () -> Void
+  ) throws(Errno) -> Token {
+    let token = try add(descriptor, events: EPOLLIN.rawValue, source: ActionSource { _ in action() })
+    registrations[token.index].isAlsoInterrupted = alsoInterrupted
+    return token
   }
 
   /// The same, told once for each change: whoever listens takes all there is, or comes back by himself.
@@ -255,6 +264,7 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     while !stopping.load(ordering: .acquiring) {
       let count = epoll_wait(epoll.raw, events, Self.eventCount, timeout)
       var jobs = false
+      if count < 0 { tellInterrupted() }
       for index in 0..<Int(max(count, 0)) {
         let data = events[index].data.u64
         guard data != .max else {
@@ -269,6 +279,15 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
       runTimers()
     }
     for _ in 0..<2 { runJobs(limit: .max) }
+  }
+
+  private func tellInterrupted() {
+    // An action may add or remove some.
+    var index = 0
+    while index < registrations.count {
+      if registrations[index].isAlsoInterrupted { registrations[index].source?.ready(events: 0) }
+      index += 1
+    }
   }
 
   /// Ends `run` after the jobs that are enqueued by now.

@@ -15,6 +15,11 @@ extension EngineDecorator {
   package var now: UInt64 { engine.now }
   package var readiness: Int32 { engine.readiness }
   package func acknowledgeReadiness() { engine.acknowledgeReadiness() }
+  package var alarm: Int32? { engine.alarm }
+  package func acknowledgeAlarm() { engine.acknowledgeAlarm() }
+  package var interruptsSleep: Bool { engine.interruptsSleep }
+  package var bouncesUpTo: UInt64 { engine.bouncesUpTo }
+  package func register(_ start: UnsafeMutableRawPointer, bytes: Int) { engine.register(start, bytes: bytes) }
   package func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int) {
     engine.submit(requests, count: count)
   }

@@ -16,6 +16,8 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   package override var stuckMilliseconds: UInt64 { settings.stuckMilliseconds }
   /// Whether data goes past the page cache.
   package let isDirect: Bool
+  /// What brings requests to the kernel: io_uring or libaio; nil where neither does.
+  package let engineName: String?
   /// The histograms of each queue.
   package let latencies: [QueueLatencies]
   private let queues: [DeviceWorker<BlockPump>]
@@ -45,9 +47,10 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     let report = context.report
     let notice: NBDEngine.Notice = { report($0.map(DeviceReport.storageLost) ?? .storageBack) }
     var engines: [any BlockEngine] = []
-    let opened: BlockStorage
+    let left = LeftRequests(isLikely: context.isResumed)
+    var opened: BlockStorage
     do throws(ImageFault) {
-      opened = try BlockStorage.open(settings, name: context.name, notice: notice)
+      opened = try BlockStorage.open(settings, name: context.name, notice: notice, after: left)
       for index in 0..<opened.queueCount(settings) {
         engines.append(decorate(try opened.engine(queue: index, settings, notice: notice), index))
       }
@@ -80,6 +83,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     }
     storage = opened
     isDirect = opened.isDirect
+    engineName = opened.engineName?.rawValue
     self.geometry = geometry
     self.settings = settings
     self.writeback = writeback
@@ -121,11 +125,12 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   package override var capacity: UInt64? { bytes.load(ordering: .relaxed) }
   package override var facts: @Sendable () -> [JSONValue.Member] {
     let (configuration, isDirect, cache) = (configuration, isDirect, settings.cache.rawValue)
+    let engine = engineName.map { [JSONValue.Member(name: "engine", value: .string($0))] } ?? []
     return {
       [
         .init(name: "bytes", value: .count(BlockConfiguration.capacity(of: configuration.bytes))),
-        .init(name: "directIO", value: .bool(isDirect)), .init(name: "cache", value: .string(cache)),
-      ]
+        .init(name: "directIO", value: .bool(isDirect)),
+      ] + engine + [.init(name: "cache", value: .string(cache))]
     }
   }
   package override var objectionAsSpare: String? {

@@ -13,6 +13,11 @@ extension BlockSettings {
       .flag("packed", \.packed, "offer the packed ring format (not over Xenbus)"),
       .flag("inOrder", \.inOrder, "offer in-order use of buffers"),
       .flag("direct", \.direct, "try O_DIRECT"),
+      .choice(
+        "engine", \.engine,
+        "how requests get to the kernel: `auto`: by `io_uring` for direct I/O, by `libaio` for buffered I/O; `io_uring`, also for buffered "
+          + "I/O; or `libaio`. Where the kernel permits no io_uring, libaio is used; `vxctl show` has the engine and the reason"
+      ),
       OptionRow(
         "blockSize", .powerOfTwo(512...4096),
         "logical block size of the disk in bytes; smaller than direct I/O on the image needs, it makes I/O buffered",

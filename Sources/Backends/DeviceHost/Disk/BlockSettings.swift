@@ -16,6 +16,8 @@ package struct BlockSettings: DeviceSettings {
   package var serial: String
   /// Try O_DIRECT first.
   package var direct = true
+  /// How requests get to the kernel; of no meaning for NBD.
+  package var engine = BlockEngineChoice.auto
   /// The logical block size that the guest sees, a power of two from 512 to 4096; nil for what the store needs.
   package var blockSize: UInt32?
   package var cache = BlockCacheMode.writeback

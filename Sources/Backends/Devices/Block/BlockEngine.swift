@@ -133,6 +133,16 @@ package protocol BlockEngine: AnyObject {
   var readiness: Int32 { get }
   /// Takes the wake-ups that have come, before `reap`.
   func acknowledgeReadiness()
+  /// A second descriptor that is readable when `reap` may have something; nil where one is enough.
+  var alarm: Int32? { get }
+  /// Takes its wake-ups.
+  func acknowledgeAlarm()
+  /// Whether a completion may end a sleep in the kernel (EINTR) and be there without `readiness` having been reported.
+  var interruptsSleep: Bool { get }
+  /// Transfers of so many bytes at most are cheaper through bounce buffers, also where the engine could reach the guest's memory.
+  var bouncesUpTo: UInt64 { get }
+  /// Memory that most transfers will use, from which the engine may take an advantage. It stays where it is until `close`.
+  func register(_ start: UnsafeMutableRawPointer, bytes: Int)
   /// Starts operations. Each of them completes, a failure included, by `reap`. A completion of -EAGAIN means that the engine was
   /// short of something for a moment.
   func submit(_ requests: UnsafeMutablePointer<EngineRequest>, count: Int)
@@ -149,4 +159,9 @@ package protocol BlockEngine: AnyObject {
 
 extension BlockEngine {
   package var canRetryFlush: Bool { false }
+  package var alarm: Int32? { nil }
+  package func acknowledgeAlarm() {}
+  package var interruptsSleep: Bool { false }
+  package var bouncesUpTo: UInt64 { 0 }
+  package func register(_ start: UnsafeMutableRawPointer, bytes: Int) {}
 }

@@ -130,7 +130,7 @@ extension BlockPump {
   mutating func startTransfer(_ slot: Int) -> Bool {
     let operation = slab.records[slot].kind
     let dataBytes = slab.records[slot].dataBytes
-    if direct {
+    if direct, dataBytes > directFrom {
       // As if there were no memory for its data: what is under way makes room.
       guard bytesInFlight < Self.bytesInFlightLimit || engineMovesData else { return false }
       if stageDirect(slot) {
@@ -146,7 +146,9 @@ extension BlockPump {
 
   /// The next step of a request that has no bounce buffers yet: straight, or by some of those.
   mutating func stageStep(_ slot: Int) {
-    if slab.records[slot].bufferCount == 0, !(direct && stageDirect(slot)) {
+    if slab.records[slot].bufferCount == 0,
+      !(direct && slab.records[slot].dataBytes > directFrom && stageDirect(slot))
+    {
       guard takeBuffers(slot, slab.records[slot].dataBytes &- slab.records[slot].doneBytes) else {
         return unfinished.append(slot)
       }

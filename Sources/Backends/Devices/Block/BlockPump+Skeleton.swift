@@ -5,9 +5,13 @@ extension BlockPump: DevicePump, WatchingPump {
   var clock: UInt64 { engine.now }
   var hasPending: Bool { mutating get { queue.hasPending() } }
 
-  package var descriptors: [Int32] { [engine.readiness] }
+  package var descriptors: [Int32] { [engine.readiness] + (engine.alarm.map { [$0] } ?? []) }
 
-  package mutating func acknowledge(_ descriptor: Int) { engine.acknowledgeReadiness() }
+  package var interruptsSleep: Bool { engine.interruptsSleep }
+
+  package mutating func acknowledge(_ descriptor: Int) {
+    if descriptor == 0 { engine.acknowledgeReadiness() } else { engine.acknowledgeAlarm() }
+  }
 
   package mutating func activate(_ queue: Int, _ activation: QueueActivation) throws(DeviceFault) {
     try activate(

@@ -34,6 +34,8 @@ package struct BlockPump: ~Copyable {
   var geometry: BlockGeometry
   /// Data moves straight between guest memory and the store: as the queue's source allows when it goes live.
   var direct = false
+  /// Of transfers that are larger than this, in bytes; the others are cheaper by bounce buffers.
+  var directFrom: UInt64 = 0
   let alignmentMask: UInt64
 
   var memory: GuestMemoryView
@@ -164,6 +166,9 @@ package struct BlockPump: ~Copyable {
     } catch {
       throw .virtqueue(error)
     }
+    // Not before a queue is live: what is registered is pinned.
+    engine.register(bounce.hottest.start, bytes: bounce.hottest.bytes)
+    directFrom = engine.bouncesUpTo
     direct = !settings.copiesAlways && engine.reachesGuestMemory && (source.isStable || engine.movesDataInSubmit)
     // virtio 1.2, 5.2.6.2: a driver that cannot flush gets write-through.
     isWriteThrough =

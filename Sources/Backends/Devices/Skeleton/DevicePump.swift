@@ -11,6 +11,8 @@ package protocol DevicePump: ~Copyable, SendableMetatype {
   /// Whether it is told of a descriptor once for each change of it, rather than for as long as it is readable: for a pump that leaves
   /// something there while it waits for the driver. It takes all there is otherwise, or asks to be called again.
   static var listensForEdges: Bool { get }
+  /// Whether what the first of `descriptors` tells of may also end the thread's sleep (EINTR) without that being reported.
+  var interruptsSleep: Bool { get }
   /// One of `descriptors` is readable; `run` follows.
   mutating func acknowledge(_ descriptor: Int)
   /// The driver's queue goes live.
@@ -76,6 +78,7 @@ package struct QueueActivation {
 extension DevicePump where Self: ~Copyable {
   package var descriptors: [Int32] { [] }
   package static var listensForEdges: Bool { false }
+  package var interruptsSleep: Bool { false }
   package mutating func acknowledge(_ descriptor: Int) {}
   package mutating func end(_ queue: Int) {}
   package mutating func markBroken(_ queue: Int) {}

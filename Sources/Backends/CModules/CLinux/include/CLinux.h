@@ -1,5 +1,7 @@
 // What Swift cannot import of Linux' headers: ioctl numbers, variadic calls, structures of the kernel's interface.
 #pragma once
+#include "CLinuxRing.h"
+
 #include <getopt.h>
 #include <linux/falloc.h>
 #include <stdint.h>
