@@ -58,6 +58,7 @@ make_queue() { # FOLDER NAME...
     }
     ! needs_stock "$(scenario_of "$name")" || {
       { read -r IMAGES; read -r PACKAGES_ROOT; } <"$queue/images-$release"
+      RELEASE=$release
       prepare_stock
     }
     number=$((number + 1))

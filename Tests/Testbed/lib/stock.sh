@@ -120,5 +120,7 @@ add_net_server() {
 # For dom0's initial RAM disk: what finds the disk, and what scenarios are written with.
 add_stock() { # FOLDER
   cp "$TESTBED/dom0/stock-lib.sh" "$1/"
-  copy_modules "$1" crct10dif_common crct10dif_generic crc-t10dif crc64 crc64_rocksoft_generic crc64-rocksoft t10-pi scsi_common scsi_mod libata libahci ahci sd_mod
+  copy_modules "$1" crct10dif_common crct10dif_generic crc-t10dif crc64 crc64_rocksoft_generic crc64-rocksoft scsi_common scsi_mod libata libahci ahci sd_mod
+  # Later kernels have it in their block layer.
+  if [ "$RELEASE" = bookworm ]; then copy_modules "$1" t10-pi; else touch "$1/modules/t10-pi.builtin"; fi
 }
