@@ -1,4 +1,4 @@
-# takes: 150 s
+# takes: 250 s
 # limit: 1200 s
 # also on: trixie
 # needs: stock

@@ -1,4 +1,4 @@
-# takes: 200 s
+# takes: 220 s
 # limit: 1800 s
 # also on: trixie
 # needs: stock
