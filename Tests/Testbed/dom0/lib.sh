@@ -35,10 +35,10 @@ wait_until() { # SECONDS COMMAND...
 }
 
 # Domains that ended in another way than by powering off, being suspended or being destroyed: xl says how in its logs. Nothing here asks for
-# such an end: a crash, a triple fault (a reboot for Xen) and a watchdog's end are unasked at any time. Where guests reboot (MAY_REBOOT), the
-# scenario itself looks for what they say before.
+# such an end: a crash, a triple fault (a reboot for Xen) and a watchdog's end are unasked at any time. Where guests reboot (MAY_REBOOT) or
+# execute another kernel (MAY_RESET), the scenario itself looks for what they say before.
 deaths() {
-  grep -s -h "has shut down, reason code [${MAY_REBOOT:-1}345]" /var/log/xen/xl-*.log* | tr '\n' ';'
+  grep -s -h "has shut down, reason code [${MAY_REBOOT:-1}34${MAY_RESET:-5}]" /var/log/xen/xl-*.log* | tr '\n' ';'
 }
 
 show_logs() {
@@ -286,11 +286,11 @@ in_guest() { # NAME COMMAND...
 # One field of `vxctl show GUEST/DEVICE --json`, the first of its name.
 device_field() { vxctl show "$1" --json | tr ',{}' '\n\n\n' | sed -n "s/.*\"$2\": *\"\{0,1\}\([^\"]*\)\"\{0,1\} *$/\1/p" | head -n 1; }
 
-create() { # NAME
+create() { # NAME [OPTION]
   # What an earlier guest of this name said is kept apart.
   [ ! -e "$(console_of "$1")" ] || mv "$(console_of "$1")" "/var/log/xen/earlier-$1-$(domid_of "$1").log"
   rm -f "/run/domid-$1"
-  xl create "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1 || { cat "/tmp/xl-$1.out"; return 1; }
+  xl create ${2:+"$2"} "/root/$1.cfg" >"/tmp/xl-$1.out" 2>&1 || { cat "/tmp/xl-$1.out"; return 1; }
   xl domid "$1" >"/run/domid-$1"
 }
 console_of() { echo "/var/log/xen/guest-$1.log"; }

@@ -20,6 +20,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
     "${DELAY:-0}" "${LIMIT:-3600}" >"$folder/testbed-run.sh"
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
   ! needs_debian "$2" || add_debian "$folder"
+  ! needs_stock "$2" || add_stock "$folder"
   needs_xenbus "$2" && [ "$RELEASE" != arm64 ] || return 0
   mkdir -p "$folder/guest" "$folder/driver"
   add_vxd "$folder/driver"
@@ -61,6 +62,8 @@ boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
   # dom0's disk, and one of the same content for a driver domain. What is written goes to snapshots in the machine's own folder.
   [ -z "${DISK:-}" ] || { init=/debian-init; export TMPDIR=$folder; disk=(-drive "if=none,id=root,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=root,bus=ide.0"
     -drive "if=none,id=second,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=second,bus=ide.1"); }
+  # That of a guest, as dom0's only one.
+  [ -z "${STOCK:-}" ] || { export TMPDIR=$folder; disk+=(-drive "if=none,id=stock,format=raw,snapshot=on,file=$STOCK/disk.img" -device "ide-hd,drive=stock,bus=ide.0"); }
   # Counts what is between marks in the guest; elsewhere there are none.
   [ -z "${PLUGIN:-}" ] || clock+=(-plugin "$PLUGIN,out=counts")
   cd "$folder" || exit 1
@@ -80,4 +83,5 @@ prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
   cat "$IMAGES/dom0.cpio" "$2/overlay.cpio" >"$INITRD"
   ! needs_xenbus "$1" || [ "$RELEASE" = arm64 ] || cat "$IMAGES/xenbus.cpio" >>"$INITRD"
   ! needs_compare "$1" || cat "$IMAGES/compare.cpio" >>"$INITRD"
+  ! needs_stock "$1" || cat "$STOCK/net.cpio" >>"$INITRD"
 }

@@ -56,6 +56,11 @@ make_queue() { # FOLDER NAME...
       { read -r IMAGES; read -r PACKAGES_ROOT; } <"$queue/images-$release"
       prepare_debian
     }
+    ! needs_stock "$(scenario_of "$name")" || {
+      { read -r IMAGES; read -r PACKAGES_ROOT; } <"$queue/images-$release"
+      RELEASE=$release
+      prepare_stock
+    }
     number=$((number + 1))
     echo "$name" >"$queue/waiting/$number"
   done
@@ -172,6 +177,8 @@ run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
   rm -f "$folder"/*.log "$folder/logs.tar.gz" "$folder/console.fifo"
   DISK=
   ! needs_debian "$file" || { prepare_debian; DISK=$DEBIAN_IMAGE; }
+  STOCK=
+  ! needs_stock "$file" || prepare_stock
   prepare_initrd "$file" "$folder"
   started=$SECONDS
   say "scenario $name begins (console in $folder/console.log)"
