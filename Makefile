@@ -7,12 +7,12 @@ PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps arm64 test-arm64 test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb
+.PHONY: help deps arm64 test-arm64 test-long test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
 	@echo 'make test     everything: format, warnings, unit tests, real Xen scenarios'
-	@echo 'make test-all that and the scenarios on Xen for Arm (make test-arm64)'
+	@echo 'make test-all that, the scenarios that the gate has no time for (make test-long), and those on Xen for Arm (make test-arm64)'
 	@echo 'make unit     the fast lane: unit tests only'
 	@echo 'make testbed  the scenarios on real Xen only (SCENARIO=name for one; make shell for a console)'
 	@echo 'make asan     the unit tests under AddressSanitizer; make tsan under ThreadSanitizer'
@@ -26,11 +26,14 @@ help:
 	@echo 'make install  the same files below DESTDIR (default /)'
 
 # The scenarios on Xen for Arm, and all that there is.
+test-long: build deb
+	$(TESTBED) run $$($(TESTBED) list long)
+
 test-arm64: arm64
 	deploy/build/install-dependencies qemu-system-arm gcc-aarch64-linux-gnu bison flex
 	$(TESTBED) run $$($(TESTBED) list arm64)
 
-test-all: test test-arm64
+test-all: test test-long test-arm64
 
 deps:
 	@deploy/build/install-dependencies

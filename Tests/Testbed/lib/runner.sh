@@ -14,18 +14,19 @@ header() { # FILE KEY DEFAULT
 }
 
 # The names of all scenarios, those first that take longest ("# takes: SECONDS"). Those on Arm are a list of their own, since a build of vxd for
-# Arm is not on every machine that tests.
-scenario_names() { # [arm64]
-  local file name release
+# Arm is not on every machine that tests, and so are those for which the gate has no time ("# in the gate: no"); test-all runs all.
+scenario_names() { # [arm64|long]
+  local file name release gate
   for file in "$TESTBED"/scenarios/*.sh "$TESTBED"/scenarios/extra/*.sh; do
     name=${file#"$TESTBED"/scenarios/}
     name=${name%.sh}
-    [ "$(header "$file" "by name" no)" = no ] || continue
+    gate=$(header "$file" "in the gate" yes)
+    case ${1:-}:$gate in :no | long:yes) continue ;; esac
     [ "${1:-}" = arm64 ] || echo "$(header "$file" takes 60) $name"
     for release in $(sed -n 's/^# also on: //p' "$file"); do
       case ${1:-}:$release in
-        :arm64) ;;
-        :* | arm64:arm64) echo "$(header "$file" takes 60) $name@$release" ;;
+        :arm64 | long:arm64) ;;
+        :* | long:* | arm64:arm64) echo "$(header "$file" takes 60) $name@$release" ;;
       esac
     done
   done | sort -k 1,1nr -k 2,2 | cut -d ' ' -f 2
