@@ -67,7 +67,7 @@ import Xen
       name: "in order", features: [.inOrder, .indirectDescriptors, .eventIndex, .blockFlush],
       profile: #", "inOrder": true"#, kills: 30),
     Form(
-      name: "libaio", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: #", "engine": "libaio""#,
+      name: "io_uring", features: [.indirectDescriptors, .eventIndex, .blockFlush], profile: #", "engine": "io_uring""#,
       kills: 40),
     Form(
       name: "io_uring, buffered", features: [.indirectDescriptors, .eventIndex, .blockFlush],

@@ -95,10 +95,10 @@ import Xen
       )
     }
     try #require(eventually { states("connected") == 4 * quarter })
-    // The first quarter pays for what all share. A disk has 128 KiB of buffers pinned for io_uring, 20 KiB of saved state and the page that its
+    // The first quarter pays for what all share. A disk has 20 KiB of saved state and the page that its
     // request went through; an unoptimised build has larger stacks. Sanitizers have memory of their own for each thread and each allocation.
     for later in kilobytes.dropFirst() where !testsAreSlow {
-      #expect(later <= 128 + 192, "\(kilobytes) KiB for each device")
+      #expect(later <= 192, "\(kilobytes) KiB for each device")
     }
     // Work is counted and not timed: what a device costs does not depend on how many there are.
     #expect(calls[3] <= calls[1] + calls[1] / 4, "\(calls) reads and writes for each device")

@@ -19,7 +19,7 @@ import Xen
     os.execv(sys.argv[1], sys.argv[1:])
     """
 
-  @Test(.enabled(if: ChildProcess.isInstalled("python3"), "python3 is not installed"), arguments: ["auto", "io_uring"])
+  @Test(.enabled(if: ChildProcess.isInstalled("python3"), "python3 is not installed"), arguments: ["io_uring"])
   func disksAreServedByLibaioAndOperatorsSeeWhy(engine: String) throws {
     let stage = try DaemonStage(
       profiles: #"{"version": 1, "disks": [{"guest": "*", "engine": "\#(engine)"}]}"#,
@@ -32,8 +32,8 @@ import Xen
     #expect(eventually { stage.daemon.log.contains("io_uring is not permitted") }, "\(stage.daemon.report)")
   }
 
-  @Test func diskByLibaioGivesNoReason() throws {
-    let stage = try DaemonStage(profiles: #"{"version": 1, "disks": [{"guest": "*", "engine": "libaio"}]}"#)
+  @Test(arguments: ["auto", "libaio"]) func diskByLibaioGivesNoReason(engine: String) throws {
+    let stage = try DaemonStage(profiles: #"{"version": 1, "disks": [{"guest": "*", "engine": "\#(engine)"}]}"#)
     _ = try stage.guest(1, name: "alpha", disks: ["xvde"])
     let client = try ControlClient(path: stage.socket)
     let device = try client.call("device.get", ["guest": "alpha", "device": "xvde"])

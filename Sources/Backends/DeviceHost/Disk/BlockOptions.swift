@@ -15,8 +15,8 @@ extension BlockSettings {
       .flag("direct", \.direct, "try O_DIRECT"),
       .choice(
         "engine", \.engine,
-        "how requests get to the kernel: `auto`: by `io_uring` for direct I/O, by `libaio` for buffered I/O; `io_uring`, also for buffered "
-          + "I/O; or `libaio`. Where the kernel permits no io_uring, libaio is used; `vxctl show` has the engine and the reason"
+        "how requests get to the kernel: `auto`, which is `libaio` in this version; or `io_uring`, which is an experiment: try it with "
+          + "your load first. Where the kernel permits no io_uring, libaio is used; `vxctl show` has the engine and the reason"
       ),
       OptionRow(
         "blockSize", .powerOfTwo(512...4096),

@@ -37,18 +37,17 @@ enum BlockStorage {
       let image = try RawImage(
         path: settings.path, holder: name, readOnly: settings.readOnly, discard: settings.discard,
         direct: settings.direct, block: settings.blockSize, after: left)
-      return .raw(image, by: way(settings.engine, image))
+      return .raw(image, by: way(settings.engine))
     }
     let address = try NBDAddress(settings.path)
     return .nbd(address, first: try connect(address, settings, notice))
   }
 
-  private static func way(_ wanted: BlockEngineChoice, _ image: RawImage) -> Way {
+  private static func way(_ wanted: BlockEngineChoice) -> Way {
     switch wanted {
-    case .libaio: return .libaio(instead: nil)
-    // What goes through the page cache is mostly a copy, which libaio makes at once and without another one into a bounce buffer.
-    case .auto where !image.isDirect: return .libaio(instead: nil)
-    case .auto, .ioUring: return .ioUring
+    // io_uring is for those who ask for it, until it has been through all that libaio has.
+    case .auto, .libaio: return .libaio(instead: nil)
+    case .ioUring: return .ioUring
     }
   }
 

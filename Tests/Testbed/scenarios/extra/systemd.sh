@@ -63,7 +63,6 @@ check "xl create" create one
 check "the guest writes and verifies" wait_until 300 has_rounds one 2
 vxctl list | sed 's/^/| /'
 check "six devices are served in the sandbox" connected 6
-check "its disks by io_uring" equal "$(vxctl list one --json | grep -o '"engine": *"[a-z_]*"' | grep -c io_uring)" 2
 
 step "the journal"
 check "lines of a guest are found by its name" sh -c "journalctl --no-pager -u vxd.service GUEST=one | grep -q xvde"
