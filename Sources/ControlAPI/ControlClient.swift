@@ -78,11 +78,17 @@ package final class ControlClient {
 
   /// The next message, also an event.
   ///
-  /// - Parameter timeout: milliseconds; negative waits for ever.
+  /// - Parameter timeout: milliseconds until it is there as a whole, however it comes; negative waits for ever.
   package func receive(_ timeout: Int32) throws(Failure) -> JSONValue {
+    let end = EventLoop.now() + UInt64(max(0, timeout)) * 1_000_000
+    var left = timeout
     while items.isEmpty {
       var poller = pollfd(fd: descriptor.raw, events: Int16(POLLIN), revents: 0)
-      let ready = poll(&poller, 1, timeout)
+      let ready = left == 0 && timeout > 0 ? 0 : poll(&poller, 1, left)
+      if timeout > 0 {
+        let now = EventLoop.now()
+        left = now < end ? Int32(clamping: (end - now + 999_999) / 1_000_000) : 0
+      }
       if ready < 0 && errno == EINTR { continue }
       guard ready > 0 else { throw .protocolBroken("no answer within \(timeout / 1000) s") }
       var buffer = [UInt8](repeating: 0, count: 65536)

@@ -119,7 +119,7 @@ final class EffectRunner {
       makeState: stateMaker(device, of: guest),
       report: { [key = device.key] report in supervisor.onLoop { $0.reported(key, id, report) } })
     context.fileName = Self.fileName(device.key, entry.name)
-    context.isResumed = !device.wasOpened && isKnown(device, guest)
+    context.isResumed = !device.wasOpened && (isKnown(device, guest) || isAdopted(device, guest))
     context.label = CrashRecord.label(device.key)
     context.consoleFolder = settings.consoleFolder
     context.mayAttach = settings.mayAttachConsoles
@@ -142,6 +142,11 @@ final class EffectRunner {
   /// Whether the guest has found the device.
   private func isKnown(_ device: Device, _ guest: Guest) -> Bool {
     guest.machine[device.key].map { $0.connection != .absent } ?? false
+  }
+
+  /// Over Xenbus a device that an earlier daemon left has no connection before its first backend is there.
+  private func isAdopted(_ device: Device, _ guest: Guest) -> Bool {
+    if case .adoptable = guest.machine[device.key]?.earlier { true } else { false }
   }
 
   /// A device in names of files.

@@ -144,10 +144,10 @@ struct HostFacts {
 
   private var ioUring: Finding {
     switch ring {
-    case 0: Finding(.good, "io_uring", "available: disks with direct I/O use it")
-    case EPERM: Finding(.note, "io_uring", "not permitted: disks use libaio (sysctl kernel.io_uring_disabled)")
-    case ENOSYS, ENOTSUP: Finding(.note, "io_uring", "this kernel has none, or an old one: disks use libaio")
-    default: Finding(.note, "io_uring", "not available: \(String(cString: strerror(ring))); disks use libaio")
+    case 0: Finding(.good, "io_uring", "available: disks with \"engine\": \"io_uring\" use it")
+    case EPERM: Finding(.note, "io_uring", "not permitted: all disks use libaio (sysctl kernel.io_uring_disabled)")
+    case ENOSYS, ENOTSUP: Finding(.note, "io_uring", "this kernel has none, or an old one: all disks use libaio")
+    default: Finding(.note, "io_uring", "not available: \(String(cString: strerror(ring))); all disks use libaio")
     }
   }
 

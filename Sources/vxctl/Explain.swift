@@ -218,7 +218,7 @@ struct Explain: ParsableCommand {
     else { throw Wrong(words: "\(name) has gone in the meantime", remedy: "run this again") }
     let what = full["image"]?.stringValue ?? full.cell("type")
     let place = (full["facts"]?.arrayValue ?? []).map { "; \($0.cell("name")) \($0.cell("value"))" }.joined()
-    good("\(name): \(what) is open (\(full.cell("mode")))\(place)")
+    good("\(name): \(what) is open (\(full.cell(full["mode"] == nil ? "store" : "mode")))\(place)")
     try checkCollision(name, full)
     guard state == "connected" else {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }

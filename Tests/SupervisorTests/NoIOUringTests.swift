@@ -28,7 +28,7 @@ import Xen
     let client = try ControlClient(path: stage.socket)
     let device = try client.call("device.get", ["guest": "alpha", "device": "xvde"])
     #expect(device["engine"] == "libaio")
-    #expect(device["store"]?.stringValue?.contains("by libaio: io_uring is not permitted") == true)
+    #expect(device["mode"]?.stringValue?.contains("by libaio: io_uring is not permitted") == true)
     #expect(eventually { stage.daemon.log.contains("io_uring is not permitted") }, "\(stage.daemon.report)")
   }
 
@@ -38,6 +38,6 @@ import Xen
     let client = try ControlClient(path: stage.socket)
     let device = try client.call("device.get", ["guest": "alpha", "device": "xvde"])
     #expect(device["engine"] == "libaio")
-    #expect(device["store"]?.stringValue?.hasSuffix("by libaio") == true)
+    #expect(device["mode"]?.stringValue?.hasSuffix("by libaio") == true)
   }
 }

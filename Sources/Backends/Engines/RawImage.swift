@@ -41,7 +41,7 @@ package final class RawImage: @unchecked Sendable {
   ///   - left: how to wait for requests that an ended process left behind.
   package init(
     path: String, holder: String, readOnly: Bool, discard: Bool, direct wantsDirect: Bool = true,
-    block wantedBlock: UInt32? = nil, after left: LeftRequests = LeftRequests()
+    block wantedBlock: UInt32? = nil, after left: LeftRequests = .none
   ) throws(ImageFault) {
     self.path = path
     self.holder = holder
@@ -60,24 +60,29 @@ package final class RawImage: @unchecked Sendable {
     let isExclusive = !readOnly && clinux_is_block_device(kind.st_mode) != 0
     let access = (readOnly ? O_RDONLY : O_RDWR) | (isExclusive ? O_EXCL : 0) | O_CLOEXEC | O_NONBLOCK
     let reopened = "/proc/self/fd/\(found.raw)"
-    var raw = wantsDirect ? open(reopened, access | clinux_o_direct()) : -1
-    if wantsDirect, raw < 0, isExclusive, errno == EBUSY, ImageLock.holder(of: kind) == nil {
+    func attempt(_ direct: Bool) -> (descriptor: Int32, failure: Int32) {
+      let raw = open(reopened, direct ? access | clinux_o_direct() : access)
+      return (raw, raw < 0 ? errno : 0)
+    }
+    var direct = wantsDirect
+    var opened = attempt(direct)
+    if opened.failure == EBUSY, isExclusive, ImageLock.holder(of: kind) == nil {
       // It may be taken by requests that a process left behind when it was killed, as with the lock below.
       left.wait {
-        raw = open(reopened, access | clinux_o_direct())
-        return raw < 0 && errno == EBUSY
+        opened = attempt(direct)
+        return opened.failure == EBUSY
       }
     }
-    var direct = raw >= 0
-    if raw < 0 {
-      guard !wantsDirect || errno != EISDIR else { throw .notAnImage(path: path) }
-      if isExclusive && errno == EBUSY { throw .busy(path: path, holder: ImageLock.holder(of: kind)) }
-      guard !wantsDirect || errno == EINVAL else { throw .cannotOpen(path: path, Errno.last) }
-      raw = open(reopened, access)
+    if direct, opened.failure == EINVAL {
       direct = false
+      opened = attempt(direct)
     }
-    if raw < 0 && isExclusive && errno == EBUSY { throw .busy(path: path, holder: ImageLock.holder(of: kind)) }
-    guard raw >= 0 else { throw .cannotOpen(path: path, Errno.last) }
+    guard opened.failure == 0 else {
+      if opened.failure == EISDIR { throw .notAnImage(path: path) }
+      if opened.failure == EBUSY, isExclusive { throw .busy(path: path, holder: ImageLock.holder(of: kind)) }
+      throw .cannotOpen(path: path, Errno(opened.failure))
+    }
+    let raw = opened.descriptor
     let descriptor = OwnedDescriptor(adopting: raw)
     var status = stat()
     guard fstat(raw, &status) == 0 else { throw .cannotOpen(path: path, Errno.last) }

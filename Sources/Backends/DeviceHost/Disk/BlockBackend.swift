@@ -47,7 +47,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     let report = context.report
     let notice: NBDEngine.Notice = { report($0.map(DeviceReport.storageLost) ?? .storageBack) }
     var engines: [any BlockEngine] = []
-    let left = LeftRequests(isLikely: context.isResumed)
+    let left = settings.engine == .ioUring ? LeftRequests(isLikely: context.isResumed) : .none
     var opened: BlockStorage
     do throws(ImageFault) {
       opened = try BlockStorage.open(settings, name: context.name, notice: notice, after: left)
