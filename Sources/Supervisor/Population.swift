@@ -74,7 +74,8 @@ final class Population {
   }
 
   private func knownKeys(where isMeant: (DeviceKey) -> Bool) -> Set<DeviceKey> {
-    Set(table.guests.values.flatMap(\.devices.keys).filter(isMeant))
+    // One that has ended to begin anew elsewhere is known too: should its entry have gone meanwhile, that must be seen.
+    Set(table.guests.values.flatMap { $0.machine.moving.union($0.devices.keys) }.filter(isMeant))
   }
 
   /// The guest was renamed, or its name is looked at for the first time.

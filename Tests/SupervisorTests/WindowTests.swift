@@ -146,6 +146,27 @@ import Xen
     #expect(try world.boot(domain, base: 0x200_0000).write([UInt8](repeating: 1, count: 512), sector: 0) == 0)
   }
 
+  /// A claim that failed once, and a device that brought its window with it: the window is the guest's all the same, across a restart too.
+  @Test(arguments: [0, 1, 2]) func windowThatComesWithItsDeviceStays(failures: Int) throws {
+    let world = try World()
+    defer { world.end() }
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    try world.start { $0.stateFolder = folder }
+    let domain = try arm(world)
+    domain.rangeFailures.store(failures, ordering: .relaxed)
+    try attach(world, "xvda")
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvda", domain: 5))
+    #expect(eventually { world.state("alpha", "xvda") == "ready" })
+    try world.toolstack.set("online", "0", disk: "xvda", of: 5)
+    try world.toolstack.set("state", "5", disk: "xvda", of: 5)
+    #expect(world.toolstack.wait(for: "6", of: "state", disk: "xvda", domain: 5))
+    try world.toolstack.removeEntry(disk: "xvda", of: 5)
+    world.stop()
+    try world.start { $0.stateFolder = folder }
+    expectEmptySlot(domain)
+    #expect(isAnswered(domain))
+  }
+
   /// Devices that are taken away while the guest runs leave empty slots; the server stays, and nothing of the guest is mapped.
   @Test(arguments: [false, true]) func windowsStayWhenTheLastDeviceIsTakenAway(isUsed: Bool) throws {
     let world = try World()

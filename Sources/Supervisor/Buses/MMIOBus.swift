@@ -160,7 +160,12 @@ final class MMIOBus: GuestBus {
       device: backend, line: slot.line(of: server.handle), state: backend.state, needsReset: needsReset,
       onStatus: host.statusReporter(key))
     seats[key]?.transport = transport
-    let attach = server.use { server throws(XenError) in try server.attach(transport, to: slot) }
+    // One whose claim has failed is the guest's window from here on.
+    let note = slot.index == nil ? server.noting(window: slot.base) : nil
+    let attach = server.use { server throws(XenError) in
+      try server.attach(transport, to: slot)
+      note?(server)
+    }
     return {
       do throws(XenError) {
         try attach()

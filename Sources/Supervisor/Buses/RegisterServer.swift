@@ -116,17 +116,10 @@ final class RegisterServer {
 
   /// Has accesses to a window answered for as long as the guest runs: an empty slot, until a device is put there.
   func claim(window base: UInt64, of key: DeviceKey) -> BusJob {
-    let (cell, domain, folder, guest, uuid) = (cell, domain, host.settings.stateFolder, guest, uuid)
+    let note = noting(window: base)
     let claim = use { server throws(XenError) in
       try server.claim(window: base)
-      // What Xen has refused is not asked for again with each start of the server: the guest's other devices would wait for it.
-      let windows = cell.windows.withLock { windows in
-        windows.insert(base)
-        return windows.sorted()
-      }
-      let saved = StateFolder.Guest(
-        server: server.identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
-      try? folder?.save(saved, of: domain)
+      note(server)
     }
     return {
       do throws(XenError) {
@@ -135,6 +128,19 @@ final class RegisterServer {
       } catch {
         return .device(key, .claimed("base: \(error)"))
       }
+    }
+  }
+
+  /// Remembers a window, also for a later daemon; to be called once Xen has taken it. What Xen has refused is not asked for again with each start of
+  /// the server: the guest's other devices would wait for it.
+  func noting(window base: UInt64) -> @Sendable (IOReqServer) -> Void {
+    let (cell, domain, folder, guest, uuid) = (cell, domain, host.settings.stateFolder, guest, uuid)
+    return { server in
+      let windows = cell.windows.withLock { windows in windows.insert(base).inserted ? windows.sorted() : nil }
+      guard let windows else { return }
+      let saved = StateFolder.Guest(
+        server: server.identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
+      try? folder?.save(saved, of: domain)
     }
   }
 
