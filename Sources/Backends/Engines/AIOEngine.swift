@@ -32,12 +32,8 @@ package final class AIOEngine: BlockEngine {
   /// Operations that the context did not take yet: their control blocks, first in first out.
   private var backlog: UnsafeMutablePointer<UnsafeMutablePointer<iocb>?>
   private var backlogCount = 0
-  /// Failures that are known without the kernel's completion.
-  private let early: UnsafeMutablePointer<EngineCompletion>
-  private var earlyCount = 0
+  private var side: SideCompletions
   private var outstanding = 0
-  private var worker: StorageWorker?
-  private var workerOutstanding = 0
   private var flushesByWorker = false
 
   private static let smallestContext: Int32 = 16
@@ -56,14 +52,14 @@ package final class AIOEngine: BlockEngine {
     var tables = UntouchedMemory(
       bytes: UntouchedMemory.bytes(iocb.self, depth) + 2
         * UntouchedMemory.bytes(UnsafeMutablePointer<iocb>?.self, depth)
-        + UntouchedMemory.bytes(EngineCompletion.self, depth) + UntouchedMemory.bytes(io_event.self, Self.eventCapacity)
+        + UntouchedMemory.bytes(io_event.self, Self.eventCapacity)
     )
     blocks = tables.take(iocb.self, depth)
     pointers = tables.take(UnsafeMutablePointer<iocb>?.self, depth)
     backlog = tables.take(UnsafeMutablePointer<iocb>?.self, depth)
-    early = tables.take(EngineCompletion.self, depth)
     events = tables.take(io_event.self, Self.eventCapacity)
     self.tables = tables
+    side = SideCompletions(image: image, descriptor: descriptor, depth: depth, wakeUp: ready.raw)
     // The host has 65536 operations for all processes as it comes: with many disks, some get less than they asked for, and what is
     // beyond it waits in the backlog.
     var events = Int32(clamping: depth)
@@ -90,7 +86,7 @@ package final class AIOEngine: BlockEngine {
   }
 
   deinit {
-    worker?.stop()
+    side.stop()
     close()
     if let reopened { Glibc.close(reopened) }
     noVectors.deallocate()
@@ -114,10 +110,10 @@ package final class AIOEngine: BlockEngine {
       let operation = request.pointee.operation
       switch operation {
       case .discard, .writeZeroes, .secureErase:
-        startOnWorker(request.pointee)
+        side.startOnWorker(request.pointee)
         continue
       case .flush where flushesByWorker:
-        startOnWorker(request.pointee)
+        side.startOnWorker(request.pointee)
         continue
       case .flush, .read, .write: break
       }
@@ -195,38 +191,14 @@ package final class AIOEngine: BlockEngine {
     if result == -Int(EINVAL), block.pointee.aio_lio_opcode == Int16(IO_CMD_FDSYNC.rawValue) {
       // A kernel or file system without asynchronous fdatasync.
       flushesByWorker = true
-      startOnWorker(EngineRequest(operation: .flush, tag: tag, offset: 0, vectors: noVectors))
+      side.startOnWorker(EngineRequest(operation: .flush, tag: tag, offset: 0, vectors: noVectors))
       return
     }
-    early[earlyCount] = EngineCompletion(tag: tag, result: result)
-    earlyCount &+= 1
-    ready.signal()
-  }
-
-  private func startOnWorker(_ request: EngineRequest) {
-    if worker == nil { worker = try? StorageWorker(image: image, descriptor: descriptor, wakeUp: ready.raw) }
-    guard let worker else {
-      early[earlyCount] = EngineCompletion(tag: request.tag, result: -Int(EAGAIN))
-      earlyCount &+= 1
-      ready.signal()
-      return
-    }
-    workerOutstanding &+= 1
-    worker.start(request)
+    side.fail(tag, result)
   }
 
   package func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
-    var count = 0
-    while earlyCount > 0, count < capacity {
-      earlyCount &-= 1
-      completions[count] = early[earlyCount]
-      count &+= 1
-    }
-    if workerOutstanding > 0, count < capacity, let worker {
-      let taken = worker.take(into: completions + count, capacity: capacity &- count)
-      workerOutstanding &-= taken
-      count &+= taken
-    }
+    var count = side.take(into: completions, capacity: capacity)
     if outstanding > 0, count < capacity {
       let result = harvest(min(capacity &- count, Self.eventCapacity))
       for index in 0..<max(result, 0) {
@@ -251,8 +223,8 @@ package final class AIOEngine: BlockEngine {
   }
 
   package func waitForCompletion() {
-    guard earlyCount == 0 else { return }
-    if outstanding > 0 && workerOutstanding == 0 && !image.isDirect { return }
+    guard side.earlyCount == 0 else { return }
+    if outstanding > 0 && side.workerOutstanding == 0 && !image.isDirect { return }
     var descriptor = pollfd(fd: ready.raw, events: Int16(POLLIN), revents: 0)
     _ = poll(&descriptor, 1, 1000)
     ready.drain()

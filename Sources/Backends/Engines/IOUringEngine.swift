@@ -8,7 +8,7 @@ import Synchronization
 ///
 /// Confined to the queue's data thread. The image's open files are registered with the ring, the locked one among them. That matters when the
 /// process is killed: it may be gone before what it has submitted is, other than with libaio, but the kernel holds the ring's files until
-/// the last request is done. So whoever gets the image's lock afterwards, or the block device for himself, finds nothing under way
+/// the last request is done. So whoever gets the image's lock afterwards, or claims the block device, finds nothing under way
 /// that could still write (`RawImage`). Small bounce buffers are registered too: the kernel need not look their pages up.
 package final class IOUringEngine: BlockEngine {
   package let image: RawImage
@@ -24,12 +24,8 @@ package final class IOUringEngine: BlockEngine {
   private let depth: Int
   /// RWF_DSYNC (linux/fs.h): the write is durable when it completes.
   private static let durable: UInt32 = 2
-  /// Failures that are known without the kernel's completion.
-  private let early: UnsafeMutablePointer<EngineCompletion>
-  private var earlyCount = 0
+  private var side: SideCompletions
   private var outstanding = 0
-  private var worker: StorageWorker?
-  private var workerOutstanding = 0
 
   /// Registered memory; empty where there is none.
   private var registered: UnsafeMutableRawBufferPointer?
@@ -47,7 +43,7 @@ package final class IOUringEngine: BlockEngine {
     let reopened = image.reopened()
     descriptor = reopened ?? image.descriptor
     self.reopened = reopened
-    early = .allocate(capacity: depth)
+    side = SideCompletions(image: image, descriptor: descriptor, depth: depth, wakeUp: ready.raw)
     // O_NONBLOCK, with which images are opened, makes the kernel believe that a block device never blocks, and fail requests where it does.
     if image.isBlockDevice { Self.clearNonblocking(descriptor) }
     let failure = withUnsafePointer(to: (descriptor, image.descriptor)) { files in
@@ -71,10 +67,9 @@ package final class IOUringEngine: BlockEngine {
   }
 
   deinit {
-    worker?.stop()
+    side.stop()
     close()
     if let reopened { Glibc.close(reopened) }
-    early.deallocate()
   }
 
   // MARK: BlockEngine
@@ -108,7 +103,7 @@ package final class IOUringEngine: BlockEngine {
       let request = requests + index
       guard Int(request.pointee.tag) < depth else { continue }
       switch request.pointee.operation {
-      case .discard, .writeZeroes, .secureErase: startOnWorker(request.pointee)
+      case .discard, .writeZeroes, .secureErase: side.startOnWorker(request.pointee)
       case .flush, .read, .write:
         prepare(request)
         ring.put(request.pointee.tag)
@@ -157,34 +152,11 @@ package final class IOUringEngine: BlockEngine {
   }
 
   private func enter() {
-    outstanding &+= ring.enter { tag, result in fail(tag, result) }
-  }
-
-  private func fail(_ tag: UInt32, _ result: Int) {
-    early[earlyCount] = EngineCompletion(tag: tag, result: result)
-    earlyCount &+= 1
-    ready.signal()
-  }
-
-  private func startOnWorker(_ request: EngineRequest) {
-    if worker == nil { worker = try? StorageWorker(image: image, descriptor: descriptor, wakeUp: ready.raw) }
-    guard let worker else { return fail(request.tag, -Int(EAGAIN)) }
-    workerOutstanding &+= 1
-    worker.start(request)
+    outstanding &+= ring.enter { tag, result in side.fail(tag, result) }
   }
 
   package func reap(into completions: UnsafeMutablePointer<EngineCompletion>, capacity: Int) -> Int {
-    var count = 0
-    while earlyCount > 0, count < capacity {
-      earlyCount &-= 1
-      completions[count] = early[earlyCount]
-      count &+= 1
-    }
-    if workerOutstanding > 0, count < capacity, let worker {
-      let taken = worker.take(into: completions + count, capacity: capacity &- count)
-      workerOutstanding &-= taken
-      count &+= taken
-    }
+    var count = side.take(into: completions, capacity: capacity)
     guard outstanding > 0, count < capacity else { return count }
     var harvest = ring.completions()
     guard !harvest.isEmpty else { return count }
@@ -235,7 +207,7 @@ package final class IOUringEngine: BlockEngine {
   }
 
   package func waitForCompletion() {
-    guard earlyCount == 0 else { return }
+    guard side.earlyCount == 0 else { return }
     var descriptors = (
       pollfd(fd: ring.descriptor, events: Int16(POLLIN), revents: 0),
       pollfd(fd: ready.raw, events: Int16(POLLIN), revents: 0)

@@ -4,7 +4,7 @@ import EventLoop
 import Glibc
 import Synchronization
 
-/// A thread for what libaio cannot do: discard, write zeroes, and flush on kernels without asynchronous fdatasync.
+/// A thread for what an engine does not hand to the kernel: discard, write zeroes, and libaio's flush on kernels without asynchronous fdatasync.
 ///
 /// These are rare. The thread is started by the first of them and ends with the engine.
 final class StorageWorker: Sendable {

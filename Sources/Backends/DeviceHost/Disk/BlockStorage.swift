@@ -4,7 +4,7 @@ import EventLoop
 
 /// How the requests on an image or a block device get to the kernel, as operators choose it.
 package enum BlockEngineChoice: String, CaseIterable, Sendable {
-  /// io_uring for direct I/O, where the kernel has it; else libaio.
+  /// libaio, in this version.
   case auto
   case ioUring = "io_uring"
   case libaio
