@@ -24,6 +24,17 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case profile
   }
 
+  /// Whether the guest looks for devices where nobody answers but the server (`DeviceMachine.Claim`).
+  package enum Windows: Hashable, Sendable {
+    case none
+    /// It does: the server stays for as long as the guest runs, with or without devices.
+    case held
+    /// It does, and mappings are being given back while the server stays.
+    case releasing
+    /// The domain is no more, so that nobody looks for anything.
+    case over
+  }
+
   package struct Member: Hashable, Sendable {
     package let key: Key
     package let origin: Origin
@@ -39,14 +50,9 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   package internal(set) var tries = 0
   /// What the end of the daemon makes of the guest: it is for the next one, or there will be none; nil while the daemon stays.
   package internal(set) var daemonEnd: Departure?
-  /// The guest looks for devices where nobody answers but the server: it stays for as long as the guest runs, with or without devices.
-  package internal(set) var holdsWindows: Bool
-  /// The domain is no more, so that nobody looks for anything.
-  package internal(set) var isDomainGone = false
+  package internal(set) var windows: Windows
   /// Devices of the toolstack's that left for another bus and have not come again so far.
   package internal(set) var moving: Set<Key> = []
-  /// Mappings are being given back while the server stays.
-  package internal(set) var isReleasingMemory = false
   var lastNumber: UInt64
   /// Collected while an event is handled; empty between events.
   var effects: [GuestEffect<Key>] = []
@@ -61,7 +67,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   ) {
     self.retry = retry
     lastNumber = numbersAfter
-    self.holdsWindows = holdsWindows
+    windows = holdsWindows ? .held : .none
     phase = hasServer ? .starting : .bare
   }
 
@@ -106,7 +112,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       guard acceptsDevices, self[key] == nil else { return [.unexpected("add while \(phase)")] }
       if machine.needsServer, phase == .bare { startServer() }
       moving.remove(key)
-      if machine.claim != .none { holdsWindows = true }
+      if machine.claim != .none, windows == .none { windows = .held }
       machine.bus = bus(of: machine)
       members.append(Member(key: key, origin: origin, machine: machine))
       tell(key, .begin(after: pause, fuse: fuse), now)
@@ -118,14 +124,14 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
     case .memoryReleased:
-      isReleasingMemory = false
+      if windows == .releasing { windows = .held }
       dismiss(now)
     case .retryServer(let number):
       guard case .failed(_, number) = phase else { break }  // it has been tried since, or the guest ends
       startServer()
     case .settle: closeIfAllGivenBack()
     case .domainGone:
-      isDomainGone = true
+      windows = .over
       endAll(.closed(isAwaited: false), now) { $0.origin == .profile }
       closeIfAllGivenBack()
     case .end(.handedOver): handOver(now)
@@ -249,8 +255,11 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .bare, .starting, .running, .failed: break
     case .closing, .gone: return
     }
-    if holdsWindows, !isDomainGone, !isHandedOver {
-      guard daemonEnd != nil else { return releaseMemory() }
+    switch windows {
+    case .none, .over: break
+    case .held, .releasing:
+      guard let end = daemonEnd else { return releaseMemory() }
+      if end == .handedOver { break }
       // Its accesses wait rather than that the guest's kernel dies of them.
       daemonEnd = .handedOver
       effects.append(.leaveServer)
@@ -261,8 +270,8 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
 
   /// With the last device, while the server stays.
   private mutating func releaseMemory() {
-    guard !members.isEmpty, !isReleasingMemory else { return }
-    isReleasingMemory = true
+    guard !members.isEmpty, windows == .held else { return }
+    windows = .releasing
     effects.append(.releaseMemory)
   }
 

@@ -44,16 +44,17 @@ final class EffectRunner {
     case .adjust(let id, let adjustment): adjust(id, adjustment, device, for: supervisor)
     case .insert(let id, let needsReset):
       guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
-      run(bus.insert(key, id, backend, needsReset: needsReset), guest, supervisor)
-    case .claim: run(bus.claim(key, device.wish), guest, supervisor)
-    case .plug(let id): if let backend = device.backend { run(bus.plug(key, id, backend), guest, supervisor) }
-    case .remove: run(bus.remove(key), guest, supervisor)
-    case .leave: run(bus.leave(key), guest, supervisor)
+      run(guest, supervisor) { bus.insert(key, id, backend, needsReset: needsReset, $0) }
+    case .claim: run(guest, supervisor) { [wish = device.wish] in bus.claim(key, wish, $0) }
+    case .plug(let id):
+      if let backend = device.backend { run(guest, supervisor) { bus.plug(key, id, backend, $0) } }
+    case .remove: run(guest, supervisor) { bus.remove(key, $0) }
+    case .leave: run(guest, supervisor) { bus.leave(key, $0) }
     case .connect(let sequence, let reference, let adopts):
-      run(bus.connect(key, sequence: sequence, reference: reference, adopts: adopts), guest, supervisor)
-    case .disconnect: run(bus.disconnect(key), guest, supervisor)
-    case .writeConfiguration(let write): run(bus.write(key, write), guest, supervisor)
-    case .needReset: bus.needReset(key)
+      run(guest, supervisor) { bus.connect(key, sequence: sequence, reference: reference, adopts: adopts, $0) }
+    case .disconnect: run(guest, supervisor) { bus.disconnect(key, $0) }
+    case .writeConfiguration(let write): guest.buses.thread.run { bus.write(key, write, $0) }
+    case .needReset: guest.buses.thread.run { bus.needReset(key, $0) }
     case .offer:
       if let (offer, configuration) = bus.offer(key) { writer.offer(key, offer, configuration: configuration) }
     case .publishConfiguration: publishConfiguration(key, guest)
@@ -67,7 +68,7 @@ final class EffectRunner {
     case .saveAssignment: saveAssignment(device, guest)
     case .forgetAssignment: settings.stateFolder?.forgetAssignment(key)
     case .forgetState: settings.stateFolder?.forget(key)
-    case .removeTraces: run(clearing(device), guest, supervisor)
+    case .removeTraces: removeTraces(device, of: guest, for: supervisor)
     case .schedule(let timer, let pause):
       supervisor.later(pause) { $0.handle(.device(key, .timer(timer)), of: key.domain) }
     case .watchDrain(let number): watchDrain(number, key, supervisor)
@@ -78,11 +79,38 @@ final class EffectRunner {
     return nil
   }
 
-  /// Hands a job to the guest's thread.
-  func run(_ job: @escaping BusJob, _ guest: Guest, _ supervisor: Supervisor) {
+  /// Does what concerns a guest as a whole.
+  func perform(_ job: ServerJob, _ guest: Guest, _ supervisor: Supervisor) {
+    let (server, uuid) = (guest.buses.server, guest.uuid)
+    run(guest, supervisor) { here in
+      switch job {
+      // A guest that has no registers has no server to wait for either.
+      case .start: return server?.start(uuid: uuid, here) ?? .serverStarted
+      case .releaseMemory:
+        server?.releaseMemory(here)
+        return .memoryReleased
+      case .leave:
+        server?.leave(here)
+        return nil
+      case .close:
+        server?.close(here)
+        return .serverClosed
+      }
+    }
+  }
+
+  enum ServerJob { case start, releaseMemory, leave, close }
+
+  /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
+  func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.discard(key)) }
+
+  /// Hands a job to the guest's thread; its machine is told what comes of it.
+  private func run(
+    _ guest: Guest, _ supervisor: Supervisor, _ job: @escaping @Sendable (OnGuestThread) -> BusEvent?
+  ) {
     let domain = guest.domain
-    guest.buses.thread.loop.enqueue {
-      if let event = job() { supervisor.post(event, of: domain) }
+    guest.buses.thread.run { here in
+      if let event = job(here) { supervisor.post(event, of: domain) }
     }
   }
 
@@ -197,11 +225,11 @@ final class EffectRunner {
   private func stop(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) {
     guard let backend = device.backend else { return }
     device.running?.backend = nil
-    let (key, transport) = (device.key, device.transport)
+    let (key, bus) = (device.key, device.bus)
     var isLast = false
     if case .closed? = guest.machine[key]?.departure { isLast = true }
-    guest.buses.thread.loop.enqueue { [isLast] in
-      transport?.unplug()
+    guest.buses.thread.run { [isLast] here in
+      bus.unplug(key, here)
       backend.stop {
         // On a data thread: another program may have to be waited for.
         if isLast { backend.retire() }
@@ -299,11 +327,11 @@ final class EffectRunner {
   // MARK: The end
 
   /// Removes what of a device outlives its backends, and ends with it.
-  private func clearing(_ device: Device) -> BusJob {
+  private func removeTraces(_ device: Device, of guest: Guest, for supervisor: Supervisor) {
     let (key, made) = (device.key, device.entry?.settings)
     let traces = DeviceTraces(
       fileName: Self.fileName(key, device.name), consoleFolder: settings.consoleFolder)
-    return {
+    run(guest, supervisor) { _ in
       made?.removeTraces(traces)
       return .device(key, .cleared)
     }

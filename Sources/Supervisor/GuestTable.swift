@@ -84,10 +84,10 @@ final class GuestTable {
     case .device(let key, let effect):
       guard let device = guest.devices[key] else { return }
       perform(effect, device, guest, supervisor)
-    case .startServer: runner.run(guest.buses.startServer(uuid: guest.uuid), guest, supervisor)
-    case .leaveServer: runner.run(guest.buses.leaveServer(), guest, supervisor)
-    case .closeServer: runner.run(guest.buses.closeServer(), guest, supervisor)
-    case .releaseMemory: runner.run(guest.buses.releaseMemory(), guest, supervisor)
+    case .startServer: runner.perform(.start, guest, supervisor)
+    case .leaveServer: runner.perform(.leave, guest, supervisor)
+    case .closeServer: runner.perform(.close, guest, supervisor)
+    case .releaseMemory: runner.perform(.releaseMemory, guest, supervisor)
     case .joinThread: guest.buses.thread.stopAndJoin()
     case .scheduleServer(let number, let pause):
       supervisor.later(pause) { $0.handle(.retryServer(number), of: domain) }

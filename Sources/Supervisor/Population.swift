@@ -349,8 +349,7 @@ final class Population {
     for guest in table.guests.values {
       for (key, bus) in guest.buses.unclaimed {
         folder.forget(key)
-        table.runner.run(bus.discard(key), guest, supervisor)
-        bus.forget(key)
+        table.runner.discard(key, on: bus, of: guest)
       }
     }
     for key in folder.contents.devices where table.known(key) == nil && !kept.contains(key.domain) {

@@ -110,6 +110,15 @@ import Testing
     }
   }
 
+  /// Work crosses over to the guest's thread in one place, behind effects; others only end the thread.
+  @Test func oneFileHandsWorkToTheGuestsThread() throws {
+    for file in try Self.files("Sources/Supervisor") where file != "EffectRunner.swift" {
+      for line in try Self.lines("\(Self.root)/Sources/Supervisor/\(file)") where !line.trimmed.hasPrefix("//") {
+        #expect(!line.contains("thread.run") && !line.contains("thread.loop.enqueue"), "Supervisor/\(file): \(line)")
+      }
+    }
+  }
+
   /// What a device's type is, is asked of the type: nobody looks for one of them behind its protocol.
   @Test func backendsAreNotDowncast() throws {
     for file in try Self.files("Sources/Supervisor") {

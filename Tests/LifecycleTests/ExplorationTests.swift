@@ -205,7 +205,7 @@ import Testing
     }
     copy.settle(timers: true)
     var faults = copy.violations
-    if way == .unplug, copy.machine.holdsWindows, !copy.isGone {
+    if way == .unplug, [.held, .releasing].contains(copy.machine.windows), !copy.isGone {
       // All is given back but the server, which stays for as long as the guest runs.
       if copy.hasMemory, copy.machine.members.isEmpty,
         toolstacks.contains(where: { guest.devices[$0]?.isClaimed == true })

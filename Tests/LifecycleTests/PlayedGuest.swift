@@ -121,7 +121,7 @@ struct PlayedGuest: Hashable {
 
   /// What holds between two events.
   private mutating func check(_ key: Int, _ device: Device) {
-    let isOver = machine.isDomainGone || machine.daemonEnd != nil
+    let isOver = machine.windows == .over || machine.daemonEnd != nil
     require(
       !device.isSpare || machine.moving.isEmpty || isOver || machine[key]?.isEnding == false,
       "the profile's \(key) ends while one of the toolstack's comes again")
@@ -287,7 +287,7 @@ struct PlayedGuest: Hashable {
         require(isHandedOver || !device.isInserted, "\(key) is in its place when the server goes")
       }
       require(
-        isHandedOver || machine.isDomainGone || !devices.values.contains { $0.isClaimed },
+        isHandedOver || machine.windows == .over || !devices.values.contains { $0.isClaimed },
         "the server goes while the guest runs that looks for its devices")
       hasServer = false
       hasMemory = false

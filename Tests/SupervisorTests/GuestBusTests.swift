@@ -67,10 +67,12 @@ import Xen
 
     private let host: BusHost
     private let memory: ForeignMappingPool
-    private var wires: [DeviceKey: Wire] = [:]
+    private let thread: GuestThread
+    private let wires = Mutex<[DeviceKey: Wire]>([:])
 
     init(_ ground: GuestGround) throws(XenError) {
       host = ground.host
+      thread = ground.thread
       memory = ForeignMappingPool(
         guest: try host.hypervisor.open(ground.facts.domain), bucketShift: 16, budgetBytes: 1 << 20)
     }
@@ -80,28 +82,30 @@ import Xen
     }
     func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {}
     func vacate(_ key: DeviceKey) {}
-    func forget(_ key: DeviceKey) { wires[key] = nil }
+    func forget(_ key: DeviceKey) { wires.withLock { $0[key] = nil } }
     func memory(of key: DeviceKey) -> (any GuestMemorySource)? { memory }
     func place(of key: DeviceKey) -> DevicePlace { .mmio(base: 0, index: 0, sharedInterrupt: 0) }
-    func transport(of key: DeviceKey) -> (any DeviceTransport)? { wires[key] }
+    func transport(of key: DeviceKey) -> (any DeviceTransport)? { wires.withLock { $0[key] } }
     func facts(of key: DeviceKey) -> DeviceFacts { DeviceFacts() }
 
-    func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
+    func insert(
+      _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
+    ) -> BusEvent {
+      thread.loop.checkIsolated()
       let wire = Wire(backend, host.statusReporter(key))
-      wires[key] = wire
+      wires.withLock { $0[key] = wire }
       GuestBusTests.wires.withLock { $0[key] = wire }
-      return { .device(key, .plugged(id, Driver(wire.currentStatus))) }
+      return .device(key, .plugged(id, Driver(wire.currentStatus)))
     }
 
-    func remove(_ key: DeviceKey) -> BusJob {
-      let wire = wires[key]
-      return {
-        wire?.remove()
-        return .device(key, .removed)
-      }
+    func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+      thread.loop.checkIsolated()
+      wires.withLock { $0[key] }?.remove()
+      return .device(key, .removed)
     }
   }
 
+  /// Also that what a bus does to the guest runs on the guest's thread: `WireBus` ends the process elsewhere.
   @Test func newTransportServesDevicesLikeTheOthers() throws {
     let world = try World()
     defer { world.end() }

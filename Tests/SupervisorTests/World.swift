@@ -86,13 +86,13 @@ final class World: @unchecked Sendable {
       let passed = Latch()
       thread.perform {
         supervisor.assumeIsolated { supervisor in
-          let guests = supervisor.table.guests.values.map(\.buses.thread)
+          let guests = supervisor.table.guests.values.map(\.buses.thread.loop)
           let data = supervisor.table.guests.values.flatMap { guest in
-            guest.devices.values.flatMap { $0.running?.threads ?? [] }
+            guest.devices.values.flatMap { $0.running?.threads.map(\.loop) ?? [] }
           }
           let last = Countdown(left: guests.count + data.count + 1) { passed.open() }
           // From this job, so that none of them ends before it has the job in its mailbox.
-          for other in guests + data { whenQuiet(other.loop) { last.step() } }
+          for loop in guests + data { whenQuiet(loop) { last.step() } }
           last.step()
         }
       }

@@ -31,7 +31,7 @@ struct DeviceWish: Sendable {
 }
 
 /// What of the host a bus needs.
-struct BusHost {
+struct BusHost: Sendable {
   var hypervisor: any Hypervisor
   var settings: SupervisorSettings
   var grantBudget: GrantBudget
@@ -53,8 +53,34 @@ enum BusReport: Sendable {
   case configuration(DeviceKey)
 }
 
-/// Work for the guest's thread; what it returns is reported to the guest's machine.
-typealias BusJob = @Sendable () -> GuestEvent<DeviceKey>?
+/// What the guest's machine is told of what was done.
+typealias BusEvent = GuestEvent<DeviceKey>
+
+/// Says that its holder is on the guest's thread: whoever is given one may do what belongs there. It is made for each job, and cannot be sent to
+/// another thread.
+struct OnGuestThread {
+  fileprivate init() {}
+}
+
+@available(*, unavailable)
+extension OnGuestThread: Sendable {}
+
+/// A guest's own thread: does what is asked of the guest's buses, one after the other.
+struct GuestThread: Sendable {
+  private let thread: LoopThread
+  var loop: EventLoop { thread.loop }
+
+  init(_ domain: DomainID) throws(Errno) {
+    thread = try LoopThread(name: "vxd-guest-\(domain)")
+    thread.label("\(domain)")
+  }
+
+  /// Does something behind all that was asked for before. Any thread.
+  func run(_ job: @escaping @Sendable (OnGuestThread) -> Void) { loop.enqueue { job(OnGuestThread()) } }
+
+  /// Ends the thread; not to be called from it.
+  func stopAndJoin() { thread.stopAndJoin() }
+}
 
 /// What the buses of one guest have in common: its thread, and the server of its registers where one of them has any.
 ///
@@ -62,8 +88,7 @@ typealias BusJob = @Sendable () -> GuestEvent<DeviceKey>?
 final class GuestGround {
   let facts: GuestFacts
   let host: BusHost
-  /// Runs the jobs of all buses of the guest, one after the other.
-  let thread: LoopThread
+  let thread: GuestThread
   /// Made with the first bus that needs it.
   private(set) var server: RegisterServer?
 
@@ -71,8 +96,7 @@ final class GuestGround {
     self.facts = facts
     self.host = host
     do throws(Errno) {
-      thread = try LoopThread(name: "vxd-guest-\(facts.domain)")
-      thread.label("\(facts.domain)")
+      thread = try GuestThread(facts.domain)
     } catch {
       throw XenError("start of the guest's thread", error)
     }
@@ -87,12 +111,13 @@ final class GuestGround {
   }
 }
 
-/// How some or all devices of one guest are reached: one object for each guest and transport. Its functions are called on the supervisor's
-/// loop; the jobs that they return run on the guest's thread, one after the other.
+/// How some or all devices of one guest are reached: one object for each guest and transport, on the guest's thread. What a function does to the
+/// guest, it does there (`OnGuestThread`), and returns what is to be told of it. Places and readings are the supervisor's to ask for, on its loop; a bus
+/// keeps what both look at under a lock.
 ///
 /// A new transport is a type that conforms, and a line in `GuestBuses.all`. Nothing above asks which one a device has: what is special of
 /// it reaches operators as `facts`. `GuestBuses` gives each device its bus.
-protocol GuestBus: AnyObject, SendableMetatype {
+protocol GuestBus: AnyObject, Sendable {
   /// As operators see it in `vxctl show`.
   static var name: String { get }
   static var style: BusStyle { get }
@@ -125,8 +150,12 @@ protocol GuestBus: AnyObject, SendableMetatype {
   func restore(_ key: DeviceKey, _ state: DeviceState)
   /// Devices that were restored and nobody has asked for with `earlier` so far.
   var unclaimed: [DeviceKey] { get }
+  /// One of those, which nobody asked for: it is no more.
+  ///
+  /// - Returns: empties its place without a word.
+  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void
 
-  // MARK: Devices
+  // MARK: Places
 
   /// What is there of a device that appears.
   func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?)
@@ -140,14 +169,20 @@ protocol GuestBus: AnyObject, SendableMetatype {
   func memory(of key: DeviceKey) -> (any GuestMemorySource)?
   /// Where a device's state says that it is.
   func place(of key: DeviceKey) -> DevicePlace
+  /// What the device was put there with; nil before. Any thread.
   func transport(of key: DeviceKey) -> (any DeviceTransport)?
   func facts(of key: DeviceKey) -> DeviceFacts
+
+  // MARK: The guest
+
   /// Answers accesses to a device's window from now on, whether the device is there or not.
-  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob
-  func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob
-  func remove(_ key: DeviceKey) -> BusJob
-  /// A device that nobody asked for: out of its place without a word.
-  func discard(_ key: DeviceKey) -> BusJob
+  func claim(_ key: DeviceKey, _ wish: DeviceWish, _ here: OnGuestThread) -> BusEvent
+  /// Makes a device's transport and puts it where the guest finds it.
+  func insert(
+    _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
+  ) -> BusEvent
+  /// Takes a device away from the guest; what is behind its transport is reset first.
+  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent
 
   // MARK: QEMU, where the guest's devices stand beside its own
 
@@ -162,11 +197,12 @@ protocol GuestBus: AnyObject, SendableMetatype {
 
   /// The frontend's directory of a device.
   func frontend(of key: DeviceKey) -> String?
-  func leave(_ key: DeviceKey) -> BusJob
-  func connect(_ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool) -> BusJob
-  func disconnect(_ key: DeviceKey) -> BusJob
-  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite) -> BusJob
-  func needReset(_ key: DeviceKey)
+  func leave(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent
+  func connect(
+    _ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool, _ here: OnGuestThread
+  ) -> BusEvent
+  func disconnect(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent
+  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite, _ here: OnGuestThread)
   /// Begins another incarnation: the texts of `vx-offer` and `vx-config`.
   func offer(_ key: DeviceKey) -> (offer: String, configuration: String)?
   /// The text of `vx-config`, when it is another than before.
@@ -178,12 +214,12 @@ extension GuestBus {
   static var longestDiskChain: Int? { nil }
   static func restores(_ place: DevicePlace) -> Bool { false }
   static func hasWindow(_ device: DeviceWish) -> Bool { false }
-  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { { .device(key, .claimed(nil)) } }
+  func claim(_ key: DeviceKey, _ wish: DeviceWish, _ here: OnGuestThread) -> BusEvent { .device(key, .claimed(nil)) }
   var note: String? { nil }
   var facts: [Fact] { [] }
   func restore(_ key: DeviceKey, _ state: DeviceState) {}
   var unclaimed: [DeviceKey] { [] }
-  func discard(_ key: DeviceKey) -> BusJob { { nil } }
+  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void { { _ in } }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
 }
@@ -191,22 +227,27 @@ extension GuestBus {
 /// Buses without a handshake are never asked for one: their machines' style says so.
 extension GuestBus {
   func frontend(of key: DeviceKey) -> String? { nil }
-  func leave(_ key: DeviceKey) -> BusJob { { .device(key, .removed) } }
-  func connect(_ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool) -> BusJob { { nil } }
-  func disconnect(_ key: DeviceKey) -> BusJob { { nil } }
-  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite) -> BusJob { { nil } }
-  func needReset(_ key: DeviceKey) {}
+  func leave(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent { .device(key, .removed) }
+  func connect(
+    _ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool, _ here: OnGuestThread
+  ) -> BusEvent { .device(key, .connected(sequence: sequence, .refused("the bus has no handshake"))) }
+  func disconnect(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent { .device(key, .disconnected) }
+  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite, _ here: OnGuestThread) {}
   func offer(_ key: DeviceKey) -> (offer: String, configuration: String)? { nil }
   func changedConfiguration(_ key: DeviceKey) -> String? { nil }
 
   /// Puts a new backend behind a device's transport.
-  func plug(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend) -> BusJob {
+  func plug(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, _ here: OnGuestThread) -> BusEvent {
     let transport = transport(of: key)
-    return {
-      transport?.plug(backend)
-      return .device(key, .plugged(id, transport.map { Driver($0.currentStatus) } ?? .absent))
-    }
+    transport?.plug(backend)
+    return .device(key, .plugged(id, transport.map { Driver($0.currentStatus) } ?? .absent))
   }
+
+  /// Takes the backend from behind a device's transport; the driver's requests wait for the next.
+  func unplug(_ key: DeviceKey, _ here: OnGuestThread) { transport(of: key)?.unplug() }
+
+  /// Tells a device's driver that it must reset the device.
+  func needReset(_ key: DeviceKey, _ here: OnGuestThread) { transport(of: key)?.needReset() }
 }
 
 /// One thing to know.

@@ -23,8 +23,8 @@ final class GuestBuses {
     ground = try GuestGround(facts, host)
   }
 
-  /// Runs the jobs of all buses.
-  var thread: LoopThread { ground.thread }
+  /// Runs what all of them do to the guest.
+  var thread: GuestThread { ground.thread }
 
   /// The bus of a device that appears; `bus` is asked only where an earlier daemon has not put it on one.
   func bus(for key: DeviceKey, _ wish: DeviceWish) throws(XenError) -> any GuestBus {
@@ -101,29 +101,8 @@ final class GuestBuses {
     return bus.earlier(key, nodes, frontend: frontend)
   }
 
-  // MARK: The server
-
-  func startServer(uuid: String?) -> BusJob {
-    guard let server = ground.server else { return { .serverStarted } }
-    return server.start(uuid: uuid)
-  }
-
-  func leaveServer() -> BusJob {
-    guard let server = ground.server else { return { nil } }
-    return server.leave()
-  }
-
-  /// Gives the guest's memory back; the server stays.
-  func releaseMemory() -> BusJob {
-    guard let server = ground.server else { return { .memoryReleased } }
-    return server.releaseMemory()
-  }
-
-  /// Closes the server unless it was left, and the guest's memory.
-  func closeServer() -> BusJob {
-    guard let server = ground.server else { return { .serverClosed } }
-    return server.close()
-  }
+  /// The server of the guest's registers, where one of its buses has any.
+  var server: RegisterServer? { ground.server }
 
   // MARK: QEMU
 

@@ -2,13 +2,14 @@ import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
+import Synchronization
 import Transport
 import Virtqueue
 import Xen
 
 /// Devices behind virtio-mmio registers: an ioreq server answers the guest's accesses, foreign mappings reach its memory. For guests of
 /// dom0: where the toolstack has put the device into the guest's device tree (Arm), or in a slot of an HVM guest's table.
-final class MMIOBus: GuestBus {
+final class MMIOBus: RegisterBus {
   static let name = "mmio"
   static let style = BusStyle.registers
   static let hasServer = true
@@ -46,13 +47,13 @@ final class MMIOBus: GuestBus {
   private let guest: GuestFacts
   private let host: BusHost
   private let server: RegisterServer
-  private var seats: [DeviceKey: Seat] = [:]
+  private let seats = Mutex<[DeviceKey: Seat]>([:])
 
   init(_ ground: GuestGround) throws(XenError) {
     guest = ground.facts
     host = ground.host
     server = try ground.registers()
-    server.prepare { [unowned self] in preparation }
+    server.add(self)
   }
 
   // MARK: What an earlier daemon left
@@ -71,16 +72,15 @@ final class MMIOBus: GuestBus {
   }
 
   private func take(_ key: DeviceKey, _ seat: Seat) {
-    seats[key] = seat
+    seats.withLock { $0[key] = seat }
     server.setPin(seat.slot.interrupt, of: key)
   }
 
-  var unclaimed: [DeviceKey] { seats.filter { $0.value.restored != nil }.map(\.key) }
+  var unclaimed: [DeviceKey] { seats.withLock { seats in seats.keys.filter { seats[$0]?.restored != nil } } }
 
   func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
-    if let seat = seats[key], let state = seat.restored {
-      seats[key]?.restored = nil
-      return (.adoptable(seat.transport.map { Driver($0.currentStatus) } ?? .absent), state)
+    if let state = seats.withLock({ $0[key]?.restored.take() }) {
+      return (.adoptable(transport(of: key).map { Driver($0.currentStatus) } ?? .absent), state)
     }
     if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
       return (.lost("no saved state for a device in use: the guest must reset it"), nil)
@@ -91,19 +91,19 @@ final class MMIOBus: GuestBus {
   // MARK: The server
 
   /// Slots are claimed as a row, windows of the device tree one by one.
-  private var preparation: RegisterServer.Preparation {
-    let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.slot) } }
-    let row = guest.isParavirtual ? nil : SlotTable.row(count: host.settings.slots)
-    return { server throws(XenError) in
-      if let row { try server.claim(first: row.lowerBound, last: row.upperBound) }
-      for (transport, slot) in restored { try server.attach(transport, to: slot) }
+  func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
+    if !guest.isParavirtual, let row = SlotTable.row(count: host.settings.slots) {
+      try server.claim(first: row.lowerBound, last: row.upperBound)
     }
+    let restored = seats.withLock { $0.values.compactMap { seat in seat.transport.map { ($0, seat.slot) } } }
+    for (transport, slot) in restored { try server.attach(transport, to: slot) }
   }
 
   // MARK: Devices
 
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
-    guard seats[key] == nil else { return }
+    let slots = seats.withLock { $0.mapValues(\.slot) }
+    guard slots[key] == nil else { return }
     if let wanted = entry.settings.transport, wanted != .mmio, entry.base != 0 {
       throw EntryFault(
         "transport",
@@ -111,7 +111,7 @@ final class MMIOBus: GuestBus {
       )
     }
     let count = host.settings.slots
-    var taken = Set(seats.values.compactMap(\.slot.index))
+    var taken = Set(slots.values.compactMap(\.index))
     taken.formUnion((0..<count).filter { server.isTaken(SlotTable.slot($0).interrupt) })
     guard !key.kind.isInXenstore else {
       return take(key, Seat(slot: try entry.slot(key, taken: taken, count: count)))
@@ -126,23 +126,25 @@ final class MMIOBus: GuestBus {
   func vacate(_ key: DeviceKey) { forget(key) }
 
   func forget(_ key: DeviceKey) {
-    seats[key] = nil
+    seats.withLock { $0[key] = nil }
     server.setPin(nil, of: key)
   }
+
+  private func slot(of key: DeviceKey) -> DeviceSlot? { seats.withLock { $0[key]?.slot } }
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
   func place(of key: DeviceKey) -> DevicePlace {
-    guard let slot = seats[key]?.slot else { return .mmio(base: 0, index: 0, sharedInterrupt: 0) }
+    guard let slot = slot(of: key) else { return .mmio(base: 0, index: 0, sharedInterrupt: 0) }
     var interrupt: UInt32 = 0
     if case .spi(let number) = slot.interrupt { interrupt = number }
     return .mmio(base: slot.base, index: slot.index ?? 0, sharedInterrupt: interrupt)
   }
 
-  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
+  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats.withLock { $0[key]?.transport } }
 
   func facts(of key: DeviceKey) -> DeviceFacts {
-    let slot = seats[key]?.slot
+    let slot = slot(of: key)
     let row = slot.map { slot in
       let base = "0x\(String(slot.base, radix: 16))"
       return slot.index.map { Fact(name: "slot", value: "\($0) at \(base)") } ?? Fact(name: "window", value: base)
@@ -150,47 +152,45 @@ final class MMIOBus: GuestBus {
     return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: server.warning(key), slot: slot)
   }
 
-  func claim(_ key: DeviceKey, _ wish: DeviceWish) -> BusJob { server.claim(window: wish.base, of: key) }
+  // MARK: The guest
 
-  func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
-    guard let slot = seats[key]?.slot else {
-      return { .device(key, .insertFailed(id, "base: the device has no slot")) }
+  func claim(_ key: DeviceKey, _ wish: DeviceWish, _ here: OnGuestThread) -> BusEvent {
+    do throws(XenError) {
+      try server.claim(window: wish.base, here)
+      return .device(key, .claimed(nil))
+    } catch {
+      return .device(key, .claimed("base: \(error)"))
     }
+  }
+
+  func insert(
+    _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
+  ) -> BusEvent {
+    guard let slot = slot(of: key) else { return .device(key, .insertFailed(id, "base: the device has no slot")) }
     let transport = MMIOTransport(
       device: backend, line: slot.line(of: server.handle), state: backend.state, needsReset: needsReset,
       onStatus: host.statusReporter(key))
-    seats[key]?.transport = transport
-    // One whose claim has failed is the guest's window from here on.
-    let note = slot.index == nil ? server.noting(window: slot.base) : nil
-    let attach = server.use { server throws(XenError) in
-      try server.attach(transport, to: slot)
-      note?(server)
+    seats.withLock { $0[key]?.transport = transport }
+    do throws(XenError) {
+      let ioreq = try server.server(preparedFor: self, here)
+      try ioreq.attach(transport, to: slot)
+      // One whose claim has failed is the guest's window from here on.
+      if slot.index == nil { server.note(window: slot.base, of: ioreq) }
+    } catch {
+      return .device(key, .insertFailed(id, "base: \(error)"))
     }
-    return {
-      do throws(XenError) {
-        try attach()
-      } catch {
-        return .device(key, .insertFailed(id, "base: \(error)"))
-      }
-      if needsReset { transport.interruptForConfiguration() }
-      return .device(key, .plugged(id, Driver(transport.currentStatus)))
-    }
+    if needsReset { transport.interruptForConfiguration() }
+    return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
-  func remove(_ key: DeviceKey) -> BusJob {
-    let discard = discard(key)
-    return {
-      _ = discard()
-      return .device(key, .removed)
-    }
+  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+    if let slot = slot(of: key) { try? server.server(here).detach(slot) }
+    return .device(key, .removed)
   }
 
-  func discard(_ key: DeviceKey) -> BusJob {
-    guard let slot = seats[key]?.slot else { return { nil } }
-    let detach = server.use { $0.detach(slot) }
-    return {
-      try? detach()
-      return nil
-    }
+  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
+    let slot = slot(of: key)
+    forget(key)
+    return { [server] here in if let slot { try? server.server(here).detach(slot) } }
   }
 }

@@ -2,13 +2,14 @@ import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
+import Synchronization
 import Transport
 import Virtqueue
 import Xen
 
 /// Devices as functions on an HVM guest's PCI bus, which every operating system and its firmware look through: an ioreq server answers
 /// for their configuration spaces and BARs, foreign mappings reach the guest's memory. For guests and devices of dom0 whose profile says so.
-final class PCIBus: GuestBus {
+final class PCIBus: RegisterBus {
   static let name = "pci"
   static let style = BusStyle.registers
   static let hasServer = true
@@ -40,15 +41,15 @@ final class PCIBus: GuestBus {
   private let host: BusHost
   private let server: RegisterServer
   private let messages: GuestMessages
-  private var seats: [DeviceKey: Seat] = [:]
+  private let seats = Mutex<[DeviceKey: Seat]>([:])
   /// What QEMU has on the bus, as its monitor said; nil before.
-  private var others: Set<PCIAddress>?
+  private let others = Mutex<Set<PCIAddress>?>(nil)
 
   init(_ ground: GuestGround) throws(XenError) {
     host = ground.host
     server = try ground.registers()
     messages = GuestMessages(guest: server.handle)
-    server.prepare { [unowned self] in preparation }
+    server.add(self)
   }
 
   var facts: [Fact] {
@@ -70,7 +71,7 @@ final class PCIBus: GuestBus {
   }
 
   private func take(_ key: DeviceKey, _ seat: Seat) {
-    seats[key] = seat
+    seats.withLock { $0[key] = seat }
     server.setPin(Self.pin(seat.address.device), of: key)
   }
 
@@ -81,12 +82,11 @@ final class PCIBus: GuestBus {
     IntxLine(guest: server.handle, device: address.device, pin: 0)
   }
 
-  var unclaimed: [DeviceKey] { seats.filter { $0.value.restored != nil }.map(\.key) }
+  var unclaimed: [DeviceKey] { seats.withLock { seats in seats.keys.filter { seats[$0]?.restored != nil } } }
 
   func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
-    if let seat = seats[key], let state = seat.restored {
-      seats[key]?.restored = nil
-      return (.adoptable(seat.transport.map { Driver($0.currentStatus) } ?? .absent), state)
+    if let state = seats.withLock({ $0[key]?.restored.take() }) {
+      return (.adoptable(transport(of: key).map { Driver($0.currentStatus) } ?? .absent), state)
     }
     if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
       return (.lost("no saved state for a device in use: the guest must look for its devices again"), nil)
@@ -96,11 +96,9 @@ final class PCIBus: GuestBus {
 
   // MARK: The server
 
-  private var preparation: RegisterServer.Preparation {
-    let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.address) } }
-    return { server throws(XenError) in
-      for (transport, address) in restored { try server.attach(transport, at: address) }
-    }
+  func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
+    let restored = seats.withLock { $0.values.compactMap { seat in seat.transport.map { ($0, seat.address) } } }
+    for (transport, address) in restored { try server.attach(transport, at: address) }
   }
 
   // MARK: Devices
@@ -108,9 +106,10 @@ final class PCIBus: GuestBus {
   /// xvde is device 16, xvdf 17, and so on, so that the guest finds its disks in the order of their names; what the toolstack does not
   /// know of comes from 31 down.
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
-    if let seat = seats[key] { return try checkCollision(seat.address.device) }
+    let places = seats.withLock { $0.mapValues(\.address.device) }
+    if let place = places[key] { return try checkCollision(place) }
     // A slot of the guest's table drives a pin of one of these devices.
-    let taken = Set(seats.values.map(\.address.device) + Self.devices.filter { server.isTaken(Self.pin($0)) })
+    let taken = Set(places.values + Self.devices.filter { server.isTaken(Self.pin($0)) })
     if let wanted = entry.settings.slot {
       guard !taken.contains(wanted) else {
         throw EntryFault(
@@ -120,7 +119,7 @@ final class PCIBus: GuestBus {
       try checkCollision(wanted)
       return take(key, Seat(address: PCIAddress(device: wanted)))
     }
-    guard let device = Self.place(key, taken: taken.union((others ?? []).map(\.device))) else {
+    guard let device = Self.place(key, taken: taken.union((others.withLock { $0 } ?? []).map(\.device))) else {
       throw EntryFault(
         key.kind.isInXenstore ? "params" : "devices",
         "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use")
@@ -129,7 +128,7 @@ final class PCIBus: GuestBus {
   }
 
   private func checkCollision(_ device: UInt8) throws(EntryFault) {
-    guard others?.contains(where: { $0.device == device }) == true else { return }
+    guard others.withLock({ $0?.contains { $0.device == device } }) == true else { return }
     throw EntryFault(
       "slot",
       "QEMU has PCI device \(device) (\(PCIAddress(device: device))) too, and the guest finds only one of them; give this one another with the "
@@ -138,11 +137,12 @@ final class PCIBus: GuestBus {
 
   // MARK: QEMU
 
-  var asksQEMU: Bool { others == nil && !seats.isEmpty }
+  var asksQEMU: Bool { others.withLock { $0 == nil } && seats.withLock { !$0.isEmpty } }
 
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
-    others = functions
-    return seats.filter { seat in functions.contains { $0.device == seat.value.address.device } }.map(\.key)
+    others.withLock { $0 = functions }
+    let theirs = Set(functions.map(\.device))
+    return seats.withLock { $0.filter { theirs.contains($0.value.address.device) } }.map(\.key)
   }
 
   /// The device number for a device; nil when all are taken.
@@ -160,20 +160,22 @@ final class PCIBus: GuestBus {
   func vacate(_ key: DeviceKey) { forget(key) }
 
   func forget(_ key: DeviceKey) {
-    seats[key] = nil
+    seats.withLock { $0[key] = nil }
     server.setPin(nil, of: key)
   }
+
+  private func address(of key: DeviceKey) -> PCIAddress? { seats.withLock { $0[key]?.address } }
 
   func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
 
   func place(of key: DeviceKey) -> DevicePlace {
-    .pci(device: seats[key]?.address.device ?? Self.devices.lowerBound)
+    .pci(device: address(of: key)?.device ?? Self.devices.lowerBound)
   }
 
-  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
+  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats.withLock { $0[key]?.transport } }
 
   func facts(of key: DeviceKey) -> DeviceFacts {
-    guard let seat = seats[key] else { return DeviceFacts() }
+    guard let seat = seats.withLock({ $0[key] }) else { return DeviceFacts() }
     let (address, transport) = (seat.address, seat.transport)
     return DeviceFacts(
       rows: {
@@ -190,40 +192,35 @@ final class PCIBus: GuestBus {
       }, warning: server.warning(key))
   }
 
-  func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
-    guard let address = seats[key]?.address else {
-      return { .device(key, .insertFailed(id, "the device has no place on the PCI bus")) }
+  // MARK: The guest
+
+  func insert(
+    _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
+  ) -> BusEvent {
+    guard let address = address(of: key) else {
+      return .device(key, .insertFailed(id, "the device has no place on the PCI bus"))
     }
     let transport = PCITransport(
       device: backend, line: line(address), sender: messages, state: backend.state, needsReset: needsReset,
       onStatus: host.statusReporter(key))
-    seats[key]?.transport = transport
-    let attach = server.use { server throws(XenError) in try server.attach(transport, at: address) }
-    return {
-      do throws(XenError) {
-        try attach()
-      } catch {
-        return .device(key, .insertFailed(id, "PCI function \(address): \(error)"))
-      }
-      if needsReset { transport.interruptForConfiguration() }
-      return .device(key, .plugged(id, Driver(transport.currentStatus)))
+    seats.withLock { $0[key]?.transport = transport }
+    do throws(XenError) {
+      try server.server(preparedFor: self, here).attach(transport, at: address)
+    } catch {
+      return .device(key, .insertFailed(id, "PCI function \(address): \(error)"))
     }
+    if needsReset { transport.interruptForConfiguration() }
+    return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
-  func remove(_ key: DeviceKey) -> BusJob {
-    let discard = discard(key)
-    return {
-      _ = discard()
-      return .device(key, .removed)
-    }
+  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+    if let address = address(of: key) { try? server.server(here).detach(address) }
+    return .device(key, .removed)
   }
 
-  func discard(_ key: DeviceKey) -> BusJob {
-    guard let address = seats[key]?.address else { return { nil } }
-    let detach = server.use { $0.detach(address) }
-    return {
-      try? detach()
-      return nil
-    }
+  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
+    let address = address(of: key)
+    forget(key)
+    return { [server] here in if let address { try? server.server(here).detach(address) } }
   }
 }

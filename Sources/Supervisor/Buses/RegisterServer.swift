@@ -4,58 +4,75 @@ import Synchronization
 import Virtqueue
 import Xen
 
-/// What buses with trapped registers have in common: the guest's ioreq server on the guest's thread, its memory by foreign mappings, and
-/// what of both outlives the daemon. On the supervisor's loop, but for what jobs do.
-final class RegisterServer {
-  let thread: LoopThread
+/// A bus whose devices have trapped registers.
+protocol RegisterBus: GuestBus {
+  /// Claims what is the bus's own, and puts restored devices in their places: before the first access is answered by a server that is started, or
+  /// with the first device of a bus that came later.
+  func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError)
+}
+
+/// What buses with trapped registers have in common: the guest's ioreq server, its memory by foreign mappings, and what of both outlives the
+/// daemon. On the guest's thread, but for what is said of a function.
+final class RegisterServer: @unchecked Sendable {
+  // Invariant behind @unchecked Sendable: `ioreq`, `prepared` and `uuid` are read and written on the guest's thread only, by functions that
+  // are given `OnGuestThread`; the rest does not change or is under a lock.
   let handle: any GuestHandle
   let pool: ForeignMappingPool
   private let guest: GuestFacts
-  private let host: BusHost
-  private let cell = ServerCell()
+  private let settings: SupervisorSettings
+  private let loop: EventLoop
   private var domain: DomainID { guest.domain }
-  /// What each bus does before the first access is answered: it puts restored devices in their places.
-  private var preparations: [() -> Preparation] = []
-  private var isStarted = false
+  private var ioreq: IOReqServer?
+  /// Buses that the present server has been prepared for.
+  private var prepared: Set<ObjectIdentifier> = []
   /// The guest's, as it was when the server was started.
   private var uuid: String?
-  /// INTx pins of the guest's PCI bus that its devices drive, on whatever bus: each may belong to one only, since a level has one owner.
-  private var pins: [DeviceKey: DeviceSlot.Interrupt] = [:]
+  /// What the supervisor asks for, or has said before the first start.
+  private let shared = Mutex(Shared())
+
+  private struct Shared {
+    var buses: [Member] = []
+    var report: (server: StatusBoard.IOReqServerReport, vcpus: Int)?
+    /// The server of an earlier daemon, until it is adopted or known to be gone.
+    var earlier: UInt16?
+    /// Windows that are claimed, and that the guest looks for devices in as long as it runs, whatever becomes of those.
+    var windows: Set<UInt64> = []
+    /// INTx pins of the guest's PCI bus that its devices drive, on whatever bus: each may belong to one only, since a level has one owner.
+    var pins: [DeviceKey: DeviceSlot.Interrupt] = [:]
+  }
+
+  /// A bus owns its server.
+  private struct Member {
+    weak var bus: (any RegisterBus)?
+  }
 
   static let note =
     "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
 
-  typealias Preparation = @Sendable (IOReqServer) throws(XenError) -> Void
-
-  init(_ guest: GuestFacts, _ host: BusHost, _ thread: LoopThread) throws(XenError) {
+  init(_ guest: GuestFacts, _ host: BusHost, _ thread: GuestThread) throws(XenError) {
     self.guest = guest
-    self.host = host
-    self.thread = thread
+    loop = thread.loop
+    settings = host.settings
     handle = try host.hypervisor.open(guest.domain)
-    pool = ForeignMappingPool(
-      guest: handle, bucketShift: host.settings.bucketShift, budgetBytes: host.settings.mappingBudget)
+    pool = ForeignMappingPool(guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget)
   }
 
-  /// - Parameter body: makes the preparation, each time that the server is started; where it is there already, at once.
-  func prepare(_ body: @escaping () -> Preparation) {
-    preparations.append(body)
-    guard isStarted else { return }
-    let (cell, late) = (cell, body())
-    // What fails here is claimed with the first device.
-    thread.loop.enqueue { if let server = cell.server { try? late(server) } }
-  }
+  // MARK: For the supervisor
+
+  /// Prepares each server for a bus too.
+  func add(_ bus: any RegisterBus) { shared.withLock { $0.buses.append(Member(bus: bus)) } }
 
   /// Notes which pin a device drives; nil for none.
-  func setPin(_ pin: DeviceSlot.Interrupt?, of key: DeviceKey) { pins[key] = pin }
+  func setPin(_ pin: DeviceSlot.Interrupt?, of key: DeviceKey) { shared.withLock { $0.pins[key] = pin } }
 
   /// Whether another device drives a pin.
-  func isTaken(_ pin: DeviceSlot.Interrupt) -> Bool { pins.values.contains(pin) }
+  func isTaken(_ pin: DeviceSlot.Interrupt) -> Bool { shared.withLock { $0.pins.values.contains(pin) } }
 
   var facts: ServerFacts {
-    let server = cell.report.withLock { $0 }
-    let row = server.map { Fact(name: "ioreq server", value: "\($0.report.identifier), for \($0.vcpus) vCPUs") }
+    let report = shared.withLock { $0.report }
+    let row = report.map { Fact(name: "ioreq server", value: "\($0.server.identifier), for \($0.vcpus) vCPUs") }
     return ServerFacts(
-      rows: row.map { [$0] } ?? [], vcpus: server?.vcpus ?? 0, channels: server?.vcpus ?? 0, server: server?.report,
+      rows: row.map { [$0] } ?? [], vcpus: report?.vcpus ?? 0, channels: report?.vcpus ?? 0, server: report?.server,
       mappings: { [pool] in pool.statistics })
   }
 
@@ -67,127 +84,121 @@ final class RegisterServer {
       folder.forgetAll(domain)
       return []
     }
-    cell.earlier.withLock { $0 = saved.server }
-    cell.windows.withLock { $0 = Set(saved.windows) }
+    shared.withLock {
+      $0.earlier = saved.server
+      $0.windows = Set(saved.windows)
+    }
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
-  // MARK: Jobs for the guest's thread
+  // MARK: The server
+
+  /// The server; ESRCH when there is none.
+  func server(_ here: OnGuestThread) throws(XenError) -> IOReqServer {
+    guard let ioreq else { throw XenError("ioreq server", Errno(3) /* ESRCH */) }
+    return ioreq
+  }
+
+  /// The server for a device of a bus that is to be put there.
+  func server(preparedFor bus: any RegisterBus, _ here: OnGuestThread) throws(XenError) -> IOReqServer {
+    let ioreq = try server(here)
+    if !prepared.contains(ObjectIdentifier(bus)) {
+      try bus.prepare(ioreq, here)
+      prepared.insert(ObjectIdentifier(bus))
+    }
+    return ioreq
+  }
 
   /// Makes the ioreq server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
-  func start(uuid: String?) -> BusJob {
-    let (domain, folder, cell, handle, pool, loop) = (
-      domain, host.settings.stateFolder, cell, handle, pool, thread.loop
-    )
-    let preparations = preparations.map { $0() }
-    isStarted = true
+  func start(uuid: String?, _ here: OnGuestThread) -> BusEvent {
     self.uuid = uuid
-    let (transport, started) = (guest.transport, guest.started)
-    let ignoresInvalidations = host.settings.ignoresInvalidations
-    return {
-      let windows = cell.windows.withLock { $0 }.sorted()
+    do throws(XenError) {
+      let made = try makeServer()
+      (ioreq, prepared) = (made, [])
+      for window in shared.withLock({ $0.windows }).sorted() { try made.claim(window: window) }
+      for bus in shared.withLock({ $0.buses.compactMap(\.bus) }) { _ = try server(preparedFor: bus, here) }
+      made.serveAll()
+      let report = StatusBoard.IOReqServerReport(identifier: made.identifier, counters: made.counters)
+      shared.withLock { $0.report = (report, made.vcpuCount) }
+      return .serverStarted
+    } catch {
+      giveUp()
+      return .serverFailed(
+        "cannot create an ioreq server for the guest (\(error)); it needs dom0, an HVM guest or one on Arm, and there a Xen that is built with CONFIG_IOREQ_SERVER"
+      )
+    }
+  }
+
+  private func makeServer() throws(XenError) -> IOReqServer {
+    let ignores = settings.ignoresInvalidations
+    if let number = shared.withLock({ $0.earlier }) {
       do throws(XenError) {
-        let server = try cell.makeServer(
-          handle, pool, loop, ignoresInvalidations: ignoresInvalidations
-        ) { identifier in
-          // Known to a later daemon before it can hold up a vCPU.
-          try? folder?.save(
-            StateFolder.Guest(server: identifier, uuid: uuid, transport: transport, started: started, windows: windows),
-            of: domain)
-        }
-        cell.server = server
-        for window in windows { try server.claim(window: window) }
-        for prepare in preparations { try prepare(server) }
-        server.serveAll()
-        cell.report.withLock {
-          $0 = (
-            StatusBoard.IOReqServerReport(identifier: server.identifier, counters: server.counters), server.vcpuCount
-          )
-        }
-        return .serverStarted
+        let server = try IOReqServer(
+          guest: handle, pool: pool, loop: loop, adopting: number, ignoresInvalidations: ignores)
+        shared.withLock { $0.earlier = nil }
+        return server
       } catch {
-        cell.giveUp()
-        return .serverFailed(
-          "cannot create an ioreq server for the guest (\(error)); it needs dom0, an HVM guest or one on Arm, and there a Xen that is built with CONFIG_IOREQ_SERVER"
-        )
+        // Anything else may be over soon. The guest's accesses wait for that server then, which another one would not answer.
+        guard IOReqServer.isGone(error) else { throw error }
+        // And with it whoever waited for it: a new one serves as well.
+        shared.withLock { $0.earlier = nil }
       }
+    }
+    // Known to a later daemon before it can hold up a vCPU.
+    return try IOReqServer(guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignores) { save($0) }
+  }
+
+  /// The server is there, and cannot be used: one that an earlier daemon has made is left for the next try, since vCPUs may wait for it.
+  private func giveUp() {
+    guard let server = ioreq else { return }
+    ioreq = nil
+    if server.isAdopted {
+      shared.withLock { $0.earlier = server.identifier }
+      server.leave()
+    } else {
+      server.close()
     }
   }
 
   /// Has accesses to a window answered for as long as the guest runs: an empty slot, until a device is put there.
-  func claim(window base: UInt64, of key: DeviceKey) -> BusJob {
-    let note = noting(window: base)
-    let claim = use { server throws(XenError) in
-      try server.claim(window: base)
-      note(server)
-    }
-    return {
-      do throws(XenError) {
-        try claim()
-        return .device(key, .claimed(nil))
-      } catch {
-        return .device(key, .claimed("base: \(error)"))
-      }
-    }
+  func claim(window base: UInt64, _ here: OnGuestThread) throws(XenError) {
+    let ioreq = try server(here)
+    try ioreq.claim(window: base)
+    note(window: base, of: ioreq)
   }
 
   /// Remembers a window, also for a later daemon; to be called once Xen has taken it. What Xen has refused is not asked for again with each start of
   /// the server: the guest's other devices would wait for it.
-  func noting(window base: UInt64) -> @Sendable (IOReqServer) -> Void {
-    let (cell, domain, folder, guest, uuid) = (cell, domain, host.settings.stateFolder, guest, uuid)
-    return { server in
-      let windows = cell.windows.withLock { windows in windows.insert(base).inserted ? windows.sorted() : nil }
-      guard let windows else { return }
-      let saved = StateFolder.Guest(
-        server: server.identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
-      try? folder?.save(saved, of: domain)
-    }
+  func note(window base: UInt64, of ioreq: IOReqServer) {
+    if shared.withLock({ $0.windows.insert(base).inserted }) { save(ioreq.identifier) }
+  }
+
+  private func save(_ identifier: UInt16) {
+    let windows = shared.withLock { $0.windows.sorted() }
+    let saved = StateFolder.Guest(
+      server: identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
+    try? settings.stateFolder?.save(saved, of: domain)
   }
 
   /// Gives all mappings back; the server stays, and the guest's accesses are answered.
-  func releaseMemory() -> BusJob {
-    let pool = pool
-    return {
-      pool.invalidate()
-      return .memoryReleased
-    }
-  }
+  func releaseMemory(_ here: OnGuestThread) { pool.invalidate() }
 
   /// Lets go of the server, for a later daemon.
-  func leave() -> BusJob {
-    let cell = cell
-    return {
-      cell.server?.leave()
-      cell.server = nil
-      // One that could not be adopted so far is for the later daemon too: vCPUs wait in it.
-      cell.earlier.withLock { $0 = nil }
-      return nil
-    }
+  func leave(_ here: OnGuestThread) {
+    ioreq?.leave()
+    ioreq = nil
+    // One that could not be adopted so far is for the later daemon too: vCPUs wait in it.
+    shared.withLock { $0.earlier = nil }
   }
 
   /// Ends the server, and takes the guest's memory back.
-  func close() -> BusJob {
-    let (cell, pool, handle) = (cell, pool, handle)
-    return {
-      cell.server?.close()
-      cell.server = nil
-      // One that could not be adopted would let the guest's accesses wait for ever.
-      if let earlier = cell.earlier.withLock({ $0.take() }) { try? handle.destroyIOReqServer(earlier) }
-      cell.report.withLock { $0 = nil }
-      pool.close()
-      return .serverClosed
-    }
-  }
-
-  /// What a job does with the server, on the guest's thread; ESRCH when there is none.
-  func use(
-    _ body: @escaping @Sendable (IOReqServer) throws(XenError) -> Void
-  ) -> @Sendable () throws(XenError) -> Void {
-    let cell = cell
-    return { () throws(XenError) in
-      guard let server = cell.server else { throw XenError("ioreq server", Errno(3) /* ESRCH */) }
-      try body(server)
-    }
+  func close(_ here: OnGuestThread) {
+    ioreq?.close()
+    ioreq = nil
+    // One that could not be adopted would let the guest's accesses wait for ever.
+    if let earlier = shared.withLock({ $0.earlier.take() }) { try? handle.destroyIOReqServer(earlier) }
+    shared.withLock { $0.report = nil }
+    pool.close()
   }
 
   /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image. Guests on Arm have no QEMU.
@@ -197,50 +208,5 @@ final class RegisterServer {
     }
     return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
       + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
-  }
-}
-
-/// A place for the ioreq server on its thread.
-private final class ServerCell: @unchecked Sendable {
-  // Invariant behind @unchecked Sendable: `server` is read and written on the guest's thread only; the rest is made for sharing.
-  var server: IOReqServer?
-  let report = Mutex<(report: StatusBoard.IOReqServerReport, vcpus: Int)?>(nil)
-  /// The server of an earlier daemon, until it is adopted or known to be gone.
-  let earlier = Mutex<UInt16?>(nil)
-  /// Windows that are claimed, and that the guest looks for devices in as long as it runs, whatever becomes of those.
-  let windows = Mutex<Set<UInt64>>([])
-
-  /// Makes the server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
-  func makeServer(
-    _ handle: any GuestHandle, _ pool: ForeignMappingPool, _ loop: EventLoop, ignoresInvalidations: Bool,
-    onCreated: (UInt16) -> Void
-  ) throws(XenError) -> IOReqServer {
-    if let number = earlier.withLock({ $0 }) {
-      do throws(XenError) {
-        let server = try IOReqServer(
-          guest: handle, pool: pool, loop: loop, adopting: number, ignoresInvalidations: ignoresInvalidations)
-        earlier.withLock { $0 = nil }
-        return server
-      } catch {
-        // Anything else may be over soon. The guest's accesses wait for that server then, which another one would not answer.
-        guard IOReqServer.isGone(error) else { throw error }
-        // And with it whoever waited for it: a new one serves as well.
-        earlier.withLock { $0 = nil }
-      }
-    }
-    return try IOReqServer(
-      guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignoresInvalidations, onCreated: onCreated)
-  }
-
-  /// The server is there, and cannot be used: one that an earlier daemon has made is left for the next try, since vCPUs may wait for it.
-  func giveUp() {
-    guard let server else { return }
-    if server.isAdopted {
-      earlier.withLock { $0 = server.identifier }
-      server.leave()
-    } else {
-      server.close()
-    }
-    self.server = nil
   }
 }

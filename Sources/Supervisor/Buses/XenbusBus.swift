@@ -2,6 +2,7 @@ import DeviceHost
 import Devices
 import EventLoop
 import Lifecycle
+import Synchronization
 import Transport
 import Virtqueue
 import Xen
@@ -52,8 +53,8 @@ final class XenbusBus: GuestBus {
   private let host: BusHost
   private let share: GrantShare
   /// Opened with the first device.
-  private var grants: (any GrantHandle)?
-  private var seats: [DeviceKey: Seat] = [:]
+  private let grants = Mutex<(any GrantHandle)?>(nil)
+  private let seats = Mutex<[DeviceKey: Seat]>([:])
 
   init(_ ground: GuestGround) throws(XenError) {
     domain = ground.facts.domain
@@ -67,16 +68,16 @@ final class XenbusBus: GuestBus {
 
   /// What an earlier daemon served goes on, when the driver is still where that one left it.
   func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
-    let seat = makeSeat(key, nodes["frontend"] ?? "")
-    seats[key] = seat
+    var seat = makeSeat(nodes["frontend"] ?? "")
+    defer { seats.withLock { $0[key] = seat } }
     let state = nodes["state"].flatMap(XenbusState.init(rawValue:))
     if let folder = host.settings.stateFolder {
       if state == .connected, frontend?.isSetUp == true,
         let saved = try? DeviceState(path: folder.devicePath(key)), saved.place == .xenbus,
         saved.saved.status.contains(.driverOK)
       {
-        seats[key]?.registers = saved.saved.registers
-        seats[key]?.epoch = saved.saved.registers.epoch
+        seat.registers = saved.saved.registers
+        seat.epoch = saved.saved.registers.epoch
         return (.adoptable(.live), saved)
       }
       folder.forget(key)
@@ -86,15 +87,15 @@ final class XenbusBus: GuestBus {
     }
     if state == .initWait, let epoch = FrontendText.epoch(offer: nodes["vx-offer"]) {
       // An offer that was made, and perhaps answered, before this daemon was there.
-      seats[key]?.epoch = epoch
+      seat.epoch = epoch
       return (.offered, nil)
     }
     return (.nothing, nil)
   }
 
-  private func makeSeat(_ key: DeviceKey, _ frontend: String) -> Seat {
-    Seat(pool: GrantPool(share: share), frontend: frontend)
-  }
+  private func makeSeat(_ frontend: String) -> Seat { Seat(pool: GrantPool(share: share), frontend: frontend) }
+
+  private func seat(of key: DeviceKey) -> Seat? { seats.withLock { $0[key] } }
 
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
     guard key.kind.isInXenstore else {
@@ -105,28 +106,35 @@ final class XenbusBus: GuestBus {
         line in its configuration: \(key.kind == .spare ? "disk = [ ... ]" : "virtio = [ ... ]" + #" and "create": false here"#)
         """)
     }
-    if let wanted = entry.settings.transport, seats[key]?.transport == nil, seats[key]?.registers == nil {
+    let seat = seat(of: key)
+    if let wanted = entry.settings.transport, seat?.transport == nil, seat?.registers == nil {
       throw EntryFault("transport", "expected none, not '\(wanted)': the guest has this device over Xenbus")
     }
     do throws(XenError) {
-      if grants == nil { grants = try host.hypervisor.openGrants(domain) }
+      try openGrants()
     } catch {
       throw EntryFault("frontend-id", "grants of the guest cannot be had: \(error)")
     }
     // Nothing is there of a device whose entry names another frontend than before: it could not be served.
-    if seats[key]?.frontend != entry.frontend, seats[key]?.transport == nil {
-      seats[key] = makeSeat(key, entry.frontend)
+    if seat?.frontend != entry.frontend, seat?.transport == nil {
+      seats.withLock { $0[key] = makeSeat(entry.frontend) }
     }
   }
 
-  func vacate(_ key: DeviceKey) {}
-  func forget(_ key: DeviceKey) { seats[key] = nil }
+  private func openGrants() throws(XenError) {
+    guard grants.withLock({ $0 == nil }) else { return }
+    let opened = try host.hypervisor.openGrants(domain)
+    grants.withLock { $0 = opened }
+  }
 
-  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { seats[key]?.pool }
+  func vacate(_ key: DeviceKey) {}
+  func forget(_ key: DeviceKey) { seats.withLock { $0[key] = nil } }
+
+  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { seat(of: key)?.pool }
   func place(of key: DeviceKey) -> DevicePlace { .xenbus }
-  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats[key]?.transport }
+  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seat(of: key)?.transport }
   func facts(of key: DeviceKey) -> DeviceFacts {
-    guard let seat = seats[key] else { return DeviceFacts() }
+    guard let seat = seat(of: key) else { return DeviceFacts() }
     let (transport, pool) = (seat.transport, seat.pool)
     return DeviceFacts(
       rows: {
@@ -139,65 +147,75 @@ final class XenbusBus: GuestBus {
         ]
       }, grants: { GrantReadings(pool) }, channels: { transport?.channelCount ?? 0 })
   }
-  func frontend(of key: DeviceKey) -> String? { seats[key]?.frontend }
+  func frontend(of key: DeviceKey) -> String? { seat(of: key)?.frontend }
 
-  func insert(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool) -> BusJob {
+  // MARK: The guest
+
+  func insert(
+    _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
+  ) -> BusEvent {
     let report = host.report
     let transport = XenbusTransport(
       // Its driver's state is known by the handshake.
       device: backend, state: backend.state, onStatus: { _ in }, onConfiguration: { report(.configuration(key)) })
-    seats[key]?.transport = transport
-    return { .device(key, .plugged(id, Driver(transport.currentStatus))) }
+    seats.withLock { $0[key]?.transport = transport }
+    return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
-  func remove(_ key: DeviceKey) -> BusJob {
-    let seat = seats[key]
-    return {
-      seat?.transport?.disconnect()
-      seat?.pool.detach()
-      return .device(key, .removed)
+  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+    reset(key)
+    return .device(key, .removed)
+  }
+
+  func leave(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+    let seat = seat(of: key)
+    seat?.transport?.leave()
+    seat?.pool.detach()
+    return .device(key, .removed)
+  }
+
+  func disconnect(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+    reset(key)
+    return .device(key, .disconnected)
+  }
+
+  private func reset(_ key: DeviceKey) {
+    let seat = seat(of: key)
+    seat?.transport?.disconnect()
+    seat?.pool.detach()
+  }
+
+  func connect(
+    _ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool, _ here: OnGuestThread
+  ) -> BusEvent {
+    let result: DeviceEvent.ConnectResult
+    do throws(ConnectFault) {
+      try connect(key, reference, adopts: adopts)
+      result = .connected
+    } catch {
+      switch error {
+      case .noRoom(let words): result = .noRoom(words)
+      case .setup(let words): result = .refused(words)
+      }
     }
+    return .device(key, .connected(sequence: sequence, result))
   }
 
-  func leave(_ key: DeviceKey) -> BusJob {
-    let seat = seats[key]
-    return {
-      seat?.transport?.leave()
-      seat?.pool.detach()
-      return .device(key, .removed)
-    }
-  }
-
-  // MARK: The handshake
-
-  func connect(_ key: DeviceKey, sequence: UInt32, reference: UInt32, adopts: Bool) -> BusJob {
-    guard let seat = seats[key], let transport = seat.transport, let grants else {
-      return { .device(key, .connected(sequence: sequence, .refused("the device is not there"))) }
+  private func connect(_ key: DeviceKey, _ reference: UInt32, adopts: Bool) throws(ConnectFault) {
+    guard let seat = seat(of: key), let transport = seat.transport, let grants = grants.withLock({ $0 }) else {
+      throw .setup("the device is not there")
     }
     let offer = seat.offer(transport.identity, configurationBytes: 0)
-    let (pool, epoch, saved) = (seat.pool, seat.epoch, adopts ? seat.registers : nil)
-    return {
-      let result: DeviceEvent.ConnectResult
-      do throws(ConnectFault) {
-        let (setup, doorbells) = try XenbusConnection.open(grants, setup: reference, offer: offer, pool: pool)
-        if let saved, !Self.fits(saved, setup) {
-          pool.detach()
-          throw .setup("the setup page is not what it was when the device was connected")
-        }
-        guard transport.accepts(setup.features) else {
-          pool.detach()
-          throw .setup("the features that are accepted make no sense together")
-        }
-        transport.connect(setup, epoch: epoch, doorbells: doorbells, adopts: adopts)
-        result = .connected
-      } catch {
-        switch error {
-        case .noRoom(let words): result = .noRoom(words)
-        case .setup(let words): result = .refused(words)
-        }
-      }
-      return .device(key, .connected(sequence: sequence, result))
+    let (setup, doorbells) = try XenbusConnection.open(grants, setup: reference, offer: offer, pool: seat.pool)
+    if adopts, let saved = seat.registers, !Self.fits(saved, setup) {
+      seat.pool.detach()
+      throw .setup("the setup page is not what it was when the device was connected")
     }
+    guard transport.accepts(setup.features) else {
+      seat.pool.detach()
+      throw .setup("the features that are accepted make no sense together")
+    }
+    transport.connect(setup, epoch: seat.epoch, doorbells: doorbells, adopts: adopts)
   }
 
   /// Whether a setup page says what it did when the queues' journals began.
@@ -212,40 +230,30 @@ final class XenbusBus: GuestBus {
     }
   }
 
-  func disconnect(_ key: DeviceKey) -> BusJob {
-    let seat = seats[key]
-    return {
-      seat?.transport?.disconnect()
-      seat?.pool.detach()
-      return .device(key, .disconnected)
-    }
+  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite, _ here: OnGuestThread) {
+    seat(of: key)?.transport?.write(offset: write.offset, bytes: write.bytes)
   }
 
-  func write(_ key: DeviceKey, _ write: FrontendView.ConfigurationWrite) -> BusJob {
-    let transport = seats[key]?.transport
-    return {
-      transport?.write(offset: write.offset, bytes: write.bytes)
-      return nil
-    }
-  }
-
-  func needReset(_ key: DeviceKey) { seats[key]?.transport?.needReset() }
+  // MARK: The offer
 
   func offer(_ key: DeviceKey) -> (offer: String, configuration: String)? {
-    guard var seat = seats[key], let transport = seat.transport else { return nil }
-    seat.epoch = UInt32.random(in: 1...UInt32.max)
-    seat.registers = nil
-    seat.published = transport.configurationText
-    seats[key] = seat
-    let space = seat.published.split(separator: " ", omittingEmptySubsequences: false).last?.utf8.count ?? 0
-    return (seat.offer(transport.identity, configurationBytes: space / 2).text, seat.published)
+    guard let transport = seat(of: key)?.transport else { return nil }
+    let text = transport.configurationText
+    let space = text.split(separator: " ", omittingEmptySubsequences: false).last?.utf8.count ?? 0
+    return seats.withLock { seats in
+      seats[key]?.epoch = UInt32.random(in: 1...UInt32.max)
+      seats[key]?.registers = nil
+      seats[key]?.published = text
+      return seats[key].map { ($0.offer(transport.identity, configurationBytes: space / 2).text, text) }
+    }
   }
 
   func changedConfiguration(_ key: DeviceKey) -> String? {
-    guard let transport = seats[key]?.transport else { return nil }
-    let text = transport.configurationText
-    guard text != seats[key]?.published else { return nil }
-    seats[key]?.published = text
-    return text
+    guard let text = seat(of: key)?.transport?.configurationText else { return nil }
+    return seats.withLock { seats in
+      guard seats[key]?.published != text else { return nil }
+      seats[key]?.published = text
+      return text
+    }
   }
 }
