@@ -124,10 +124,15 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
     case .memoryReleased:
-      if windows == .releasing { windows = .held }
+      switch windows {
+      case .releasing: windows = .held
+      case .over: break  // the domain went meanwhile
+      case .none, .held: effects.append(.unexpected("memory released while \(windows)"))
+      }
       dismiss(now)
     case .retryServer(let number):
-      guard case .failed(_, number) = phase else { break }  // it has been tried since, or the guest ends
+      // Else it has been tried since, or the guest ends, or it is the next daemon's to try.
+      guard case .failed(_, number) = phase, !isHandedOver else { break }
       startServer()
     case .settle: closeIfAllGivenBack()
     case .domainGone:
@@ -193,7 +198,7 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
     for effect in members[index].machine.handle(event, at: now) {
       switch effect {
       case .retryBus:
-        if case .failed = phase { startServer() }
+        if case .failed = phase, !isHandedOver { startServer() }
       case .leaving: if members[index].origin == .toolstack { endProfilesAlone(now) }
       case .released: break  // `settle` looks at all of them
       default: effects.append(.device(key, effect))

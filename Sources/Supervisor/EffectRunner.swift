@@ -7,7 +7,7 @@ import Synchronization
 import Transport
 import Xen
 
-/// Does what a device's machine asks for: the one place that crosses threads. Jobs go to the guest's thread, backends are opened and closed
+/// Does what the machines of guests and devices ask for: the one place that crosses threads. Jobs go to the guest's thread, backends are opened and closed
 /// on their own threads, and each reports back as an event.
 ///
 /// Confined to the supervisor's loop.
@@ -54,7 +54,7 @@ final class EffectRunner {
       run(guest, supervisor) { bus.connect(key, sequence: sequence, reference: reference, adopts: adopts, $0) }
     case .disconnect: run(guest, supervisor) { bus.disconnect(key, $0) }
     case .writeConfiguration(let write): guest.buses.thread.run { bus.write(key, write, $0) }
-    case .needReset: guest.buses.thread.run { bus.needReset(key, $0) }
+    case .needReset: device.transport?.needReset()
     case .offer:
       if let (offer, configuration) = bus.offer(key) { writer.offer(key, offer, configuration: configuration) }
     case .publishConfiguration: publishConfiguration(key, guest)
@@ -80,26 +80,31 @@ final class EffectRunner {
   }
 
   /// Does what concerns a guest as a whole.
-  func perform(_ job: ServerJob, _ guest: Guest, _ supervisor: Supervisor) {
-    let (server, uuid) = (guest.buses.server, guest.uuid)
-    run(guest, supervisor) { here in
-      switch job {
-      // A guest that has no registers has no server to wait for either.
-      case .start: return server?.start(uuid: uuid, here) ?? .serverStarted
-      case .releaseMemory:
-        server?.releaseMemory(here)
-        return .memoryReleased
-      case .leave:
-        server?.leave(here)
-        return nil
-      case .close:
-        server?.close(here)
+  func perform(_ effect: GuestEffect<DeviceKey>, _ guest: Guest, for supervisor: Supervisor) {
+    let (domain, server, uuid) = (guest.domain, guest.buses.server, guest.uuid)
+    switch effect {
+    // A guest that has no registers has no server to wait for either.
+    case .startServer: run(guest, supervisor) { server?.start(uuid: uuid, $0) ?? .serverStarted }
+    case .leaveServer: guest.buses.thread.run { server?.leave($0) }
+    case .closeServer:
+      run(guest, supervisor) {
+        server?.close($0)
         return .serverClosed
       }
+    case .releaseMemory:
+      run(guest, supervisor) {
+        server?.releaseMemory($0)
+        return .memoryReleased
+      }
+    case .joinThread: guest.buses.thread.stopAndJoin()
+    case .scheduleServer(let number, let pause):
+      supervisor.later(pause) { $0.handle(.retryServer(number), of: domain) }
+    case .forgetState: settings.stateFolder?.forget(domain)
+    case .tell(let news, let reason): herald.tell(news, guest, reason: reason)
+    case .unexpected(let words): herald.unexpected(words, guest)
+    case .device, .gone: break  // the table's
     }
   }
-
-  enum ServerJob { case start, releaseMemory, leave, close }
 
   /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
   func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.discard(key)) }

@@ -79,22 +79,12 @@ final class GuestTable {
   }
 
   private func perform(_ effect: GuestEffect<DeviceKey>, _ guest: Guest, _ supervisor: Supervisor) {
-    let domain = guest.domain
     switch effect {
     case .device(let key, let effect):
       guard let device = guest.devices[key] else { return }
       perform(effect, device, guest, supervisor)
-    case .startServer: runner.perform(.start, guest, supervisor)
-    case .leaveServer: runner.perform(.leave, guest, supervisor)
-    case .closeServer: runner.perform(.close, guest, supervisor)
-    case .releaseMemory: runner.perform(.releaseMemory, guest, supervisor)
-    case .joinThread: guest.buses.thread.stopAndJoin()
-    case .scheduleServer(let number, let pause):
-      supervisor.later(pause) { $0.handle(.retryServer(number), of: domain) }
-    case .forgetState: settings.stateFolder?.forget(domain)
-    case .tell(let news, let reason): herald.tell(news, guest, reason: reason)
     case .gone: forget(guest)
-    case .unexpected(let words): herald.unexpected(words, guest)
+    default: runner.perform(effect, guest, for: supervisor)
     }
   }
 

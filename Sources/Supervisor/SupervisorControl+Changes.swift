@@ -159,7 +159,7 @@ extension SupervisorControl {
           data: [
             "field": "params.device",
             "remedy":
-              "virtio-mmio slots are fixed when the guest is created: give an HVM guest \"spareDisks\" in the profiles, and create it again; others (PV, PVH, all on Arm) take devices over Xenbus: 'vxctl attach --backend DOMAIN' in dom0",
+              "devices of an HVM guest are fixed when it is created: give it \"spareDisks\" in the profiles, and create it again; others (PV, PVH, all on Arm) take devices over Xenbus: 'vxctl attach --backend DOMAIN' in dom0",
           ])
       }
       guard let spare = spares.first(where: { $0.isEmptySpare }) else {

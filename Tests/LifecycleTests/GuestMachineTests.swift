@@ -77,6 +77,18 @@ import Testing
       ])
   }
 
+  /// vCPUs may wait in the server that could not be adopted: one that is made while the daemon hands over would be taken for it by the next one.
+  @Test func daemonThatHandsOverMakesNoServer() {
+    var guest = Guest(hasServer: true)
+    _ = run(&guest, .begin, add(1), .serverFailed("no memory"))
+    #expect(run(&guest, .end(.handedOver)).first == .leaveServer)
+    #expect(run(&guest, .retryServer(1)) == [])
+    #expect(
+      run(&guest, .device(1, .started(id(1), objection: nil)), .device(1, .stopped(id(1)))).suffix(2) == [
+        .device(1, .join(id(1))), .closeServer,
+      ])
+  }
+
   @Test func operatorNeedNotWaitForTheServersNextTry() {
     var guest = Guest(hasServer: true)
     _ = run(&guest, .begin, .serverFailed("no memory"), add(1))

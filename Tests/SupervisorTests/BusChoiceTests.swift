@@ -222,6 +222,29 @@ import Xen
     #expect(try world.boot(domain).write(block(1), sector: 0) == 0)
   }
 
+  /// The slots of a guest whose server was started for its PCI devices are claimed with the first device in one. When that fails, the device is
+  /// not there, and is tried again.
+  @Test func slotsThatCannotBeClaimedAreClaimedWithTheNextTry() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start(
+      profiles: #"""
+        {"version": 1, "disks": [{"device": "xvdf", "transport": "mmio"}], "guests": [{"transport": "pci"}]}
+        """#)
+    let domain = try world.domain(5, name: "alpha")
+    try world.toolstack.attach(disk: "xvde", image: world.image("xvde"), to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    domain.rangeFailures.store(1, ordering: .sequentiallyConsistent)
+    try world.toolstack.attach(disk: "xvdf", image: world.image("xvdf"), to: 5)
+    #expect(eventually { world.state("alpha", "xvdf") == "failed" })
+    #expect(domain.rangeFailures.load(ordering: .sequentiallyConsistent) == 0)
+    #expect(eventually { world.state("alpha", "xvdf") == "ready" })
+    #expect(["xvde", "xvdf"].map { transport(world, $0) } == ["pci", "mmio"])
+    #expect(TrappedRegisters(domain: domain, base: SlotTable.slot(1).base).read(0x000) == 0x7472_6976)
+    #expect(try world.toolstack.destroy(5, disks: ["xvde", "xvdf"]))
+    #expect(eventually { world.info("guests") == 0 && domain.usage == .init() })
+  }
+
   /// What cannot be followed is refused, where the device itself asks for it.
   @Test func transportThatADeviceCannotHaveIsRefused() throws {
     let world = try World()

@@ -70,6 +70,38 @@ import Xen
     #expect(eventually { world.state("web1", "xvde") == nil && domain.usage == .init() })
   }
 
+  /// A device that leaves the profile while no daemon runs: what the earlier one claimed for it is not left in Xen, where it would hide what QEMU has
+  /// there.
+  @Test func claimsOfAFunctionThatNobodyAsksForAreGivenBack() throws {
+    let world = try World()
+    defer { world.end() }
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    func profiles(_ devices: String) -> String {
+      #"{"version": 1, "guests": [{"guest": "web*", "transport": "pci", "devices": [\#(devices)]}]}"#
+    }
+    let entropy = #"{"type": "entropy"}"#
+    try world.start(profiles: profiles(entropy + "," + entropy)) { $0.stateFolder = folder }
+    let domain = try world.domain(5, name: "web1")
+    #expect(eventually { ["rng0", "rng1"].allSatisfy { world.state("web1", $0) == "ready" } })
+    for device: UInt8 in [30, 31] {
+      let registers = try PCIFunctionRegisters(
+        domain: domain, function: PCIAddress(device: device), base: 0xf300_0000 + UInt64(device) << 20,
+        interrupts: .messages)
+      #expect(registers.read(0, width: 4) != UInt64(UInt32.max))
+    }
+    func isClaimed(_ device: UInt64) -> Bool {
+      domain.claimedMemory.contains { $0.contains(0xf300_0000 + device << 20) }
+    }
+    #expect(isClaimed(30) && isClaimed(31))
+    world.stop()
+    #expect(isClaimed(30) && isClaimed(31))
+    try world.start(profiles: profiles(entropy)) { $0.stateFolder = folder }
+    #expect(eventually { world.state("web1", "rng0") == "ready" && world.state("web1", "rng1") == nil })
+    world.settle()
+    #expect(!isClaimed(30) && isClaimed(31))
+    #expect(domain.configurationAccess(vcpu: 0, PCIAddress(device: 30), register: 0, size: 4) == .max)
+  }
+
   @Test func everyTypeIsServed() throws {
     let world = try World()
     defer { world.end() }

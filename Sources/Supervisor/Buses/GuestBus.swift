@@ -75,7 +75,7 @@ struct GuestThread: Sendable {
     thread.label("\(domain)")
   }
 
-  /// Does something behind all that was asked for before. Any thread.
+  /// Runs a job on the thread, after all jobs that were handed over before it. Any thread.
   func run(_ job: @escaping @Sendable (OnGuestThread) -> Void) { loop.enqueue { job(OnGuestThread()) } }
 
   /// Ends the thread; not to be called from it.
@@ -111,9 +111,9 @@ final class GuestGround {
   }
 }
 
-/// How some or all devices of one guest are reached: one object for each guest and transport, on the guest's thread. What a function does to the
-/// guest, it does there (`OnGuestThread`), and returns what is to be told of it. Places and readings are the supervisor's to ask for, on its loop; a bus
-/// keeps what both look at under a lock.
+/// How some or all devices of one guest are reached: one object for each guest and transport, on the guest's thread. What is done to the
+/// guest is done there, by the functions that take an `OnGuestThread`; they return what the guest's machine is told of it. Places are given, and
+/// readings taken, on the supervisor's loop; a bus keeps what both threads look at under a lock.
 ///
 /// A new transport is a type that conforms, and a line in `GuestBuses.all`. Nothing above asks which one a device has: what is special of
 /// it reaches operators as `facts`. `GuestBuses` gives each device its bus.
@@ -150,9 +150,9 @@ protocol GuestBus: AnyObject, Sendable {
   func restore(_ key: DeviceKey, _ state: DeviceState)
   /// Devices that were restored and nobody has asked for with `earlier` so far.
   var unclaimed: [DeviceKey] { get }
-  /// One of those, which nobody asked for: it is no more.
+  /// Forgets one of those, which nobody asked for.
   ///
-  /// - Returns: empties its place without a word.
+  /// - Returns: what takes it out of its place.
   func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void
 
   // MARK: Places
@@ -245,9 +245,6 @@ extension GuestBus {
 
   /// Takes the backend from behind a device's transport; the driver's requests wait for the next.
   func unplug(_ key: DeviceKey, _ here: OnGuestThread) { transport(of: key)?.unplug() }
-
-  /// Tells a device's driver that it must reset the device.
-  func needReset(_ key: DeviceKey, _ here: OnGuestThread) { transport(of: key)?.needReset() }
 }
 
 /// One thing to know.

@@ -48,6 +48,8 @@ final class MMIOBus: RegisterBus {
   private let host: BusHost
   private let server: RegisterServer
   private let seats = Mutex<[DeviceKey: Seat]>([:])
+  /// Devices of an earlier daemon, until they are taken out of their places; the server has claims of theirs, also when nobody asks for them.
+  private let left = Mutex<[DeviceKey: Seat]>([:])
 
   init(_ ground: GuestGround) throws(XenError) {
     guest = ground.facts
@@ -73,6 +75,7 @@ final class MMIOBus: RegisterBus {
 
   private func take(_ key: DeviceKey, _ seat: Seat) {
     seats.withLock { $0[key] = seat }
+    if seat.restored != nil { left.withLock { $0[key] = seat } }
     server.setPin(seat.slot.interrupt, of: key)
   }
 
@@ -95,8 +98,9 @@ final class MMIOBus: RegisterBus {
     if !guest.isParavirtual, let row = SlotTable.row(count: host.settings.slots) {
       try server.claim(first: row.lowerBound, last: row.upperBound)
     }
-    let restored = seats.withLock { $0.values.compactMap { seat in seat.transport.map { ($0, seat.slot) } } }
-    for (transport, slot) in restored { try server.attach(transport, to: slot) }
+    for seat in left.withLock({ Array($0.values) }) {
+      if let transport = seat.transport { try server.attach(transport, to: seat.slot) }
+    }
   }
 
   // MARK: Devices
@@ -170,27 +174,32 @@ final class MMIOBus: RegisterBus {
     let transport = MMIOTransport(
       device: backend, line: slot.line(of: server.handle), state: backend.state, needsReset: needsReset,
       onStatus: host.statusReporter(key))
-    seats.withLock { $0[key]?.transport = transport }
     do throws(XenError) {
       let ioreq = try server.server(preparedFor: self, here)
       try ioreq.attach(transport, to: slot)
       // One whose claim has failed is the guest's window from here on.
-      if slot.index == nil { server.note(window: slot.base, of: ioreq) }
+      if slot.index == nil { server.remember(window: slot.base, of: ioreq, here) }
     } catch {
       return .device(key, .insertFailed(id, "base: \(error)"))
     }
+    seats.withLock { $0[key]?.transport = transport }
     if needsReset { transport.interruptForConfiguration() }
     return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
   func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
-    if let slot = slot(of: key) { try? server.server(here).detach(slot) }
+    empty(slot(of: key), key, here)
     return .device(key, .removed)
   }
 
   func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
     let slot = slot(of: key)
     forget(key)
-    return { [server] here in if let slot { try? server.server(here).detach(slot) } }
+    return { [self] here in empty(slot, key, here) }
+  }
+
+  private func empty(_ slot: DeviceSlot?, _ key: DeviceKey, _ here: OnGuestThread) {
+    left.withLock { $0[key] = nil }
+    if let slot { try? server.server(here).detach(slot) }
   }
 }

@@ -42,6 +42,8 @@ final class PCIBus: RegisterBus {
   private let server: RegisterServer
   private let messages: GuestMessages
   private let seats = Mutex<[DeviceKey: Seat]>([:])
+  /// Devices of an earlier daemon, until they are taken out of their places; the server has claims of theirs, also when nobody asks for them.
+  private let left = Mutex<[DeviceKey: Seat]>([:])
   /// What QEMU has on the bus, as its monitor said; nil before.
   private let others = Mutex<Set<PCIAddress>?>(nil)
 
@@ -72,6 +74,7 @@ final class PCIBus: RegisterBus {
 
   private func take(_ key: DeviceKey, _ seat: Seat) {
     seats.withLock { $0[key] = seat }
+    if seat.restored != nil { left.withLock { $0[key] = seat } }
     server.setPin(Self.pin(seat.address.device), of: key)
   }
 
@@ -97,8 +100,9 @@ final class PCIBus: RegisterBus {
   // MARK: The server
 
   func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
-    let restored = seats.withLock { $0.values.compactMap { seat in seat.transport.map { ($0, seat.address) } } }
-    for (transport, address) in restored { try server.attach(transport, at: address) }
+    for seat in left.withLock({ Array($0.values) }) {
+      if let transport = seat.transport { try server.attach(transport, at: seat.address) }
+    }
   }
 
   // MARK: Devices
@@ -203,24 +207,29 @@ final class PCIBus: RegisterBus {
     let transport = PCITransport(
       device: backend, line: line(address), sender: messages, state: backend.state, needsReset: needsReset,
       onStatus: host.statusReporter(key))
-    seats.withLock { $0[key]?.transport = transport }
     do throws(XenError) {
       try server.server(preparedFor: self, here).attach(transport, at: address)
     } catch {
       return .device(key, .insertFailed(id, "PCI function \(address): \(error)"))
     }
+    seats.withLock { $0[key]?.transport = transport }
     if needsReset { transport.interruptForConfiguration() }
     return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
   func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
-    if let address = address(of: key) { try? server.server(here).detach(address) }
+    empty(address(of: key), key, here)
     return .device(key, .removed)
   }
 
   func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
     let address = address(of: key)
     forget(key)
-    return { [server] here in if let address { try? server.server(here).detach(address) } }
+    return { [self] here in empty(address, key, here) }
+  }
+
+  private func empty(_ address: PCIAddress?, _ key: DeviceKey, _ here: OnGuestThread) {
+    left.withLock { $0[key] = nil }
+    if let address { try? server.server(here).detach(address) }
   }
 }

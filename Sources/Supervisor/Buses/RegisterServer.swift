@@ -6,16 +6,16 @@ import Xen
 
 /// A bus whose devices have trapped registers.
 protocol RegisterBus: GuestBus {
-  /// Claims what is the bus's own, and puts restored devices in their places: before the first access is answered by a server that is started, or
-  /// with the first device of a bus that came later.
+  /// Claims what is the bus's own, and puts devices of an earlier daemon in their places: before a server that is started answers the first access, or
+  /// before the first device of a bus that came later is put in its place.
   func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError)
 }
 
 /// What buses with trapped registers have in common: the guest's ioreq server, its memory by foreign mappings, and what of both outlives the
-/// daemon. On the guest's thread, but for what is said of a function.
+/// daemon. On the guest's thread, but for the functions under "For the supervisor".
 final class RegisterServer: @unchecked Sendable {
   // Invariant behind @unchecked Sendable: `ioreq`, `prepared` and `uuid` are read and written on the guest's thread only, by functions that
-  // are given `OnGuestThread`; the rest does not change or is under a lock.
+  // are given `OnGuestThread`, and by private ones that these call; the rest does not change or is under a lock.
   let handle: any GuestHandle
   let pool: ForeignMappingPool
   private let guest: GuestFacts
@@ -91,6 +91,15 @@ final class RegisterServer: @unchecked Sendable {
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
+  /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image. Guests on Arm have no QEMU.
+  func warning(_ key: DeviceKey) -> String? {
+    guard !guest.isParavirtual, key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else {
+      return nil
+    }
+    return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
+      + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
+  }
+
   // MARK: The server
 
   /// The server; ESRCH when there is none.
@@ -164,12 +173,12 @@ final class RegisterServer: @unchecked Sendable {
   func claim(window base: UInt64, _ here: OnGuestThread) throws(XenError) {
     let ioreq = try server(here)
     try ioreq.claim(window: base)
-    note(window: base, of: ioreq)
+    remember(window: base, of: ioreq, here)
   }
 
   /// Remembers a window, also for a later daemon; to be called once Xen has taken it. What Xen has refused is not asked for again with each start of
   /// the server: the guest's other devices would wait for it.
-  func note(window base: UInt64, of ioreq: IOReqServer) {
+  func remember(window base: UInt64, of ioreq: IOReqServer, _ here: OnGuestThread) {
     if shared.withLock({ $0.windows.insert(base).inserted }) { save(ioreq.identifier) }
   }
 
@@ -199,14 +208,5 @@ final class RegisterServer: @unchecked Sendable {
     if let earlier = shared.withLock({ $0.earlier.take() }) { try? handle.destroyIOReqServer(earlier) }
     shared.withLock { $0.report = nil }
     pool.close()
-  }
-
-  /// xl in dom0 gives the first four disks of an HVM guest to QEMU as IDE drives too: two writers on one image. Guests on Arm have no QEMU.
-  func warning(_ key: DeviceKey) -> String? {
-    guard !guest.isParavirtual, key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else {
-      return nil
-    }
-    return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
-      + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
   }
 }

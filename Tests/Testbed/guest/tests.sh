@@ -236,6 +236,16 @@ test_pci() {
   test_crash
 }
 
+# Every device of the guest's in use for as long as it lives: files written and compared, the network answered on, a console and random numbers.
+test_save() {
+  { ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up; } || say "FAIL the network device"
+  { while true; do
+    echo "second $(cut -d. -f1 /proc/uptime), $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c) random bytes" >/dev/hvc1
+    sleep 1
+  done; } &
+  test_load
+}
+
 # Where a disk's function is, and its BAR.
 function_of() { basename "$(readlink -f "$(readlink -f "/sys/block/$1/device")/..")"; }
 bar_of() { head -n 1 "/sys/bus/pci/devices/$1/resource" | cut -d' ' -f1; }
