@@ -68,7 +68,7 @@ final class Guest {
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
       channels: facts.channels,
       server: facts.server, mappings: facts.mappings, facts: facts.rows, guestNeeds: buses.guestNeeds,
-      note: buses.note, limits: limits,
+      notes: buses.notes, limits: limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0) })
   }
 

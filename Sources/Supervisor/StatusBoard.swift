@@ -64,7 +64,7 @@ package final class StatusBoard: Sendable {
     /// How the guest reaches its devices, in words.
     var facts: [Fact] = []
     var guestNeeds = ""
-    var note: String?
+    var notes: @Sendable () -> Set<GuestNote> = { [] }
     var limits = RateLimits()
     var devices: [Device]
   }

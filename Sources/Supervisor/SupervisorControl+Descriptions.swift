@@ -35,7 +35,12 @@ extension SupervisorControl {
     ]
     members.append(.init(name: "facts", value: describe(guest.facts)))
     members.append(.init(name: "guestNeeds", value: .string(guest.guestNeeds)))
-    if let note = guest.note { members.append(.init(name: "note", value: .string(note))) }
+    for note in guest.notes() {
+      switch note {
+      case .note(let words): members.append(.init(name: "note", value: .string(words)))
+      case .warning(let words): members.append(.init(name: "warning", value: .string(words)))
+      }
+    }
     if let reason = guest.reason { members.append(.init(name: "reason", value: .string(reason))) }
     if let server = guest.server {
       members.append(

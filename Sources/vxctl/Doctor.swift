@@ -20,6 +20,9 @@ struct Doctor: ParsableCommand {
       findings = HostFacts.current(nodes: nodes).findings
       findings.append(Finding(.good, "vxd", "answers on \(connection.socket)"))
       findings += guestFindings(devices)
+      findings += (try client.call("guest.list").arrayValue ?? []).compactMap { guest in
+        guest["warning"]?.stringValue.map { Finding(.note, guest.cell("name"), $0) }
+      }
     } catch {
       findings = HostFacts.current(nodes: nil).findings
       findings.append(Finding(.bad, "vxd", error.message))

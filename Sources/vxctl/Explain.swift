@@ -78,6 +78,7 @@ struct Explain: ParsableCommand {
           remedy: "its disk line needs backendtype=standalone, specification=virtio, and no backend= of another domain")
       }
       let devices = try devices(of: known, client, report)
+      if let note = (known["warning"] ?? known["note"])?.stringValue { report.add(.note, note) }
       for device in devices
       where name == nil || device.cell("device") == name?.device || device.cell("id") == name?.device {
         try explain(device, client, report, guestNeeds: known.cell("guestNeeds"))
@@ -91,7 +92,6 @@ struct Explain: ParsableCommand {
         throw Wrong(
           words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
       }
-      if let note = known["note"]?.stringValue { report.add(.note, note) }
       report.add(.good, "no problem found")
     } catch {
       report.add(.bad, error.words, remedy: error.remedy)

@@ -106,7 +106,7 @@ import Xen
     try world.toolstack.attach(disk: "xvde", image: "/nowhere/disk.img", to: 5)
     _ = try world.domain(6, name: "good", type: "pvh")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 6)
-    _ = try world.domain(7, name: "plain")
+    let plain = try world.domain(7, name: "plain")
     #expect(eventually { world.state("pv", "xvde") == "failed" && world.state("plain", "console0") == "failed" })
     #expect(eventually { world.state("good", "xvde") == "ready" })
     let run = vxctl(world, ["doctor", "--json"])
@@ -117,5 +117,11 @@ import Xen
     #expect(text("pv/xvde")?.contains("/nowhere/disk.img") == true, "\(run.output)")
     #expect(text("plain/console0")?.contains("pty") == true, "\(run.output)")
     #expect(text("good/xvde") == nil && text("vxd")?.hasPrefix("answers") == true)
+    // A guest whose drivers are gone when it is saved is nothing to warn of; one that has none is.
+    #expect(text("plain") == nil)
+    #expect(vxctl(world, ["explain", "plain"]).output.contains("note xl save and xl restore keep these devices;"))
+    plain.hasXenDrivers.store(false, ordering: .relaxed)
+    #expect(vxctl(world, ["doctor"]).output.contains("xl save and xl migrate lose the state of these devices"))
+    #expect(vxctl(world, ["explain", "plain"]).output.contains("note xl save and xl migrate lose"))
   }
 }

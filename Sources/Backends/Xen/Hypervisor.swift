@@ -6,6 +6,9 @@ package protocol Hypervisor: AnyObject, Sendable {
   func open(_ domain: DomainID) throws(XenError) -> any GuestHandle
   /// Grants and event channels of one guest, for which no privilege is needed.
   func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle
+  /// Whether an HVM guest has Xen's drivers, as libxl finds out: by their event channels' callback. With them its kernel suspends itself before it is
+  /// saved, and its drivers reset their devices then. nil where that cannot be asked.
+  func hasXenDrivers(_ domain: DomainID) -> Bool?
 }
 
 /// One guest's ioreq server, memory, event channels and interrupt lines.

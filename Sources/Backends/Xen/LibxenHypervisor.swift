@@ -23,6 +23,14 @@ package final class LibxenHypervisor: Hypervisor {
   }
 
   package func openGrants(_ domain: DomainID) throws(XenError) -> any GrantHandle { try LibxenGrants(domain) }
+
+  package func hasXenDrivers(_ domain: DomainID) -> Bool? {
+    guard let call = xencall_open(nil, 0) else { return nil }
+    defer { xencall_close(call) }
+    var callback: UInt64 = 0
+    guard cxen_hvm_parameter(call, domain, UInt32(HVM_PARAM_CALLBACK_IRQ), &callback) >= 0 else { return nil }
+    return callback != 0
+  }
 }
 
 /// Ties a file of event channels to one domain. Linux (drivers/xen/evtchn.c) cannot do that for domain 0, whose frontends a driver domain serves

@@ -59,6 +59,8 @@ package final class SimulatedDomain: @unchecked Sendable {
   package let refusedMemory = Mutex<ClosedRange<UInt64>?>(nil)
   package let pageFailures = Atomic<Int>(0)
   package let lostEvents = Atomic<Int>(0)
+  /// Whether its kernel has Xen's drivers.
+  package let hasXenDrivers = Atomic<Bool>(true)
   /// Accesses to memory that nobody has claimed: a kernel on Arm dies of the first.
   package let aborts = Atomic<UInt64>(0)
   /// Runs when a vCPU has selected its server and not yet written to its slot: where a test lets something happen in between.

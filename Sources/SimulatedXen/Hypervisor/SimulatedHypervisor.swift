@@ -21,6 +21,10 @@ package final class SimulatedHypervisor: Hypervisor {
     return SimulatedGrantHandle(found)
   }
 
+  package func hasXenDrivers(_ domain: DomainID) -> Bool? {
+    domains.withLock { $0[domain] }?.hasXenDrivers.load(ordering: .relaxed)
+  }
+
   func domain(_ identifier: DomainID) -> SimulatedDomain? { domains.withLock { $0[identifier] } }
 
   /// Makes a domain known; it runs from now on.

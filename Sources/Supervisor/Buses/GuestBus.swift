@@ -139,8 +139,8 @@ protocol GuestBus: AnyObject, Sendable {
 
   /// What a guest needs for its drivers to find devices there: for operators whose guest has not.
   var guestNeeds: String { get }
-  /// What operators of such guests should know; nil for nothing.
-  var note: String? { get }
+  /// What operators of such guests should know now; nil for nothing. Any thread.
+  func note() -> GuestNote?
   /// What operators see of the bus as a whole.
   var facts: [Fact] { get }
 
@@ -215,7 +215,7 @@ extension GuestBus {
   static func restores(_ place: DevicePlace) -> Bool { false }
   static func hasWindow(_ device: DeviceWish) -> Bool { false }
   func claim(_ key: DeviceKey, _ wish: DeviceWish, _ here: OnGuestThread) -> BusEvent { .device(key, .claimed(nil)) }
-  var note: String? { nil }
+  func note() -> GuestNote? { nil }
   var facts: [Fact] { [] }
   func restore(_ key: DeviceKey, _ state: DeviceState) {}
   var unclaimed: [DeviceKey] { [] }
@@ -245,6 +245,13 @@ extension GuestBus {
 
   /// Takes the backend from behind a device's transport; the driver's requests wait for the next.
   func unplug(_ key: DeviceKey, _ here: OnGuestThread) { transport(of: key)?.unplug() }
+}
+
+/// What operators of a guest should know.
+enum GuestNote: Hashable, Sendable {
+  case note(String)
+  /// It would cost them something.
+  case warning(String)
 }
 
 /// One thing to know.

@@ -123,7 +123,10 @@ final class GuestBuses {
   }
 
   var guestNeeds: String { unique(made.map(\.guestNeeds)) ?? "" }
-  var note: String? { unique(made.compactMap(\.note)) }
+  /// What operators should know, as it is when it is asked for, on any thread.
+  var notes: @Sendable () -> Set<GuestNote> {
+    { [made] in Set(made.compactMap { $0.note() }) }
+  }
 
   private func unique(_ texts: [String]) -> String? {
     var seen: Set<String> = []

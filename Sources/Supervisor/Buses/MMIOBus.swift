@@ -23,7 +23,7 @@ final class MMIOBus: RegisterBus {
   }
 
   /// xl has no such commands for guests on Arm.
-  var note: String? { guest.isParavirtual ? nil : RegisterServer.note }
+  func note() -> GuestNote? { guest.isParavirtual ? nil : server.savingNote }
 
   static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
     !guest.isDriverDomain && (device.base != 0 || !guest.isParavirtual)

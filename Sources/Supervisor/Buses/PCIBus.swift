@@ -16,7 +16,7 @@ final class PCIBus: RegisterBus {
   static let hostNodes = ["evtchn", "privcmd"]
 
   let guestNeeds = "virtio_pci and the device's driver"
-  let note: String? = RegisterServer.note
+  func note() -> GuestNote? { server.savingNote }
 
   static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
     device.transport == .pci && device.base == 0 && !guest.isParavirtual && !guest.isDriverDomain

@@ -20,6 +20,7 @@ final class RegisterServer: @unchecked Sendable {
   let pool: ForeignMappingPool
   private let guest: GuestFacts
   private let settings: SupervisorSettings
+  private let hypervisor: any Hypervisor
   private let loop: EventLoop
   private var domain: DomainID { guest.domain }
   private var ioreq: IOReqServer?
@@ -46,13 +47,11 @@ final class RegisterServer: @unchecked Sendable {
     weak var bus: (any RegisterBus)?
   }
 
-  static let note =
-    "xl save and migrate do not carry the state of these devices (ioreq-based): shut the guest down instead"
-
   init(_ guest: GuestFacts, _ host: BusHost, _ thread: GuestThread) throws(XenError) {
     self.guest = guest
     loop = thread.loop
     settings = host.settings
+    hypervisor = host.hypervisor
     handle = try host.hypervisor.open(guest.domain)
     pool = ForeignMappingPool(guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget)
   }
@@ -74,6 +73,23 @@ final class RegisterServer: @unchecked Sendable {
     return ServerFacts(
       rows: row.map { [$0] } ?? [], vcpus: report?.vcpus ?? 0, channels: report?.vcpus ?? 0, server: report?.server,
       mappings: { [pool] in pool.statistics })
+  }
+
+  /// What becomes of the devices when xl saves the guest. Nobody carries their state, so all depends on whether the guest has reset them. xl migrates
+  /// a guest that runs, and nobody would tell it which pages of the guest's memory vxd writes to meanwhile. Any thread.
+  var savingNote: GuestNote {
+    switch hypervisor.hasXenDrivers(domain) {
+    case true:
+      .note("xl save and xl restore keep these devices; xl migrate corrupts the guest's memory: shut it down instead")
+    case false:
+      .warning(
+        "xl save and xl migrate lose the state of these devices: the guest has no Xen drivers, with which it would reset them first; shut it down instead"
+      )
+    case nil:
+      .note(
+        "xl save and xl restore keep these devices only if the guest has Xen drivers, as Linux has; xl migrate corrupts the guest's memory: shut it down instead"
+      )
+    }
   }
 
   /// Devices that an earlier daemon left files of; none when they are of another guest, whose domain number came again, or of another life of
