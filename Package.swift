@@ -131,7 +131,7 @@ let package = Package(
       ],
       swiftSettings: house),
     .testTarget(name: "LifecycleTests", dependencies: ["Lifecycle"], swiftSettings: house),
-    .testTarget(name: "HouseTests", swiftSettings: house),
+    .testTarget(name: "HouseTests", dependencies: ["TestSupport"], swiftSettings: house),
   ]
 )
 

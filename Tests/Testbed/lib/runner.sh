@@ -13,23 +13,39 @@ header() { # FILE KEY DEFAULT
   echo "${value:-$3}"
 }
 
-# The names of all scenarios, those first that take longest ("# takes: SECONDS"). Those on Arm are a list of their own, since a build of vxd for
-# Arm is not on every machine that tests, and so are those for which the gate has no time ("# in the gate: no"); test-all runs all.
-scenario_names() { # [arm64|long]
-  local file name release gate
+# The names of scenarios, those first that take longest ("# takes: SECONDS"): what the gate runs now, or "left", what it leaves out, or "arm64", those on
+# Arm, since a build of vxd for Arm is not on every machine that tests. Scenarios with "# in the gate: by turns" are in four parts that take about
+# as long as each other, and the gate runs one of them: the number in Tests/Testbed/turn, to which each landing adds 1, says which.
+scenario_names() { # [left|arm64]
+  local turn
+  turn=$((${VXD_TESTBED_TURN:-$(cat "$TESTBED/turn")} % 4)) || die "$TESTBED/turn: expected a number"
+  runs_of_scenarios "${1:-}" | sort -k 2,2nr -k 3,3 | awk -v turn=$turn -v left="${1:-}" '
+    $1 != "turns" { if (left != "left") print $3; next }
+    {
+      part = 0
+      for (other = 1; other < 4; other++) if (sum[other] < sum[part]) part = other
+      sum[part] += $2
+      if ((part == turn) == (left != "left")) print $3
+    }'
+}
+
+runs_of_scenarios() { # [left|arm64] : "always" or "turns", seconds and name of each
+  local file name release kind seconds
   for file in "$TESTBED"/scenarios/*.sh "$TESTBED"/scenarios/extra/*.sh; do
     name=${file#"$TESTBED"/scenarios/}
     name=${name%.sh}
-    gate=$(header "$file" "in the gate" yes)
-    case ${1:-}:$gate in :no | long:yes) continue ;; esac
-    [ "${1:-}" = arm64 ] || echo "$(header "$file" takes 60) $name"
+    kind=always
+    ! grep -q '^# in the gate: by turns$' "$file" || kind=turns
+    seconds=$(header "$file" takes 60)
+    [ "${1:-}" = arm64 ] || echo "$kind $seconds $name"
     for release in $(sed -n 's/^# also on: //p' "$file"); do
       case ${1:-}:$release in
-        :arm64 | long:arm64) ;;
-        :* | long:* | arm64:arm64) echo "$(header "$file" takes 60) $name@$release" ;;
+        arm64:arm64) echo "always $seconds $name@arm64" ;;
+        arm64:* | *:arm64) ;;
+        *) echo "$kind $seconds $name@$release" ;;
       esac
     done
-  done | sort -k 1,1nr -k 2,2 | cut -d ' ' -f 2
+  done
 }
 
 check_names() { # NAME... : that each is there, and has a release that the testbed knows

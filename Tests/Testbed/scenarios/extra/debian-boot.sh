@@ -1,7 +1,7 @@
 # takes: 250 s
 # limit: 1200 s
+# in the gate: by turns
 # also on: trixie
-# in the gate: no
 # needs: stock
 # processors: 5
 # A stock Debian guest's kernel unplugs the emulated storage and network devices of its bus, and leaves vxd's alone; and iPXE loads a kernel over

@@ -1,7 +1,7 @@
 # takes: 220 s
 # limit: 1800 s
+# in the gate: by turns
 # also on: trixie
-# in the gate: no
 # needs: stock
 # processors: 5
 # A stock Debian 12 with its own kernels and GRUB, all of whose devices are vxd's on its PCI bus, and what a machine lives through: it boots with vxd

@@ -1,5 +1,6 @@
 # takes: 57 s
 # limit: 500 s
+# in the gate: by turns
 # needs: xenbus
 # processors: 5
 # vxd in dom0 serves a PV and a PVH guest over Xenbus, beside its ioreq servers for HVM guests.

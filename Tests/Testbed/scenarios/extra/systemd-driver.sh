@@ -1,5 +1,6 @@
 # takes: 200 s
 # limit: 1500 s
+# in the gate: by turns
 # needs: debian xenbus
 # processors: 5
 # The driver domain is an unprivileged PVH Debian 12 with systemd, on a disk of its own, and vxd comes as its package: restart, watchdog and
