@@ -14,7 +14,8 @@ header() { # FILE KEY DEFAULT
 }
 
 # The names of all scenarios, those first that take longest ("# takes: SECONDS"). Those on Arm are a list of their own, since a build of vxd for
-# Arm is not on every machine that tests, and so are those for which the gate has no time ("# in the gate: no"); test-all runs all.
+# Arm is not on every machine that tests, and so are those for which the gate has no time ("# in the gate: no", or "bookworm" for one that the gate runs
+# on that release alone); test-all runs all.
 scenario_names() { # [arm64|long]
   local file name release gate
   for file in "$TESTBED"/scenarios/*.sh "$TESTBED"/scenarios/extra/*.sh; do
@@ -22,9 +23,10 @@ scenario_names() { # [arm64|long]
     name=${name%.sh}
     gate=$(header "$file" "in the gate" yes)
     case ${1:-}:$gate in :no | long:yes) continue ;; esac
-    [ "${1:-}" = arm64 ] || echo "$(header "$file" takes 60) $name"
+    case ${1:-}:$gate in arm64:* | long:bookworm) ;; *) echo "$(header "$file" takes 60) $name" ;; esac
     for release in $(sed -n 's/^# also on: //p' "$file"); do
       case ${1:-}:$release in
+        :trixie) [ "$gate" = bookworm ] || echo "$(header "$file" takes 60) $name@$release" ;;
         :arm64 | long:arm64) ;;
         :* | long:* | arm64:arm64) echo "$(header "$file" takes 60) $name@$release" ;;
       esac
