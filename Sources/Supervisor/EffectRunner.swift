@@ -86,17 +86,22 @@ final class EffectRunner {
     }
   }
 
-  /// Does what may wait for other programs, and what nobody waits for, on a thread of its own.
-  func aside(_ name: String, for supervisor: Supervisor, _ body: @escaping @Sendable () -> Void) {
+  /// Does what may wait for other programs on a thread of its own.
+  ///
+  /// - Returns: false where there is no thread for it.
+  @discardableResult
+  func aside(_ name: String, for supervisor: Supervisor, _ body: @escaping @Sendable () -> Void) -> Bool {
     do throws(Errno) {
       let thread = try LoopThread(name: name)
       thread.loop.enqueue {
         body()
         supervisor.onLoop { _ in thread.stopAndJoin() }
       }
+      return true
     } catch {
-      // Without it traces stay until the next start.
+      // Traces stay until the next start then, and QEMU is asked later.
       herald.note("no thread for \(name): \(error)")
+      return false
     }
   }
 

@@ -51,6 +51,8 @@ enum BusReport: Sendable {
   case driver(DeviceKey, Latest<DeviceStatus>)
   /// What is published of a device's configuration space may be another than before.
   case configuration(DeviceKey)
+  /// The guest looks through its PCI bus for the first time, and waits for `GuestBus.learn` or `answerScan`.
+  case scan(DomainID)
 }
 
 /// Work for the guest's thread; what it returns is reported to the guest's machine.
@@ -157,6 +159,8 @@ protocol GuestBus: AnyObject, SendableMetatype {
   ///
   /// - Returns: devices whose places QEMU has too, which are not to be served.
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey]
+  /// Nobody says what QEMU has: the guest is to find what it has of vxd.
+  func answerScan()
 
   // MARK: Handshakes in Xenstore, where the bus has them
 
@@ -186,6 +190,7 @@ extension GuestBus {
   func discard(_ key: DeviceKey) -> BusJob { { nil } }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
+  func answerScan() {}
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.

@@ -135,6 +135,9 @@ final class GuestBuses {
   /// - Returns: devices that are in a place of QEMU's.
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { made.flatMap { $0.learn(functions) } }
 
+  /// Lets the guest look through its bus without QEMU's answer.
+  func answerScan() { for bus in made { bus.answerScan() } }
+
   // MARK: For the status board
 
   var facts: ServerFacts {

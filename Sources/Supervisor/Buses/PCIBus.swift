@@ -98,7 +98,9 @@ final class PCIBus: GuestBus {
 
   private var preparation: RegisterServer.Preparation {
     let restored = seats.values.compactMap { seat in seat.transport.map { ($0, seat.address) } }
+    let hold = others == nil ? server.holdScan() : nil
     return { server throws(XenError) in
+      try hold?(server)
       for (transport, address) in restored { try server.attach(transport, at: address) }
     }
   }
@@ -138,12 +140,25 @@ final class PCIBus: GuestBus {
 
   // MARK: QEMU
 
+  // QEMU starts behind state 2 of the guest's disks, with functions of ours in their places and claimed from Xen, which lets ours win. Before the
+  // guest runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So what QEMU has is known at the latest when the
+  // guest asks for the first configuration space of ours: that access waits for QEMU's answer, and a function of ours in a place of QEMU's is
+  // taken off the bus before it is answered. So nobody finds it there, with one exception: who waits with an access to just that place finds it empty,
+  // since Xen has given that access to us, and what QEMU has there with the next one. hvmloader leaves such a device without addresses, which kernels
+  // give it then. A guest without a monitor is answered at once; one whose QEMU does not answer after 3 s, as long as its thread has
+  // (`QEMUMonitor.functions`), or 5 s (`RegisterServer.longestHold`), and what it collides with is refused later. What QEMU gets while the
+  // guest runs (PCI hot-plug) is not looked for.
+
   var asksQEMU: Bool { others == nil && !seats.isEmpty }
 
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
     others = functions
-    return seats.filter { seat in functions.contains { $0.device == seat.value.address.device } }.map(\.key)
+    let refused = seats.filter { seat in functions.contains { $0.device == seat.value.address.device } }
+    server.answerScan(without: refused.map(\.value.address))
+    return refused.map(\.key)
   }
+
+  func answerScan() { server.answerScan() }
 
   /// The device number for a device; nil when all are taken.
   static func place(_ key: DeviceKey, taken: Set<UInt8>) -> UInt8? {

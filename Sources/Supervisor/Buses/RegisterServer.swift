@@ -72,6 +72,34 @@ final class RegisterServer {
     return folder.contents.devices.filter { $0.domain == domain }
   }
 
+  // MARK: The guest's look through its PCI bus
+
+  /// How long the first accesses to configuration spaces wait at most for `answerScan`, in milliseconds: more than QEMU's monitor is given.
+  static let longestHold: UInt64 = 5000
+
+  /// Part of a preparation: has the guest's first look through its bus wait for `answerScan`, and reports it.
+  func holdScan() -> Preparation {
+    let (cell, loop, report, domain) = (cell, thread.loop, host.report, domain)
+    return { server in
+      let number = server.identifier
+      server.holdConfiguration {
+        // Whatever becomes of the question, the guest gets an answer.
+        loop.schedule(afterMilliseconds: Self.longestHold) {
+          if let server = cell.server, server.identifier == number { server.answerConfiguration() }
+        }
+        report(.scan(domain))
+      }
+    }
+  }
+
+  /// Lets the guest look through its bus.
+  ///
+  /// - Parameter absent: functions that are not to be found there. Too late for a guest that has looked already.
+  func answerScan(without absent: [PCIAddress] = []) {
+    let cell = cell
+    thread.loop.enqueue { cell.server?.answerConfiguration(without: absent) }
+  }
+
   // MARK: Jobs for the guest's thread
 
   /// Makes the ioreq server, or takes over that of an earlier daemon, whose guest may be waiting for answers from it.
