@@ -109,6 +109,12 @@ final class EffectRunner {
   /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
   func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.discard(key)) }
 
+  /// Lets a guest look through its PCI bus, on which devices are not to be found that stand in places of QEMU's.
+  func answerScan(of guest: Guest, without absent: [DeviceKey] = []) {
+    let buses = guest.buses.made
+    guest.buses.thread.run { here in for bus in buses { bus.answerScan(without: absent, here) } }
+  }
+
   /// Hands a job to the guest's thread; its machine is told what comes of it.
   private func run(
     _ guest: Guest, _ supervisor: Supervisor, _ job: @escaping @Sendable (OnGuestThread) -> BusEvent?
@@ -119,17 +125,22 @@ final class EffectRunner {
     }
   }
 
-  /// Does what may wait for other programs, and what nobody waits for, on a thread of its own.
-  func aside(_ name: String, for supervisor: Supervisor, _ body: @escaping @Sendable () -> Void) {
+  /// Does what may wait for other programs on a thread of its own.
+  ///
+  /// - Returns: false where there is no thread for it.
+  @discardableResult
+  func aside(_ name: String, for supervisor: Supervisor, _ body: @escaping @Sendable () -> Void) -> Bool {
     do throws(Errno) {
       let thread = try LoopThread(name: name)
       thread.loop.enqueue {
         body()
         supervisor.onLoop { _ in thread.stopAndJoin() }
       }
+      return true
     } catch {
-      // Without it traces stay until the next start.
+      // Traces stay until the next start then, and QEMU is asked later.
       herald.note("no thread for \(name): \(error)")
+      return false
     }
   }
 

@@ -129,6 +129,8 @@ final class GuestTable {
     case .configuration(let key):
       if let (guest, _) = known(key) { runner.publishConfiguration(key, guest) }
       return nil
+    case .scan:
+      return nil
     }
   }
 

@@ -103,6 +103,9 @@ package actor Supervisor {
 
   /// A bus has something to say.
   func heard(_ report: BusReport) {
+    if case .scan(let domain) = report, !askQEMU(domain), let guest = table.guests[domain] {
+      table.runner.answerScan(of: guest)
+    }
     guard let event = table.event(for: report) else { return }
     handle(event.1, of: event.0)
   }
@@ -174,26 +177,34 @@ package actor Supervisor {
     }
   }
 
-  /// QEMU is started behind the guest's disks: what it has on the guest's PCI bus is known when its monitor is there.
-  private func askQEMU() {
+  /// QEMU is started behind the guest's disks: what it has on the guest's PCI bus is known when its monitor is there. It is asked at the latest
+  /// when the guest looks.
+  private func askQEMU() { for domain in table.guests.keys { askQEMU(domain) } }
+
+  /// - Returns: whether its answer comes, or that there is none.
+  @discardableResult
+  private func askQEMU(_ domain: DomainID) -> Bool {
+    guard table.guests[domain]?.buses.asksQEMU == true else { return false }
+    guard !asked.contains(domain) else { return true }
     let folder = settings.qemuFolder
-    for domain in table.guests.keys where !asked.contains(domain) && table.guests[domain]?.buses.asksQEMU == true {
-      guard QEMUMonitor.isThere(of: domain, folder: folder) else { continue }
-      asked.insert(domain)
-      table.runner.aside("vxd-qemu-\(domain)", for: self) { [self] in
-        let found = QEMUMonitor.functions(of: domain, folder: folder)
-        onLoop { $0.learned(domain, found) }
-      }
+    guard QEMUMonitor.isThere(of: domain, folder: folder) else { return false }
+    let isAsked = table.runner.aside("vxd-qemu-\(domain)", for: self) { [self] in
+      let found = QEMUMonitor.functions(of: domain, folder: folder)
+      onLoop { $0.learned(domain, found) }
     }
+    if isAsked { asked.insert(domain) }
+    return isAsked
   }
 
   private func learned(_ domain: DomainID, _ found: [(device: UInt8, function: UInt8)]?) {
     asked.remove(domain)
-    // One that does not answer is asked again.
-    guard let found, let guest = table.guests[domain] else { return }
-    let functions = Set(found.map { PCIAddress(device: $0.device, function: $0.function) })
+    guard let guest = table.guests[domain] else { return }
+    // One that does not answer is asked again, and the guest does not wait for it.
+    guard let found else { return table.runner.answerScan(of: guest) }
+    let refused = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
+    table.runner.answerScan(of: guest, without: refused)
     // It is stopped, and its place is refused when it is started again.
-    for key in guest.buses.learn(functions).sorted(by: { $0.device < $1.device }) {
+    for key in refused.sorted(by: { $0.device < $1.device }) {
       handle(.device(key, .command(.restart)), of: domain)
     }
   }

@@ -5,14 +5,23 @@ import Glibc
 /// QEMU's monitor, for one client: greets, takes the handshake, says what is on the bus.
 final class MonitorOfQEMU {
   private let thread: LoopThread
+  private let listener: OwnedDescriptor
 
-  init(path: String, devices: String) throws {
-    let listener = OwnedDescriptor(adopting: socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0))
-    try UnixSocket.withAddress(path) { bind(listener.raw, $0, $1) }
-    guard listen(listener.raw, 1) == 0 else { throw Errno.last }
+  /// - Parameter devices: nil for a QEMU that hangs: who connects hears nothing.
+  init(path: String, devices: String?) throws {
+    listener = OwnedDescriptor(adopting: socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0))
+    let listening = listener.raw
+    try UnixSocket.withAddress(path) { bind(listening, $0, $1) }
+    guard listen(listening, 1) == 0 else { throw Errno.last }
     thread = try LoopThread(name: "monitor")
     thread.loop.enqueue {
-      let client = OwnedDescriptor(adopting: accept(listener.raw, nil, nil))
+      let client = OwnedDescriptor(adopting: accept(listening, nil, nil))
+      guard let devices else {
+        var byte: UInt8 = 0
+        // Until the other end has enough of it.
+        while recv(client.raw, &byte, 1, 0) > 0 {}
+        return
+      }
       func say(_ line: String) {
         var bytes = Array((line + "\r\n").utf8)
         _ = send(client.raw, &bytes, bytes.count, Int32(MSG_NOSIGNAL))
@@ -32,5 +41,9 @@ final class MonitorOfQEMU {
     }
   }
 
-  func end() { thread.stopAndJoin() }
+  /// Also where nobody has come.
+  func end() {
+    shutdown(listener.raw, Int32(SHUT_RDWR))
+    thread.stopAndJoin()
+  }
 }

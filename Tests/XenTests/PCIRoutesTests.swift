@@ -1,5 +1,6 @@
 import EventLoop
 import SimulatedXen
+import Synchronization
 import TestSupport
 import Testing
 import Transport
@@ -38,6 +39,13 @@ import Virtqueue
 
     func perform(_ body: @escaping @Sendable (IOReqServer) -> Void) {
       thread.perform { [self] in if let server { body(server) } }
+    }
+
+    /// Accesses that were answered.
+    var counted: UInt64 {
+      let count = Atomic<UInt64>(0)
+      perform { count.store($0.counters.accesses.load(ordering: .relaxed), ordering: .relaxed) }
+      return count.load(ordering: .relaxed)
     }
 
     func end(leaves: Bool = false) {
@@ -145,6 +153,68 @@ import Virtqueue
     #expect(domain.claimedMemory == [range(0xf310_0000)])
     #expect(higher.configuration(0, 2) == 0x1af4)
     process.end()
+  }
+
+  /// What two vCPUs read of the first two functions' identities, each by a thread of its own.
+  private final class Readers: @unchecked Sendable {
+    // Invariant behind @unchecked Sendable: each thread writes an element of its own, which is read when it has ended.
+    private var threads: [LoopThread] = []
+    private var found: [UInt64] = [0, 0]
+
+    init(_ domain: SimulatedDomain, _ functions: [PCIAddress]) throws {
+      threads = try functions.indices.map { try LoopThread(name: "vcpu\($0)") }
+      for (vcpu, function) in functions.enumerated() {
+        threads[vcpu].loop.enqueue { [self] in
+          found[vcpu] = domain.configurationAccess(vcpu: vcpu, function, register: 0, size: 4) & 0xffff_ffff
+        }
+      }
+    }
+
+    func identities() -> [UInt64] {
+      for thread in threads { thread.stopAndJoin() }
+      return found
+    }
+  }
+
+  @Test(arguments: [false, true]) func configurationWaitsUntilItIsAnswered(adopted: Bool) throws {
+    let scans = Atomic<Int>(0)
+    let lower = first
+    let process = try Process(hypervisor, [first, second])
+    process.perform { server in
+      server.holdConfiguration { scans.wrappingAdd(1, ordering: .relaxed) }
+    }
+    let readers = try Readers(domain, [first, second])
+    #expect(eventually { scans.load(ordering: .relaxed) == 1 })
+    // An event of any vCPU has all of them looked at.
+    process.perform { $0.ready(events: 1) }
+    process.perform { $0.serveAll() }
+    #expect(process.counted == 0 && scans.load(ordering: .relaxed) == 1)
+    guard adopted else {
+      process.perform { $0.answerConfiguration(without: [lower]) }
+      #expect(readers.identities() == [0xffff_ffff, 0x1042_1af4])
+      #expect(domain.claimedFunctions == [second])
+      // It was taken off before anybody was answered; behind that it would be taken from a driver.
+      let higher = second
+      process.perform { $0.answerConfiguration(without: [higher]) }
+      #expect(domain.claimedFunctions == [second])
+      return process.end()
+    }
+    process.end(leaves: true)
+    let next = try Process(hypervisor, [first, second], adopting: 0)
+    #expect(readers.identities() == [0x1042_1af4, 0x1042_1af4])
+    next.end()
+    #expect(isFree)
+  }
+
+  @Test func endAnswersWhoWaitsForAConfigurationSpace() throws {
+    let process = try Process(hypervisor, [first, second])
+    let isScanned = Latch()
+    process.perform { $0.holdConfiguration { isScanned.open() } }
+    let readers = try Readers(domain, [first, second])
+    isScanned.wait()
+    process.end()
+    #expect(readers.identities() == [0xffff_ffff, 0xffff_ffff])
+    #expect(isFree)
   }
 
   @Test func nextProcessKnowsWhatTheEarlierOneClaimed() throws {

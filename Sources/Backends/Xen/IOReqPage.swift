@@ -71,6 +71,13 @@ package struct IOReqPage {
     return request
   }
 
+  /// Whether a slot has an access to a configuration space that is to be answered, begun or not.
+  package func isOfConfiguration(_ index: Int) -> Bool {
+    let state = stateByte(index).pointee.load(ordering: .acquiring) & State.mask
+    guard state == State.ready || state == State.inProcess else { return false }
+    return slot(index).load(fromByteOffset: 31, as: UInt8.self) == IOReq.Kind.pciConfiguration.rawValue
+  }
+
   /// Whether a slot has an answer that its vCPU has not taken yet.
   package func isAnswered(_ index: Int) -> Bool {
     stateByte(index).pointee.load(ordering: .acquiring) & State.mask == State.responseReady

@@ -32,6 +32,9 @@ package final class IOReqServer: EventSource {
   private var windows: [(slot: DeviceSlot, transport: MMIOTransport?)] = []
   private var mapped: [ClosedRange<UInt64>] = []
   private let functions: PCIRoutes
+  /// What is called with the first access to a configuration space that is left waiting; nil where none is.
+  private var onScan: (() -> Void)?
+  private var holdsConfiguration = false
   private var isClosed = false
   /// Whether an earlier process made it.
   package let isAdopted: Bool
@@ -131,6 +134,27 @@ package final class IOReqServer: EventSource {
   /// Takes a function off the guest's PCI bus.
   package func detach(_ address: PCIAddress) { functions.detach(address) }
 
+  /// Leaves accesses to configuration spaces waiting until `answerConfiguration`: a guest that looks through its bus finds there what is there
+  /// by then. Whoever calls it sees to an end. All other accesses are answered.
+  ///
+  /// - Parameter onFirst: called once, on the guest's thread, when there is one.
+  package func holdConfiguration(onFirst: @escaping () -> Void) {
+    holdsConfiguration = true
+    onScan = onFirst
+  }
+
+  /// Answers accesses to configuration spaces from now on, those first that have waited.
+  ///
+  /// - Parameter absent: functions that are taken off the bus before. Where accesses were answered already, nothing happens: the guest may have
+  ///   a driver at work.
+  package func answerConfiguration(without absent: [PCIAddress] = []) {
+    guard holdsConfiguration else { return }
+    for address in absent { functions.detach(address) }
+    holdsConfiguration = false
+    onScan = nil
+    for vcpu in ports.indices { serve(vcpu, begun: true) }
+  }
+
   // MARK: Events
 
   package func ready(events: UInt32) {
@@ -149,6 +173,11 @@ package final class IOReqServer: EventSource {
   }
 
   private func serve(_ vcpu: Int, begun: Bool = false) {
+    if holdsConfiguration, page.isOfConfiguration(vcpu) {
+      onScan?()
+      onScan = nil
+      return
+    }
     guard let request = page.take(vcpu, begun: begun) else { return }
     page.answer(vcpu, data: perform(request))
     guest.notify(ports[vcpu])
@@ -273,7 +302,8 @@ package final class IOReqServer: EventSource {
     functions.removeAll()
     try? guest.setIOReqServer(identifier, enabled: false)
     // Whoever got in before the server was disabled waits for an answer; destroying the server would not wake it.
-    for vcpu in ports.indices { serve(vcpu) }
+    holdsConfiguration = false
+    for vcpu in ports.indices { serve(vcpu, begun: true) }
     for range in mapped { try? guest.release(.memory(range), from: identifier) }
     functions.close()
     if let token { loop.remove(token) }

@@ -168,6 +168,14 @@ package final class SimulatedDomain: @unchecked Sendable {
     }
   }
 
+  /// Functions of the guest's PCI bus that servers have claimed, in order.
+  package var claimedFunctions: [PCIAddress] {
+    state.withLock { state in
+      state.servers.values.flatMap(\.ranges)
+        .compactMap { if case .configuration(let function) = $0 { function } else { nil } }.sorted()
+    }
+  }
+
   // MARK: Messages
 
   func deliver(_ message: MSIMessage) {

@@ -51,6 +51,8 @@ enum BusReport: Sendable {
   case driver(DeviceKey, Latest<DeviceStatus>)
   /// What is published of a device's configuration space may be another than before.
   case configuration(DeviceKey)
+  /// The guest looks through its PCI bus for the first time, and waits for `GuestBus.answerScan`.
+  case scan(DomainID)
 }
 
 /// What the guest's machine is told of what was done.
@@ -192,6 +194,10 @@ protocol GuestBus: AnyObject, Sendable {
   ///
   /// - Returns: devices whose places QEMU has too, which are not to be served.
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey]
+  /// Lets the guest look through its bus, also where nobody says what QEMU has.
+  ///
+  /// - Parameter absent: devices that it is not to find there. Too late for a guest that has looked already.
+  func answerScan(without absent: [DeviceKey], _ here: OnGuestThread)
 
   // MARK: Handshakes in Xenstore, where the bus has them
 
@@ -222,6 +228,7 @@ extension GuestBus {
   func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void { { _ in } }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
+  func answerScan(without absent: [DeviceKey], _ here: OnGuestThread) {}
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.

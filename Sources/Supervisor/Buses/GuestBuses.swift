@@ -14,7 +14,7 @@ final class GuestBuses {
   private let ground: GuestGround
   private let types: [any GuestBus.Type]
   /// Made with their first devices.
-  private var made: [any GuestBus] = []
+  private(set) var made: [any GuestBus] = []
   /// Devices whose saved state cannot be used, and why.
   private var lost: [DeviceKey: String] = [:]
 

@@ -100,6 +100,7 @@ final class PCIBus: RegisterBus {
   // MARK: The server
 
   func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
+    if others.withLock({ $0 == nil }) { self.server.holdScan(server, here) }
     for seat in left.withLock({ Array($0.values) }) {
       if let transport = seat.transport { try server.attach(transport, at: seat.address) }
     }
@@ -141,12 +142,25 @@ final class PCIBus: RegisterBus {
 
   // MARK: QEMU
 
+  // QEMU starts behind state 2 of the guest's disks, with functions of ours in their places and claimed from Xen, which lets ours win. Before the
+  // guest runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So what QEMU has is known at the latest when the
+  // guest asks for the first configuration space of ours: that access waits for QEMU's answer, and a function of ours in a place of QEMU's is
+  // taken off the bus before it is answered. So nobody finds it there, with one exception: who waits with an access to just that place finds it empty,
+  // since Xen has given that access to us, and what QEMU has there with the next one. hvmloader leaves such a device without addresses, which kernels
+  // give it then. A guest without a monitor is answered at once; one whose QEMU does not answer after 3 s, as long as its thread has
+  // (`QEMUMonitor.functions`), or 5 s (`RegisterServer.longestHold`), and what it collides with is refused later. What QEMU gets while the
+  // guest runs (PCI hot-plug) is not looked for.
+
   var asksQEMU: Bool { others.withLock { $0 == nil } && seats.withLock { !$0.isEmpty } }
 
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
     others.withLock { $0 = functions }
     let theirs = Set(functions.map(\.device))
     return seats.withLock { $0.filter { theirs.contains($0.value.address.device) } }.map(\.key)
+  }
+
+  func answerScan(without absent: [DeviceKey], _ here: OnGuestThread) {
+    server.answerScan(without: absent.compactMap { address(of: $0) }, here)
   }
 
   /// The device number for a device; nil when all are taken.

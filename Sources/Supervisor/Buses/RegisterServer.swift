@@ -21,6 +21,7 @@ final class RegisterServer: @unchecked Sendable {
   private let guest: GuestFacts
   private let settings: SupervisorSettings
   private let hypervisor: any Hypervisor
+  private let report: @Sendable (BusReport) -> Void
   private let loop: EventLoop
   private var domain: DomainID { guest.domain }
   private var ioreq: IOReqServer?
@@ -52,6 +53,7 @@ final class RegisterServer: @unchecked Sendable {
     loop = thread.loop
     settings = host.settings
     hypervisor = host.hypervisor
+    report = host.report
     handle = try host.hypervisor.open(guest.domain)
     pool = ForeignMappingPool(guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget)
   }
@@ -204,6 +206,28 @@ final class RegisterServer: @unchecked Sendable {
       server: identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)
     try? settings.stateFolder?.save(saved, of: domain)
   }
+
+  // MARK: The guest's look through its PCI bus
+
+  /// How long the first accesses to configuration spaces wait at most for `answerScan`, in milliseconds: more than QEMU's monitor is given.
+  private static let longestHold: UInt64 = 5000
+
+  /// Has the guest's first look through its bus wait for `answerScan`, and reports it.
+  func holdScan(_ server: IOReqServer, _ here: OnGuestThread) {
+    let number = server.identifier
+    server.holdConfiguration { [loop, report, domain, weak self] in
+      // Whatever becomes of the question, the guest gets an answer.
+      loop.schedule(afterMilliseconds: Self.longestHold) { [weak self] in
+        if let server = self?.ioreq, server.identifier == number { server.answerConfiguration() }
+      }
+      report(.scan(domain))
+    }
+  }
+
+  /// - Parameter absent: functions that are not to be found on the bus. Too late for a guest that has looked already.
+  func answerScan(without absent: [PCIAddress], _ here: OnGuestThread) { ioreq?.answerConfiguration(without: absent) }
+
+  // MARK: The end
 
   /// Gives all mappings back; the server stays, and the guest's accesses are answered.
   func releaseMemory(_ here: OnGuestThread) { pool.invalidate() }

@@ -109,11 +109,17 @@ check "the guest is content" guest_says_nothing_bad alpha
 check "the guest powers off and is gone" wait_gone alpha 200
 no_trace_left
 
-step "a guest whose kernel is told not to use MSI"
-write_config beta "pci=nomsi vx.bus=pci vx.test=fs vx.disks=2" "$(disk xvde /disks/boot-beta.img)" "$(disk xvdf /disks/first.img)"
+step "a guest whose kernel is told not to use MSI, and whose QEMU has a device where one of the disks would be"
+write_config beta "pci=nomsi vx.bus=pci vx.test=fs vx.disks=2" "$(disk xvde /disks/boot-beta.img)" "$(disk xvdf /disks/first.img)" \
+  "$(disk xvdg /disks/second.img)"
 sed -i -e '/acpi_firmware/d' -e '/device_model_args_hvm/,/\]$/d' /root/beta.cfg
 echo 'boot = "c"' >>/root/beta.cfg
+echo 'device_model_args_hvm = [ "-device", "e1000,romfile=,addr=0x12" ]' >>/root/beta.cfg
 check "xl create succeeds" create beta
+check "the disk in QEMU's place is refused" wait_until 60 device_state_is beta/xvdg failed
+vxctl show beta/xvdg | grep QEMU | sed 's/^/| /'
+has_scanned() { xl dmesg | grep -q 'pci dev 12:0 bar 10 size 0*20000:'; }
+check "hvmloader has found QEMU's device there" wait_until 60 has_scanned
 check "equal checksums with interrupts by pin" wait_console beta "GUEST CHECKSUMS vdb 5 equal" 400
 grep 'GUEST INTERRUPTS' "$(console_of beta)" | tr ';' '\n' | sed 's/^/| /'
 check "no message was sent" sh -c "grep 'GUEST INTERRUPTS' $(console_of beta) | grep -q -v -i msi"

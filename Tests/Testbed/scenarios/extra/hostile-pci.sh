@@ -1,5 +1,6 @@
 # takes: 250 s
 # limit: 1800 s
+# also on: trixie
 # in the gate: by turns
 # processors: 6
 # A guest's program writes rubbish to the configuration space, the BAR, the vectors and the queues of a function (guest/hostile-pci.c), beside a

@@ -1,0 +1,119 @@
+import EventLoop
+import SimulatedXen
+import TestSupport
+import Testing
+import Xen
+
+@testable import Supervisor
+
+/// What a guest finds that looks through its PCI bus before vxd has asked QEMU what it has there.
+@Suite struct PCIScanTests {
+  private static let (ours, disputed) = (PCIAddress(device: 16), PCIAddress(device: 5))
+  private static let block: UInt64 = 0x1042_1af4
+  private static let profile =
+    #"{"version": 1, "disks": [{"guest": "web*", "device": "xvdf", "slot": 5}], "guests": [{"guest": "web*", "transport": "pci"}]}"#
+
+  /// A supervisor that asks nobody by itself, and a guest with two disks, of which one is in the disputed place.
+  private func start(_ world: World) throws -> SimulatedDomain {
+    try start(world, by: Self.profile)
+    let domain = try world.domain(5, name: "web1")
+    for disk in ["xvde", "xvdf"] {
+      try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5)
+      #expect(world.toolstack.wait(for: "2", of: "state", disk: disk, domain: 5))
+    }
+    // Both are there before the guest can run.
+    #expect(domain.claimedFunctions == [Self.disputed, Self.ours])
+    return domain
+  }
+
+  private func start(_ world: World, by profile: String) throws {
+    let folder = world.folder.path
+    let state = try StateFolder(path: folder + "/state")
+    try world.start(profiles: profile) {
+      $0.qemuFolder = folder
+      $0.stateFolder = state
+      $0.xenstoreCheckMilliseconds = 600_000
+    }
+  }
+
+  private func monitor(_ world: World, slot: Int?) throws -> MonitorOfQEMU {
+    try MonitorOfQEMU(
+      path: world.folder.path + "/qmp-libxenstat-5",
+      devices: slot.map { #"{"bus": 0, "slot": 1, "function": 0}, {"bus": 0, "slot": \#($0), "function": 0}"# })
+  }
+
+  private func identity(_ domain: SimulatedDomain, _ function: PCIAddress) -> UInt64 {
+    domain.configurationAccess(vcpu: 0, function, register: 0, size: 4) & 0xffff_ffff
+  }
+
+  @Test(arguments: [true, false]) func placeOfQEMUsIsEmptyForTheFirstLook(atThatPlace: Bool) throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    let monitor = try monitor(world, slot: 5)
+    // Whatever the guest looks at first.
+    if !atThatPlace { #expect(identity(domain, Self.ours) == Self.block) }
+    #expect(identity(domain, Self.disputed) == 0xffff_ffff)
+    #expect(domain.claimedFunctions == [Self.ours])
+    #expect(identity(domain, Self.ours) == Self.block)
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+    let reason = world.device("web1", "xvdf")["reason"]?.stringValue ?? ""
+    #expect(reason.contains("QEMU has PCI device 5 (00:05.0) too"), "\(reason)")
+    #expect(world.state("web1", "xvde") == "ready")
+    monitor.end()
+  }
+
+  @Test func guestOfAQEMUThatHasOtherPlacesFindsBoth() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    let monitor = try monitor(world, slot: 6)
+    #expect(identity(domain, Self.disputed) == Self.block && identity(domain, Self.ours) == Self.block)
+    monitor.end()
+    world.settle()
+    #expect(world.state("web1", "xvdf") == "ready" && world.state("web1", "xvde") == "ready")
+  }
+
+  @Test func guestWithoutAMonitorDoesNotWait() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    let begun = EventLoop.now()
+    #expect(identity(domain, Self.disputed) == Self.block)
+    #expect(EventLoop.now() - begun < 2_000_000_000)
+  }
+
+  @Test func hungQEMUHoldsTheGuestForSomeSecondsOnly() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    let monitor = try monitor(world, slot: nil)
+    let begun = EventLoop.now()
+    #expect(identity(domain, Self.disputed) == Self.block)
+    #expect(EventLoop.now() - begun < 10_000_000_000)
+    monitor.end()
+    #expect(identity(domain, Self.ours) == Self.block)
+  }
+
+  /// The daemon dies before it has asked; the next one answers the access.
+  @Test func nextDaemonAsksToo() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    world.stop()
+    let monitor = try monitor(world, slot: 5)
+    let found = Latch()
+    let vcpu = try LoopThread(name: "vcpu")
+    vcpu.loop.enqueue {
+      #expect(identity(domain, Self.disputed) == 0xffff_ffff)
+      found.open()
+    }
+    try start(world, by: Self.profile)
+    found.wait()
+    vcpu.stopAndJoin()
+    monitor.end()
+    #expect(domain.claimedFunctions == [Self.ours])
+    #expect(identity(domain, Self.ours) == Self.block)
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+  }
+}
