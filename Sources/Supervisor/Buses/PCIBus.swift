@@ -11,9 +11,7 @@ import Xen
 /// for their configuration spaces and BARs, foreign mappings reach the guest's memory. For guests and devices of dom0 whose profile says so.
 final class PCIBus: RegisterBus {
   static let name = "pci"
-  static let style = BusStyle.registers
-  static let hasServer = true
-  static let hostNodes = ["evtchn", "privcmd"]
+  static let remedy = "look for its devices again"
 
   let guestNeeds = "virtio_pci and the device's driver"
   func note() -> GuestNote? { server.savingNote }
@@ -30,20 +28,10 @@ final class PCIBus: RegisterBus {
   /// network cards and passed-through devices follow.
   static let devices: ClosedRange<UInt8> = 16...31
 
-  /// Where a device is, and with what the guest's thread answers for it.
-  private struct Seat {
-    var address: PCIAddress
-    var transport: PCITransport?
-    /// Of an earlier daemon, until its entry asks for it.
-    var restored: DeviceState?
-  }
-
-  private let host: BusHost
-  private let server: RegisterServer
+  let host: BusHost
+  let server: RegisterServer
+  let seats = RegisterSeats<PCIAddress, PCITransport>()
   private let messages: GuestMessages
-  private let seats = Mutex<[DeviceKey: Seat]>([:])
-  /// Devices of an earlier daemon, until they are taken out of their places; the server has claims of theirs, also when nobody asks for them.
-  private let left = Mutex<[DeviceKey: Seat]>([:])
   /// What QEMU has on the bus, as its monitor said; nil before.
   private let others = Mutex<Set<PCIAddress>?>(nil)
 
@@ -69,41 +57,22 @@ final class PCIBus: RegisterBus {
       restoring: state.layout.identity, saved.registers, saved.status, state.savedFunction,
       configuration: saved.configuration, line: line(address), sender: messages, state: state,
       onStatus: host.statusReporter(key))
-    take(key, Seat(address: address, transport: transport, restored: state))
-  }
-
-  private func take(_ key: DeviceKey, _ seat: Seat) {
-    seats.withLock { $0[key] = seat }
-    if seat.restored != nil { left.withLock { $0[key] = seat } }
-    server.setPin(Self.pin(seat.address.device), of: key)
+    restore(key, address, transport, state)
   }
 
   /// The pin that a function without MSI-X drives.
-  private static func pin(_ device: UInt8) -> DeviceSlot.Interrupt { .pciIntx(device: device, pin: 0) }
+  static func pin(_ address: PCIAddress) -> DeviceSlot.Interrupt { .pciIntx(device: address.device, pin: 0) }
+  static func name(_ address: PCIAddress) -> String { "PCI function \(address)" }
 
   private func line(_ address: PCIAddress) -> any InterruptLine {
     IntxLine(guest: server.handle, device: address.device, pin: 0)
-  }
-
-  var unclaimed: [DeviceKey] { seats.withLock { seats in seats.keys.filter { seats[$0]?.restored != nil } } }
-
-  func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
-    if let state = seats.withLock({ $0[key]?.restored.take() }) {
-      return (.adoptable(transport(of: key).map { Driver($0.currentStatus) } ?? .absent), state)
-    }
-    if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
-      return (.lost("no saved state for a device in use: the guest must look for its devices again"), nil)
-    }
-    return (.nothing, nil)
   }
 
   // MARK: The server
 
   func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
     if others.withLock({ $0 == nil }) { self.server.holdScan(server, here) }
-    for seat in left.withLock({ Array($0.values) }) {
-      if let transport = seat.transport { try server.attach(transport, at: seat.address) }
-    }
+    try attachRestored(server, here)
   }
 
   // MARK: Devices
@@ -111,10 +80,10 @@ final class PCIBus: RegisterBus {
   /// xvde is device 16, xvdf 17, and so on, so that the guest finds its disks in the order of their names; what the toolstack does not
   /// know of comes from 31 down.
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
-    let places = seats.withLock { $0.mapValues(\.address.device) }
+    let places = seats.places.mapValues(\.device)
     if let place = places[key] { return try checkCollision(place) }
     // A slot of the guest's table drives a pin of one of these devices.
-    let taken = Set(places.values + Self.devices.filter { server.isTaken(Self.pin($0)) })
+    let taken = Set(places.values + Self.devices.filter { server.isTaken(Self.pin(PCIAddress(device: $0))) })
     if let wanted = entry.settings.slot {
       guard !taken.contains(wanted) else {
         throw EntryFault(
@@ -122,14 +91,14 @@ final class PCIBus: RegisterBus {
           "another of the guest's devices is PCI device \(wanted) already; expected one that is free, from 3 to 31")
       }
       try checkCollision(wanted)
-      return take(key, Seat(address: PCIAddress(device: wanted)))
+      return take(key, PCIAddress(device: wanted))
     }
     guard let device = Self.place(key, taken: taken.union((others.withLock { $0 } ?? []).map(\.device))) else {
       throw EntryFault(
         key.kind.isInXenstore ? "params" : "devices",
         "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use")
     }
-    take(key, Seat(address: PCIAddress(device: device)))
+    take(key, PCIAddress(device: device))
   }
 
   private func checkCollision(_ device: UInt8) throws(EntryFault) {
@@ -151,16 +120,16 @@ final class PCIBus: RegisterBus {
   // (`QEMUMonitor.functions`), or 5 s (`RegisterServer.longestHold`), and what it collides with is refused later. What QEMU gets while the
   // guest runs (PCI hot-plug) is not looked for.
 
-  var asksQEMU: Bool { others.withLock { $0 == nil } && seats.withLock { !$0.isEmpty } }
+  var asksQEMU: Bool { others.withLock { $0 == nil } && !seats.places.isEmpty }
 
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
     others.withLock { $0 = functions }
     let theirs = Set(functions.map(\.device))
-    return seats.withLock { $0.filter { theirs.contains($0.value.address.device) } }.map(\.key)
+    return seats.places.filter { theirs.contains($0.value.device) }.map(\.key)
   }
 
   func answerScan(without absent: [DeviceKey], _ here: OnGuestThread) {
-    server.answerScan(without: absent.compactMap { address(of: $0) }, here)
+    server.answerScan(without: absent.compactMap(seats.place), here)
   }
 
   /// The device number for a device; nil when all are taken.
@@ -175,26 +144,13 @@ final class PCIBus: RegisterBus {
     return free.first
   }
 
-  func vacate(_ key: DeviceKey) { forget(key) }
-
-  func forget(_ key: DeviceKey) {
-    seats.withLock { $0[key] = nil }
-    server.setPin(nil, of: key)
-  }
-
-  private func address(of key: DeviceKey) -> PCIAddress? { seats.withLock { $0[key]?.address } }
-
-  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
-
   func place(of key: DeviceKey) -> DevicePlace {
-    .pci(device: address(of: key)?.device ?? Self.devices.lowerBound)
+    .pci(device: seats.place(of: key)?.device ?? Self.devices.lowerBound)
   }
-
-  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats.withLock { $0[key]?.transport } }
 
   func facts(of key: DeviceKey) -> DeviceFacts {
-    guard let seat = seats.withLock({ $0[key] }) else { return DeviceFacts() }
-    let (address, transport) = (seat.address, seat.transport)
+    guard let address = seats.place(of: key) else { return DeviceFacts() }
+    let transport = seats.transport(of: key)
     return DeviceFacts(
       rows: {
         var rows = [Fact(name: "function", value: "\(address)")]
@@ -212,38 +168,17 @@ final class PCIBus: RegisterBus {
 
   // MARK: The guest
 
-  func insert(
-    _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
-  ) -> BusEvent {
-    guard let address = address(of: key) else {
-      return .device(key, .insertFailed(id, "the device has no place on the PCI bus"))
-    }
-    let transport = PCITransport(
+  func makeTransport(
+    _ key: DeviceKey, _ address: PCIAddress, _ backend: DeviceBackend, needsReset: Bool
+  ) -> PCITransport {
+    PCITransport(
       device: backend, line: line(address), sender: messages, state: backend.state, needsReset: needsReset,
       onStatus: host.statusReporter(key))
-    do throws(XenError) {
-      try server.server(preparedFor: self, here).attach(transport, at: address)
-    } catch {
-      return .device(key, .insertFailed(id, "PCI function \(address): \(error)"))
-    }
-    seats.withLock { $0[key]?.transport = transport }
-    if needsReset { transport.interruptForConfiguration() }
-    return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
-  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
-    empty(address(of: key), key, here)
-    return .device(key, .removed)
-  }
+  func attach(
+    _ transport: PCITransport, _ address: PCIAddress, _ server: IOReqServer, _ here: OnGuestThread
+  ) throws(XenError) { try server.attach(transport, at: address) }
 
-  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
-    let address = address(of: key)
-    forget(key)
-    return { [self] here in empty(address, key, here) }
-  }
-
-  private func empty(_ address: PCIAddress?, _ key: DeviceKey, _ here: OnGuestThread) {
-    left.withLock { $0[key] = nil }
-    if let address { try? server.server(here).detach(address) }
-  }
+  func detach(_ address: PCIAddress, _ server: IOReqServer) { server.detach(address) }
 }

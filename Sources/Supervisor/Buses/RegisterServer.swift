@@ -4,13 +4,6 @@ import Synchronization
 import Virtqueue
 import Xen
 
-/// A bus whose devices have trapped registers.
-protocol RegisterBus: GuestBus {
-  /// Claims what is the bus's own, and puts devices of an earlier daemon in their places: before a server that is started answers the first access, or
-  /// before the first device of a bus that came later is put in its place.
-  func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError)
-}
-
 /// What buses with trapped registers have in common: the guest's ioreq server, its memory by foreign mappings, and what of both outlives the
 /// daemon. On the guest's thread, but for the functions under "For the supervisor".
 final class RegisterServer: @unchecked Sendable {

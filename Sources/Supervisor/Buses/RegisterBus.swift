@@ -1,0 +1,143 @@
+import DeviceHost
+import Lifecycle
+import Synchronization
+import Transport
+import Virtqueue
+import Xen
+
+/// A bus whose devices have trapped registers: the guest's ioreq server answers for them. What the buses of this kind do alike is here; each says
+/// what a place on it is, makes its transports, and tells the server of them.
+protocol RegisterBus: GuestBus {
+  associatedtype Place: Sendable
+  associatedtype Transport: DeviceTransport
+  var host: BusHost { get }
+  var server: RegisterServer { get }
+  var seats: RegisterSeats<Place, Transport> { get }
+  /// The INTx pin that a device drives there.
+  static func pin(_ place: Place) -> DeviceSlot.Interrupt
+  /// A place in messages.
+  static func name(_ place: Place) -> String
+  /// What a guest must do whose device is lost.
+  static var remedy: String { get }
+  /// Claims what is the bus's own, and puts devices of an earlier daemon in their places: before a server that is started answers the first access, or
+  /// before the first device of a bus that came later is put in its place.
+  func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError)
+  func makeTransport(_ key: DeviceKey, _ place: Place, _ backend: DeviceBackend, needsReset: Bool) -> Transport
+  func attach(_ transport: Transport, _ place: Place, _ server: IOReqServer, _ here: OnGuestThread) throws(XenError)
+  func detach(_ place: Place, _ server: IOReqServer)
+}
+
+extension RegisterBus {
+  static var hasServer: Bool { true }
+  static var style: BusStyle { .registers }
+  static var hostNodes: [String] { ["evtchn", "privcmd"] }
+
+  /// Gives a device a place, which another of the guest's devices does not have.
+  func take(_ key: DeviceKey, _ place: Place) {
+    seats.take(key, place)
+    server.setPin(Self.pin(place), of: key)
+  }
+
+  func restore(_ key: DeviceKey, _ place: Place, _ transport: Transport, _ state: DeviceState) {
+    seats.restore(key, place, transport, state)
+    server.setPin(Self.pin(place), of: key)
+  }
+
+  var unclaimed: [DeviceKey] { seats.unclaimed }
+
+  func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
+    if let state = seats.claim(key) {
+      return (.adoptable(seats.transport(of: key).map { Driver($0.currentStatus) } ?? .absent), state)
+    }
+    if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
+      return (.lost("no saved state for a device in use: the guest must \(Self.remedy)"), nil)
+    }
+    return (.nothing, nil)
+  }
+
+  /// Part of `prepare`.
+  func attachRestored(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
+    for (place, transport) in seats.restored { try attach(transport, place, server, here) }
+  }
+
+  func vacate(_ key: DeviceKey) { forget(key) }
+
+  func forget(_ key: DeviceKey) {
+    seats.forget(key)
+    server.setPin(nil, of: key)
+  }
+
+  func memory(of key: DeviceKey) -> (any GuestMemorySource)? { server.pool }
+
+  func transport(of key: DeviceKey) -> (any DeviceTransport)? { seats.transport(of: key) }
+
+  func insert(
+    _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
+  ) -> BusEvent {
+    guard let place = seats.place(of: key) else { return .device(key, .insertFailed(id, "the device has no place")) }
+    let transport = makeTransport(key, place, backend, needsReset: needsReset)
+    do throws(XenError) {
+      try attach(transport, place, try server.server(preparedFor: self, here), here)
+    } catch {
+      return .device(key, .insertFailed(id, "\(Self.name(place)): \(error)"))
+    }
+    seats.fill(key, transport)
+    if needsReset { transport.interruptForConfiguration() }
+    return .device(key, .plugged(id, Driver(transport.currentStatus)))
+  }
+
+  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
+    empty(seats.place(of: key), key, here)
+    return .device(key, .removed)
+  }
+
+  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
+    let place = seats.place(of: key)
+    forget(key)
+    return { [self] here in empty(place, key, here) }
+  }
+
+  private func empty(_ place: Place?, _ key: DeviceKey, _ here: OnGuestThread) {
+    seats.leave(key)
+    if let place, let server = try? server.server(here) { detach(place, server) }
+  }
+}
+
+/// Where a bus has its devices, and with what the guest's thread answers for them. The supervisor gives places, the guest's thread fills them.
+final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable {
+  private struct Seat {
+    var place: Place
+    var transport: Transport?
+    /// Of an earlier daemon, until its entry asks for it.
+    var state: DeviceState?
+  }
+
+  private struct Content {
+    var seats: [DeviceKey: Seat] = [:]
+    /// Of an earlier daemon, until they are taken out of their places: the server has claims of theirs, also when nobody asks for them.
+    var restored: [DeviceKey: (place: Place, transport: Transport)] = [:]
+  }
+
+  private let content = Mutex(Content())
+
+  func take(_ key: DeviceKey, _ place: Place) { content.withLock { $0.seats[key] = Seat(place: place) } }
+
+  func restore(_ key: DeviceKey, _ place: Place, _ transport: Transport, _ state: DeviceState) {
+    content.withLock {
+      $0.seats[key] = Seat(place: place, transport: transport, state: state)
+      $0.restored[key] = (place, transport)
+    }
+  }
+
+  func fill(_ key: DeviceKey, _ transport: Transport) { content.withLock { $0.seats[key]?.transport = transport } }
+  func forget(_ key: DeviceKey) { content.withLock { $0.seats[key] = nil } }
+  func leave(_ key: DeviceKey) { content.withLock { $0.restored[key] = nil } }
+  /// The state of a restored device, which is asked for now.
+  func claim(_ key: DeviceKey) -> DeviceState? { content.withLock { $0.seats[key]?.state.take() } }
+
+  func place(of key: DeviceKey) -> Place? { content.withLock { $0.seats[key]?.place } }
+  func transport(of key: DeviceKey) -> Transport? { content.withLock { $0.seats[key]?.transport } }
+  var places: [DeviceKey: Place] { content.withLock { $0.seats.mapValues(\.place) } }
+  var unclaimed: [DeviceKey] { content.withLock { $0.seats.filter { $0.value.state != nil } }.map(\.key) }
+  var restored: [(Place, Transport)] { content.withLock { $0.restored.values.map { ($0.place, $0.transport) } } }
+}
