@@ -96,7 +96,7 @@ shell: build
 test: deps
 	Tests/gate
 
-demo: build appliance
+demo: build
 	$(TESTBED) demo
 
 bench: deps
