@@ -36,7 +36,8 @@ package enum SupervisorControl {
         _ throws(ControlFault) in info(board.current, started, isSimulated)
       },
       ControlMethod(
-        "system.metrics", "What the metrics socket answers, for clients that reach this socket alone: OpenMetrics text.",
+        "system.metrics",
+        "What the metrics socket answers, for clients that reach this socket alone: OpenMetrics text.",
         result: object
       ) { _ throws(ControlFault) in
         let text = Metrics.text(board, started: started, now: EventLoop.now())
