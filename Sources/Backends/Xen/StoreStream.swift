@@ -1,4 +1,3 @@
-import CLinux
 package import EventLoop
 import Glibc
 
@@ -74,7 +73,7 @@ package final class StoreStream {
   /// Waits for what the socket can do next. While that is nothing, it is not listened to at all: a peer that is gone would be told of without end.
   private func listen() {
     let interest =
-      end == nil ? (sent == acknowledged ? EPOLLIN.rawValue : 0) | (waiting.isEmpty ? 0 : EPOLLOUT.rawValue) : 0
+      end == nil ? (sent == acknowledged ? EventLoop.input : 0) | (waiting.isEmpty ? 0 : EventLoop.output) : 0
     if let token {
       if interest != 0, (try? loop.modify(token, events: interest)) != nil { return }
       loop.remove(token)
