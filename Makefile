@@ -7,7 +7,7 @@ PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps arm64 test-arm64 test-long test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb
+.PHONY: help deps arm64 test-arm64 test-long test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb appliance
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -23,10 +23,11 @@ help:
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make arm64    vxd and vxctl for arm64 in .build/arm64, cross-built from packages'
 	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
+	@echo 'make appliance  a driver domain without a disk, as one kernel and one initial RAM disk, in build/appliance'
 	@echo 'make install  the same files below DESTDIR (default /)'
 
 # The scenarios that the gate leaves out this time, those on Xen for Arm, and all that there is.
-test-long: build deb
+test-long: build deb appliance
 	$(TESTBED) run $$($(TESTBED) list left)
 
 test-arm64: arm64
@@ -86,7 +87,7 @@ profile:
 	Benchmarks/profile .build/release/vxd-bench $(if $(KEEP),--keep)
 
 # Scenarios in a Debian with systemd install the packages.
-testbed: build deb
+testbed: build deb appliance
 	$(TESTBED) run $(SCENARIO)
 
 shell: build
@@ -144,6 +145,11 @@ deb: build
 	@deploy/build/install-dependencies debhelper dh-dkms lintian
 	deploy/debian/build
 	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file build/deb/*.deb
+
+# A driver domain that is all in memory (docs/appliance.md). Of what 'make build' has made, and Debian's kernel.
+appliance: build
+	@deploy/build/install-dependencies lz4
+	deploy/appliance/build
 
 clean:
 	rm -rf .build build

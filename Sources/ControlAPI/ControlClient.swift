@@ -7,6 +7,8 @@ package final class ControlClient {
   package enum Failure: Error {
     /// The socket has no listener.
     case unreachable(path: String, reason: String)
+    /// The vxd of a driver domain cannot be reached from here.
+    case domainUnreachable(domain: String, reason: String)
     /// No answer in time, or an answer that is not JSON-RPC.
     case protocolBroken(String)
     /// The daemon refused.
@@ -16,6 +18,7 @@ package final class ControlClient {
       switch self {
       case .unreachable(let path, let reason):
         "cannot connect to vxd on \(path): \(reason). Is it running (systemctl status vxd)? Is --socket right?"
+      case .domainUnreachable(let domain, let reason): "cannot reach vxd in domain '\(domain)': \(reason)"
       case .protocolBroken(let what): "no usable answer from vxd: \(what)"
       case .refused(let fault): fault.message
       }
@@ -39,6 +42,12 @@ package final class ControlClient {
     }
   }
 
+  /// Takes over a connected socket.
+  package init(adopting raw: Int32, timeoutMilliseconds: Int32 = 10_000) {
+    self.timeoutMilliseconds = timeoutMilliseconds
+    descriptor = OwnedDescriptor(adopting: raw)
+  }
+
   /// Calls a method.
   package func call(_ method: String, _ parameters: JSONValue = .object([])) throws(Failure) -> JSONValue {
     let id = nextID
@@ -47,8 +56,12 @@ package final class ControlClient {
       "jsonrpc": "2.0", "id": .integer(id), "method": .string(method), "params": parameters,
     ]
     try send(Array(JSONText.text(request).utf8))
+    // One limit for all that comes meanwhile: a peer that is not trusted must not be able to keep a caller.
+    let end = EventLoop.now() + UInt64(max(0, timeoutMilliseconds)) * 1_000_000
     while true {
-      let reply = try receive(timeoutMilliseconds)
+      let now = EventLoop.now()
+      guard now < end else { throw .protocolBroken("no answer within \(timeoutMilliseconds / 1000) s") }
+      let reply = try receive(Int32(clamping: (end - now + 999_999) / 1_000_000))
       guard reply["id"]?.integerValue == id || reply["id"] == .null else { continue }
       if let error = reply["error"] {
         throw .refused(

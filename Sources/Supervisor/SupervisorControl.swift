@@ -10,6 +10,9 @@ import Xen
 package enum SupervisorControl {
   package static let version = "0.3.0"
 
+  /// Bytes of an answer with metrics. Clients take messages of 1 MiB, in which quotes and ends of lines have two bytes.
+  private static let metricsLimit = 900 << 10
+
   static let guestParameter = ControlParameter(
     "guest", "string", required: true, "Name or domain number of the guest; name:X or id:N to be sure.")
   static let deviceParameter = ControlParameter(
@@ -31,6 +34,19 @@ package enum SupervisorControl {
     return [
       ControlMethod("system.info", "The daemon: version, hypervisor, uptime, resources in use.", result: object) {
         _ throws(ControlFault) in info(board.current, started, isSimulated)
+      },
+      ControlMethod(
+        "system.metrics",
+        "What the metrics socket answers, for clients that reach this socket alone: OpenMetrics text.",
+        result: object
+      ) { _ throws(ControlFault) in
+        let text = Metrics.text(board, started: started, now: EventLoop.now())
+        guard text.utf8.count <= metricsLimit else {
+          throw ControlFault(
+            code: -32007, message: "the metrics have \(text.utf8.count) bytes, too many for one answer",
+            data: ["field": "message", "remedy": "read the metrics socket"])
+        }
+        return ["contentType": .string(Metrics.contentType), "text": .string(text)]
       },
       ControlMethod("guest.list", "The guests that have devices served here.", result: list) {
         _ throws(ControlFault) in .array(sorted(board.current).map(describe(guest:)))

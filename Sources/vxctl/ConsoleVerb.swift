@@ -30,6 +30,12 @@ struct Console: ParsableCommand {
   @Argument(help: "Name or number of the port; by default the console.")
   var port: String?
 
+  func validate() throws {
+    guard connection.domain == nil else {
+      throw ValidationError("--domain: a console can be attached to only in the domain whose vxd serves it")
+    }
+  }
+
   func run() throws {
     var path: String?
     try connection.run { client throws(ControlClient.Failure) in

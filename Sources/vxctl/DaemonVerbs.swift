@@ -121,10 +121,18 @@ struct MetricsVerb: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "metrics", abstract: "Print the metrics, as OpenMetrics text.")
 
-  @Option(help: "The daemon's metrics socket.")
+  @OptionGroup var connection: ConnectionOptions
+  @Option(help: "The daemon's metrics socket; not used with --domain or --json.")
   var metricsSocket = "/run/vxd/metrics.sock"
 
   func run() throws {
+    guard connection.domain == nil, !connection.json else {
+      return try connection.run { client throws(ControlClient.Failure) in
+        let answer = try client.call("system.metrics")
+        if connection.json { return Output.json(answer) }
+        Output.write(1, Output.printable(answer["text"]?.stringValue ?? "", keepsLines: true))
+      }
+    }
     let raw: Int32
     do throws(Errno) {
       raw = try UnixSocket.connect(metricsSocket)

@@ -10,6 +10,12 @@ struct Doctor: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
 
+  func validate() throws {
+    guard connection.domain == nil else {
+      throw ValidationError("--domain: doctor looks at the domain that it runs in")
+    }
+  }
+
   func run() throws {
     var findings: [Finding] = []
     do throws(ControlClient.Failure) {

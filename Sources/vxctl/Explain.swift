@@ -53,6 +53,10 @@ struct Explain: ParsableCommand {
   }
 
   func validate() throws {
+    guard connection.domain == nil else {
+      throw ValidationError(
+        "--domain: explain looks at the domain that it runs in; 'vxctl list --domain' gives reasons too")
+    }
     guard GuestName(argument: target) != nil else {
       throw ValidationError("'\(target)': expected GUEST or GUEST/DEVICE")
     }

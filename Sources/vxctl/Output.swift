@@ -75,9 +75,11 @@ struct Trouble: Error {
     if let remedy { data = ["remedy": .string(remedy)] }
   }
 
-  init(_ failure: ControlClient.Failure) {
+  /// - Parameter reason: why a driver domain has ended the connection, as far as it said so.
+  init(_ failure: ControlClient.Failure, ended reason: String? = nil) {
     switch failure {
-    case .unreachable: self.init(.unreachable, failure.message)
+    case .protocolBroken where reason != nil: self.init(.noAnswer, "vxd has ended the connection: \(reason ?? "")")
+    case .unreachable, .domainUnreachable: self.init(.unreachable, failure.message)
     case .protocolBroken: self.init(.noAnswer, failure.message)
     case .refused(let fault):
       self.init(.refused, fault.message)

@@ -19,7 +19,7 @@ struct VXCtl: ParsableCommand {
       Reattach.self, Identify.self,
       Console.self, Link.self, Resize.self, Limit.self, Pause.self, Resume.self, Restart.self, Device.self, Config.self,
       Reload.self,
-      MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self,
+      MetricsVerb.self, LogLevelVerb.self, Shutdown.self, ACPITable.self, ApplianceConfig.self,
     ])
 
   /// As ArgumentParser does it, but for mistakes on the command line, which --json makes JSON too.
@@ -41,15 +41,25 @@ struct ConnectionOptions: ParsableArguments {
   @Option(name: .shortAndLong, help: "The daemon's control socket.")
   var socket = "/run/vxd/control.sock"
 
+  @Option(
+    help:
+      "In dom0: speak to the vxd of this driver domain (name or number) instead, through Xenstore; no network is needed."
+  )
+  var domain: GuestName?
+
   @Flag(help: "Print the answer as JSON; errors too.")
   var json = false
 
   /// Connects and runs `body`; failures are reported and become exit codes.
   func run(_ body: (ControlClient) throws(ControlClient.Failure) -> Void) throws {
+    var channel: DomainChannel?
     do throws(ControlClient.Failure) {
-      try body(try ControlClient(path: socket))
+      let connected = try connect()
+      channel = connected.1
+      try body(connected.0)
+      _ = channel?.close()
     } catch {
-      let trouble = Trouble(error)
+      let trouble = Trouble(error, ended: channel?.close())
       trouble.report(json: json)
       throw ExitCode(trouble.kind.exitCode)
     }

@@ -99,6 +99,11 @@ enum VXD {
       ServiceManager.status("Serving virtio devices")
       log.info("listening on \(options.socket)")
     }
+    let relay =
+      options.simulate
+      ? nil
+      : try ToolstackRelay(
+        xenstoreSocket: settings.xenstoreSocket, control: options.socket, log: log)
     let shutdown = Shutdown(loop: loop, supervisor: supervisor, log: log, simulation: simulation)
     actions.onShutdown { handsOver in loop.enqueue { shutdown.begin(handsOver: handsOver) } }
     let token = try loop.onReadable(signals.raw) {
@@ -112,6 +117,7 @@ enum VXD {
     loop.run()
     loop.remove(token)
     simulation?.stop()
+    relay?.stop()
     metrics?.stop()
     control.stop()
     log.info("stopped")

@@ -45,6 +45,10 @@ package final class EventLoop: SerialExecutor, @unchecked Sendable {
     var action: @Sendable () -> Void
   }
 
+  /// EPOLLIN and EPOLLOUT, for those who have no other use for the system's headers.
+  package static let input = EPOLLIN.rawValue
+  package static let output = EPOLLOUT.rawValue
+
   /// Names a registration.
   package struct Token: Sendable {
     fileprivate var index: Int

@@ -37,6 +37,18 @@ package final class XenStore {
     return String(decoding: UnsafeRawBufferPointer(start: value, count: Int(length)), as: UTF8.self)
   }
 
+  /// The same as it is, whatever its bytes mean.
+  package func readBytes(_ path: String) -> [UInt8]? {
+    var length: UInt32 = 0
+    guard let value = xs_read(handle, 0, path, &length) else { return nil }
+    defer { free(value) }
+    return Array(UnsafeRawBufferPointer(start: value, count: Int(length)))
+  }
+
+  package func write(_ path: String, bytes: [UInt8]) throws(XenError) {
+    guard xs_write(handle, 0, path, bytes, UInt32(bytes.count)) else { throw XenError("xs_write \(path)", Errno.last) }
+  }
+
   /// Names of the nodes below one; nil when there is none.
   package func list(_ path: String, in transaction: UInt32 = 0) -> [String]? {
     var count: UInt32 = 0

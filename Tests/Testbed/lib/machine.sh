@@ -21,6 +21,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   [ -z "$2" ] || cp "$2" "$folder/scenario.sh"
   ! needs_debian "$2" || add_debian "$folder"
   ! needs_stock "$2" || add_stock "$folder"
+  ! needs_appliance "$2" || add_appliance "$folder"
   needs_xenbus "$2" && [ "$RELEASE" != arm64 ] || return 0
   mkdir -p "$folder/guest" "$folder/driver"
   add_vxd "$folder/driver"
@@ -36,6 +37,14 @@ add_vxd() { # FOLDER : as they are shipped
   done
 }
 
+# As it is shipped, where its configuration says: /usr/lib is /lib here.
+add_appliance() { # FOLDER
+  [ -e "$APPLIANCE/SHA256SUMS" ] || die "the scenario wants the appliance, and there is none in $APPLIANCE: run 'make appliance' first"
+  mkdir -p "$1/lib/vxd-appliance"
+  cp "$APPLIANCE"/{vmlinuz,initramfs,vxd-appliance.cfg} "$1/lib/vxd-appliance/"
+}
+
+needs_appliance() { [ -n "$1" ] && grep -q '^# needs: .*appliance' "$1"; }
 needs_compare() { [ -n "$1" ] && grep -q '^# needs: compare' "$1"; }
 needs_xenbus() { [ -n "$1" ] && grep -q '^# needs: .*xenbus' "$1"; }
 
