@@ -19,7 +19,7 @@ help:
 	@echo 'make fuzz     coverage-guided fuzzing of fourteen targets (SECONDS=n each, two at a time; TARGET=name for one; KEEP=1 keeps what is found)'
 	@echo 'make profile  instructions, allocations and reference counting per request (callgrind), compared with Benchmarks/counts (KEEP=1 writes it)'
 	@echo 'make bench    ratios of the block backend to bare libaio'
-	@echo 'make compare  vxd beside blkback and netback under emulated Xen, by instructions (PART=block or network)'
+	@echo 'make compare  vxd beside blkback and netback under emulated Xen, by instructions (PART=block, network or hvm)'
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make arm64    vxd and vxctl for arm64 in .build/arm64, cross-built from packages'
 	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'

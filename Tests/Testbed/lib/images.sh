@@ -189,7 +189,8 @@ build_compare_image() { # ARCHIVE
   base_image "$guest"
   install -m 755 -t "$guest/bin" "$IMAGES/aiorand" "$IMAGES/packets"
   copy_with_libraries "$guest" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
-  copy_modules "$guest" virtio_ring virtio virtio_blk failover net_failover virtio_net xen-blkfront xen-netfront
+  copy_modules "$guest" virtio_ring virtio virtio_mmio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk failover net_failover virtio_net \
+    xen-blkfront xen-netfront
   cp "$MODULE" "$guest/modules/"
   install -m 755 "$COMPARE/guest-init" "$guest/init"
   for folder in "$image" "$driver"; do
@@ -203,6 +204,7 @@ build_compare_image() { # ARCHIVE
   cp "$image/compare/hotplug-block" "$image/etc/xen/scripts/block"
   cp "$image/compare/hotplug-vif" "$image/etc/xen/scripts/vif-bridge"
   pack "$guest" "$image/guest/compare.cpio"
+  build_boot_image "$image/guest/compare.img" "$image/guest/compare.cpio"
   pack "$driver" "$image/guest/driver-compare.cpio"
   pack "$image" "$1"
   rm -rf "$image" "$guest" "$driver"
