@@ -15,7 +15,7 @@ enum ConsoleTarget {
   static let run: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = { bytes in
     var input = Input(bytes)
     let choice = input.byte()
-    let channels = (0..<portCount).map { Channel(drops: choice >> UInt8($0) & 1 == 1) }
+    let channels = (0..<portCount).map { Channel(drops: choice >> UInt8($0) & 1 == 1, follows: $0 == 2) }
     let rate = RateNode()
     if choice & 8 != 0 {
       var limits = RateLimits()
@@ -116,8 +116,9 @@ enum ConsoleTarget {
     var size: TerminalSize?
     private(set) var isClosed = false
     let dropsOutput: Bool
+    let followsGuest: Bool
 
-    init(drops: Bool) { dropsOutput = drops }
+    init(drops: Bool, follows: Bool) { (dropsOutput, followsGuest) = (drops, follows) }
 
     func take(_ bytes: UnsafeRawBufferPointer) -> Int {
       let count = min(bytes.count, room)

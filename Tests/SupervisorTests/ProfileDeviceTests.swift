@@ -91,6 +91,8 @@ import Xen
     (#"{"type": "console", "ports": [{"name": "a"}, {"name": "a"}]}"#, "ports"),
     (#"{"type": "console", "ports": [{"name": "a", "socket": {"listen": "x"}}]}"#, "ports[0].socket.listen"),
     (#"{"type": "console", "socket": {"listen": "/a", "connect": "/b"}}"#, "socket"),
+    (#"{"type": "console", "socket": {"listen": "/a", "whenOpen": true}}"#, "socket.whenOpen"),
+    (#"{"type": "console", "socket": {"whenOpen": true}}"#, "socket"),
     (#"{"type": "console", "log": {"maxBytes": 4096}}"#, "log.path"),
     (#"{"type": "console", "log": {"path": "/a", "keep": -1}}"#, "log.keep"),
     (#"{"type": "entropy", "create": 1}"#, "create"), (#"{"type": "entropy", "limits": {"speed": 1}}"#, "limits.speed"),

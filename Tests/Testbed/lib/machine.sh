@@ -22,6 +22,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   ! needs_debian "$2" || add_debian "$folder"
   ! needs_stock "$2" || add_stock "$folder"
   ! needs_appliance "$2" || add_appliance "$folder"
+  ! needs_spice "$2" || add_spice "$folder"
   needs_xenbus "$2" && [ "$RELEASE" != arm64 ] || return 0
   mkdir -p "$folder/guest" "$folder/driver"
   add_vxd "$folder/driver"
@@ -73,6 +74,9 @@ boot() { # INITRD FOLDER [COMMAND...] : becomes the machine, run by a command
     -drive "if=none,id=second,format=raw,snapshot=on,file=$DISK" -device "ide-hd,drive=second,bus=ide.1"); }
   # That of a guest, as dom0's only one.
   [ -z "${STOCK:-}" ] || { export TMPDIR=$folder; disk+=(-drive "if=none,id=stock,format=raw,snapshot=on,file=$STOCK/disk.img" -device "ide-hd,drive=stock,bus=ide.0"); }
+  # One for dom0, and one for its guest.
+  [ -z "${SPICE:-}" ] || { export TMPDIR=$folder; disk+=(-drive "if=none,id=spice,format=raw,snapshot=on,file=$SPICE" -device "ide-hd,drive=spice,bus=ide.0"
+    -drive "if=none,id=agent,format=raw,snapshot=on,file=$SPICE" -device "ide-hd,drive=agent,bus=ide.1"); }
   # Counts what is between marks in the guest; elsewhere there are none.
   [ -z "${PLUGIN:-}" ] || clock+=(-plugin "$PLUGIN,out=counts")
   cd "$folder" || exit 1

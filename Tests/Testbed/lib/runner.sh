@@ -78,6 +78,7 @@ make_queue() { # FOLDER NAME...
       RELEASE=$release
       prepare_stock
     }
+    ! needs_spice "$(scenario_of "$name")" || prepare_spice
     number=$((number + 1))
     echo "$name" >"$queue/waiting/$number"
   done
@@ -196,6 +197,8 @@ run_once() { # NAME : true when every check of it held; sets SCENARIO_VERDICT
   ! needs_debian "$file" || { prepare_debian; DISK=$DEBIAN_IMAGE; }
   STOCK=
   ! needs_stock "$file" || prepare_stock
+  SPICE=
+  ! needs_spice "$file" || prepare_spice
   prepare_initrd "$file" "$folder"
   started=$SECONDS
   say "scenario $name begins (console in $folder/console.log)"

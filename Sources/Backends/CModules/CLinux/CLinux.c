@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -180,4 +181,11 @@ void clinux_record_death(void *record) {
   struct sigaction action = {.sa_sigaction = record_death, .sa_flags = SA_NODEFER | SA_SIGINFO};
   sigemptyset(&action.sa_mask);
   for (int index = 0; index < DEADLY; index++) sigaction(deadly_signals[index], &action, &earlier_actions[index]);
+}
+
+int clinux_timer_create(void) { return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK); }
+
+void clinux_timer_set(int timer, unsigned long long nanoseconds) {
+  struct itimerspec time = {.it_value = {.tv_sec = nanoseconds / 1000000000, .tv_nsec = nanoseconds % 1000000000}};
+  timerfd_settime(timer, TFD_TIMER_ABSTIME, &time, NULL);
 }

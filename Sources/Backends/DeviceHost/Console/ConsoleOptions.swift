@@ -30,13 +30,12 @@ extension ConsoleSettings {
     ) { _, _ in },
     OptionRow(
       "socket", .object,
-      "`{\"listen\": PATH}` or `{\"connect\": PATH}`: a Unix socket, one client at a time; the client must be root or in the operate "
-        + "or admin group",
+      "a Unix socket; see Sockets",
       default: "",
       read: { port in
         switch port.socket {
         case .listen(let path): "listen \(path)"
-        case .connect(let path): "connect \(path)"
+        case .connect(let path, let whenOpen): "connect \(path)\(whenOpen ? ", whenOpen true" : "")"
         case nil: "none"
         }
       }
@@ -56,6 +55,31 @@ extension ConsoleSettings {
     .choice(
       "overflow", \.overflow, "when the reader is too slow: `drop` (counted) or `wait` (back-pressure on the guest)",
       default: "drop for a console, otherwise wait"),
+  ])
+
+  /// What the object of a socket says; one path of the two.
+  package struct SocketChoice {
+    var listen: String?
+    var connect: String?
+    var whenOpen = false
+  }
+
+  // The address of a socket has no room for more.
+  private static let socketPath = DeviceOption.Kind.path(limit: 107)
+
+  package static let socketOptions = OptionTable<SocketChoice>([
+    OptionRow(
+      "listen", socketPath,
+      "path of a socket that vxd makes, for one client at a time, who must be root or in the operate or admin group",
+      default: "", read: { $0.listen ?? "none" }
+    ) { $0.listen = $1.text },
+    OptionRow(
+      "connect", socketPath, "path of another program's socket, to which vxd connects, and again each second",
+      default: "", read: { $0.connect ?? "none" }
+    ) { $0.connect = $1.text },
+    .flag(
+      "whenOpen", \.whenOpen,
+      "with `connect`: connected while a program in the guest has the port open, and not otherwise"),
   ])
 
   package static let logOptions = OptionTable<ConsoleLogSettings>([
@@ -91,7 +115,8 @@ extension ConsoleSettings {
   package static var documents: [OptionDocument] {
     let port = ConsolePortSettings(name: "", isConsole: true)
     return [
-      portOptions.document("Ports", port), logOptions.document("Log files", ConsoleLogSettings(path: "")),
+      portOptions.document("Ports", port), socketOptions.document("Sockets", SocketChoice()),
+      logOptions.document("Log files", ConsoleLogSettings(path: "")),
       OptionDocument(
         title: "Console devices", rows: Array(options.document("", ConsoleSettings(ports: [port])).rows.prefix(1))),
     ]
@@ -135,19 +160,21 @@ extension ConsoleSettings {
   }
 
   private static func readSocket(_ given: GivenOption) throws(SettingFault) -> ConsolePortSettings.Socket {
-    let members = given.value.objectValue ?? []
-    guard members.count == 1, let member = members.first, member.name == "listen" || member.name == "connect" else {
+    var choice = SocketChoice()
+    try socketOptions.apply(given.value.objectValue ?? [], to: &choice, given.field)
+    switch (choice.listen, choice.connect) {
+    case (let path?, nil):
+      guard !choice.whenOpen else {
+        throw SettingFault(
+          field: "\(given.field).whenOpen", reason: "expected \"connect\" beside it, since a socket that listens stays")
+      }
+      return .listen(path)
+    case (nil, let path?): return .connect(path, whenOpen: choice.whenOpen)
+    default:
       throw SettingFault(
         field: given.field,
         reason: "expected an object with either \"listen\" or \"connect\", such as {\"listen\": PATH}")
     }
-    // The address of a socket has no room for more.
-    let path = DeviceOption(name: member.name, kind: .path(limit: 107), help: "", fallback: nil)
-    guard path.allows(member.value) else {
-      throw SettingFault("\(given.field).\(member.name)", expected: path.expected, not: member.value)
-    }
-    let text = member.value.stringValue ?? ""
-    return member.name == "listen" ? .listen(text) : .connect(text)
   }
 
   private static func readLog(_ given: GivenOption) throws(SettingFault) -> ConsoleLogSettings {

@@ -53,7 +53,7 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     let configuration = ConfigurationSpace(
       NetConfiguration.bytes(
         mac: settings.mac, status: isLinkUp ? NetConfiguration.statusLinkUp : 0, pairs: settings.pairs,
-        mtu: UInt16(clamping: mtu)))
+        mtu: UInt16(clamping: mtu), speed: settings.speed ?? settings.linkName.flatMap(NetworkInterface.speed)))
     let group = PumpGroup()
     let onChoices: @Sendable (NetChoices) -> Bool = { choices in
       guard tap.setOffloads(FeatureBits(rawValue: choices.offloads)) else { return false }

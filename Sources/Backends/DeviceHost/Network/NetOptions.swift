@@ -38,6 +38,10 @@ extension NetSettings {
         "link", .choice(["up", "down"]), "`up` or `down` at the start; later with vxctl link",
         read: { $0.isLinkUp ? "up" : "down" }
       ) { settings, given in settings.isLinkUp = given.text == "up" },
+      OptionRow(
+        "speed", .number(1...1_000_000), "speed that the guest is told, in Mbit/s, full duplex; it limits nothing",
+        default: "the bridge's or the interface's, if known", read: { $0.speed.map { "\($0)" } ?? "the bridge's" }
+      ) { settings, given in settings.speed = UInt32(clamping: given.number) },
       .flag("macLock", \.locksMAC, "drop packets with another source MAC address"),
       OptionRow(
         "addresses", .array,

@@ -23,6 +23,8 @@ package struct NetSettings: DeviceSettings {
   package var pairs = 1
   package var queueSize: UInt16 = 256
   package var isLinkUp = true
+  /// What the guest is told of the link's speed, in Mbit/s; nil for that of the interface.
+  package var speed: UInt32?
   /// Drop what has another source than the guest's hardware address.
   package var locksMAC = true
   /// Drop what has another source than these; nil for no such lock.
@@ -99,11 +101,20 @@ package struct NetSettings: DeviceSettings {
     return UInt16(name[name.index(name.startIndex, offsetBy: 2)..<dot])
   }
 
+  /// The interface whose link the guest's is: behind a tap of our own, the bridge.
+  var linkName: String? {
+    switch attachment {
+    case .created(let bridge): bridge
+    case .tap(let name), .macvtap(let name): name
+    }
+  }
+
   /// What the device offers on a tap.
   func features(segmentsUDP: Bool) -> FeatureBits {
     var features: FeatureBits = [
       .version1, .indirectDescriptors, .eventIndex, .ringReset, .netMAC, .netMTU, .netStatus, .netControlQueue,
-      .netControlReceive, .netControlReceiveExtra, .netControlVLAN, .netGuestAnnounce,
+      .netControlReceive, .netControlReceiveExtra, .netControlVLAN, .netGuestAnnounce, .netSpeedDuplex,
+      .netNotificationCoalescing,
     ]
     if offloads.contains(.mergeable) { features.insert(.netMergeable) }
     if pairs > 1 { features.insert(.netQueues) }

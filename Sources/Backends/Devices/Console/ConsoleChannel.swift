@@ -10,14 +10,29 @@ package protocol ConsoleChannel: AnyObject {
   func give(_ buffer: UnsafeMutableRawBufferPointer) -> Int
   /// Whether `give` would give something.
   var hasInput: Bool { get }
-  /// Whether somebody listens: what the guest sees as the port's other end being open.
+  /// Whether somebody listens, or will once the guest opens its port: what the guest sees as the port's other end being open.
   var isOpen: Bool { get }
+  /// Whether somebody listens now: what operators see.
+  var isConnected: Bool { get }
+  /// Whether its connection is there only while the guest has its port open: what one opening of the guest's was not given is for none that follows,
+  /// nor is what it wrote.
+  var followsGuest: Bool { get }
+  /// The guest opens or closes its port.
+  ///
+  /// - Parameter resumes: it had it open before this backend began.
+  func guest(isOpen: Bool, resumes: Bool)
   /// Whether output beyond a rate is dropped; else it waits.
   var dropsOutput: Bool { get }
   /// The size of the terminal, when there is one.
   var size: TerminalSize? { get }
   /// Ends it.
   func close()
+}
+
+extension ConsoleChannel {
+  package var isConnected: Bool { isOpen }
+  package var followsGuest: Bool { false }
+  package func guest(isOpen: Bool, resumes: Bool) {}
 }
 
 /// Characters of a terminal.

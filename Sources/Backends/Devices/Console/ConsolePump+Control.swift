@@ -46,8 +46,12 @@ extension ConsolePump {
     var answers: UInt64 = 0
   }
 
-  mutating func serveControl(_ signals: any TransportSignals) throws(VirtqueueFault) {
-    guard fromDriver.isActive else { return }
+  /// - Returns: whether there is more to do at once.
+  mutating func serveControl(
+    _ signals: borrowing [any TransportSignals], _ invalidations: UInt64
+  ) throws(VirtqueueFault) -> Bool {
+    guard fromDriver.isActive else { return false }
+    defer { fromDriver.publish(signals[3]) }
     for _ in 0..<Self.batchLimit {
       guard let chain = try fromDriver.next(&memory, &budget) else { break }
       var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
@@ -56,17 +60,24 @@ extension ConsolePump {
         guard let start = bytes.baseAddress else { return 0 }
         return (try? cursor.read(&memory, to: start, count: 8)) ?? 0
       }
-      fromDriver.counters.others.add(1)
       if count == 8 {
-        perform(
-          port: UInt32(littleEndian: message.0), event: UInt16(littleEndian: message.1),
-          value: UInt16(littleEndian: message.2))
+        let (port, event) = (UInt32(littleEndian: message.0), UInt16(littleEndian: message.1))
+        let value = UInt16(littleEndian: message.2)
+        if event == Event.portOpen, value == 0, port < UInt32(portCount),
+          try !drain(Int(port), signals[Self.queue(Int(port)) + 1], invalidations)
+        {
+          // Again from here, the next time: what the guest says behind it is of later.
+          fromDriver.putBack(chain.ticket)
+          return true
+        }
+        perform(port: port, event: event, value: value)
       } else {
         fromDriver.counters.unsupported.add(1)
       }
+      fromDriver.counters.others.add(1)
       fromDriver.use(chain.ticket, length: 0)
     }
-    fromDriver.publish(signals)
+    return false
   }
 
   private mutating func perform(port: UInt32, event: UInt16, value: UInt16) {
@@ -113,9 +124,11 @@ extension ConsolePump {
 
   func isGuestOpen(_ index: Int) -> Bool { ConsolePortBoard.bit(guestOpen, index) }
 
-  mutating func setOpen(_ index: Int, _ isOpen: Bool) {
+  /// - Parameter resumes: the guest had it open before this backend began.
+  mutating func setOpen(_ index: Int, _ isOpen: Bool, resumes: Bool = false) {
     guard isGuestOpen(index) != isOpen else { return }
     guestOpen ^= 1 << UInt64(index)
+    ports[index].channel.guest(isOpen: isOpen, resumes: resumes)
     board.set(guest: guestOpen)
     set(.open, guestOpen)
   }
@@ -132,14 +145,13 @@ extension ConsolePump {
       // Whether the host's end is as the driver was told is not known: it is said once more.
       ports[index].toldOpen = nil
       if answered & 1 << UInt64(index) == 0 { describe(index) }
-      if open & 1 << UInt64(index) != 0 { setOpen(index, true) }
+      if open & 1 << UInt64(index) != 0 { setOpen(index, true, resumes: true) }
     }
   }
 
   /// Tells the driver what has changed of a port.
   ///
-  /// - Returns: whether the port is open on this side.
-  mutating func tell(_ index: Int) -> Bool {
+  mutating func tell(_ index: Int) {
     let isOpen = ports[index].channel.isOpen
     let size = ports[index].channel.size
     if index == 0, let size, size != ports[0].toldSize, !isMultiport || ports[0].isReady {
@@ -151,10 +163,9 @@ extension ConsolePump {
         say(index, Event.resize, 1, bytes)
       }
     }
-    guard isMultiport, ports[index].isReady, isOpen != ports[index].toldOpen else { return isOpen }
+    guard isMultiport, ports[index].isReady, isOpen != ports[index].toldOpen else { return }
     ports[index].toldOpen = isOpen
     say(index, Event.portOpen, isOpen ? 1 : 0)
-    return isOpen
   }
 
   private mutating func say(_ index: Int, _ event: UInt16, _ value: UInt16, _ more: [UInt8] = []) {

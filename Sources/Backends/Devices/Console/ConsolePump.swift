@@ -125,7 +125,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
         try port.pointee.output.activate(activation)
       }
       // Without the control queues both ends are open as soon as the driver is there.
-      if !isMultiport { setOpen(0, true) }
+      if !isMultiport { setOpen(0, true, resumes: activation.adopts) }
     }
   }
 
@@ -181,8 +181,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
     do throws(VirtqueueFault) {
       try toDriver.prepare(invalidations)
       try fromDriver.prepare(invalidations)
-      try serveControl(signals[3])
-      var hasMore = false
+      var hasMore = try serveControl(signals, invalidations)
       var hostOpen: UInt64 = 0
       for step in 0..<portCount {
         // Another port is first each time: a budget that is spent early does not always leave out the same ones.
@@ -191,7 +190,8 @@ package struct ConsolePump: DevicePump, ~Copyable {
         try ports[index].output.prepare(invalidations)
         hasMore = try output(index, signals[Self.queue(index) + 1]) || hasMore
         hasMore = try input(index, signals[Self.queue(index)]) || hasMore
-        if tell(index) { hostOpen |= 1 << UInt64(index) }
+        tell(index)
+        if ports[index].channel.isConnected { hostOpen |= 1 << UInt64(index) }
       }
       firstPort = (firstPort &+ 1) % portCount
       board.set(host: hostOpen)
@@ -218,7 +218,7 @@ package struct ConsolePump: DevicePump, ~Copyable {
     onOpen(guestOpen)
   }
 
-  private static func queue(_ port: Int) -> Int { port == 0 ? 0 : 2 * port + 2 }
+  static func queue(_ port: Int) -> Int { port == 0 ? 0 : 2 * port + 2 }
 
   // MARK: Output
 
@@ -278,6 +278,35 @@ package struct ConsolePump: DevicePump, ~Copyable {
     }
     counters.writes.add(1)
     port.pointee.outputDone = 0
+    return true
+  }
+
+  /// The guest is about to close a port. What it wrote before goes as far as somebody takes it now, and the rest is dropped: nobody who is connected
+  /// later is to get the end of it.
+  ///
+  /// - Returns: false when the run is over before that is done.
+  mutating func drain(
+    _ index: Int, _ signals: any TransportSignals, _ invalidations: UInt64
+  ) throws(VirtqueueFault) -> Bool {
+    let port = ports + index
+    guard isGuestOpen(index), port.pointee.channel.followsGuest, port.pointee.output.isActive else { return true }
+    try port.pointee.output.prepare(invalidations)
+    defer { port.pointee.output.publish(signals) }
+    // No more than there can have been.
+    for _ in 0..<port.pointee.output.size {
+      guard let chain = try port.pointee.output.next(&memory, &budget) else { return !budget.isSpent }
+      var left = Self.outputBytes
+      if !write(chain, index, &left) {
+        guard left > 0 else {
+          port.pointee.output.putBack(chain.ticket)
+          return false
+        }
+        let done = UInt64(port.pointee.outputDone)
+        port.pointee.output.counters.drops(.linkDown).add(chain.readableBytes - min(done, chain.readableBytes))
+        port.pointee.outputDone = 0
+      }
+      port.pointee.output.use(chain.ticket, length: 0)
+    }
     return true
   }
 

@@ -23,6 +23,9 @@ package struct NetChoices: Equatable, Sendable {
   package var pairs = 1
   /// Feature bits of the offloads that the driver has switched on, of those that were negotiated.
   package var offloads: UInt64
+  /// How long notifications may be kept back in each direction.
+  package var receiveLimits = NotificationLimits()
+  package var transmitLimits = NotificationLimits()
 
   /// As a driver begins: every packet is its, since a driver without a control queue cannot say otherwise.
   package init(mac: MACAddress, offloads: UInt64) {
@@ -34,6 +37,9 @@ package struct NetChoices: Equatable, Sendable {
   package mutating func limit(to features: FeatureBits) {
     offloads &= features.intersection(.netGuestOffloads).rawValue
     if !features.contains(.netQueues) { pairs = 1 }
+    if !features.contains(.netNotificationCoalescing) {
+      (receiveLimits, transmitLimits) = (NotificationLimits(), NotificationLimits())
+    }
   }
 
   // MARK: Saved
@@ -61,6 +67,8 @@ package struct NetChoices: Equatable, Sendable {
       for place in 0..<Self.tableLimit { put(place < table.count ? table[place].value : 0) }
     }
     for word in vlans { put(word) }
+    put(receiveLimits.word)
+    put(transmitLimits.word)
     atomicMemoryFence(ordering: .releasing)
     memory.storeBytes(of: flags, as: UInt64.self)
   }
@@ -82,6 +90,9 @@ package struct NetChoices: Equatable, Sendable {
     unicast = (0..<Int(word(4))).map { MACAddress(value: word(6 + $0)) }
     multicast = (0..<Int(word(5))).map { MACAddress(value: word(6 + Self.tableLimit + $0)) }
     vlans = (0..<64).map { word(6 + 2 * Self.tableLimit + $0) }
+    // Nothing, where an earlier vxd saved them.
+    receiveLimits = NotificationLimits(word: word(Self.wordCount - 2))
+    transmitLimits = NotificationLimits(word: word(Self.wordCount - 1))
   }
 }
 

@@ -24,9 +24,11 @@ extension FeatureBits {
   package static let netGuestAnnounce = FeatureBits(rawValue: 1 << 21)  // VIRTIO_NET_F_GUEST_ANNOUNCE
   package static let netQueues = FeatureBits(rawValue: 1 << 22)  // VIRTIO_NET_F_MQ
   package static let netControlMAC = FeatureBits(rawValue: 1 << 23)  // VIRTIO_NET_F_CTRL_MAC_ADDR
+  package static let netNotificationCoalescing = FeatureBits(rawValue: 1 << 53)  // VIRTIO_NET_F_NOTF_COAL
   package static let netGuestUSO4 = FeatureBits(rawValue: 1 << 54)
   package static let netGuestUSO6 = FeatureBits(rawValue: 1 << 55)
   package static let netHostUSO = FeatureBits(rawValue: 1 << 56)
+  package static let netSpeedDuplex = FeatureBits(rawValue: 1 << 63)  // VIRTIO_NET_F_SPEED_DUPLEX
 
   /// Packets that are larger than the wire's may come to the guest.
   package static let netGuestLarge: FeatureBits = [
@@ -57,13 +59,23 @@ package enum NetConfiguration {
     headerBytes + max(isLarge ? largeBytes : 0, mtu + linkBytes)
   }
 
-  package static func bytes(mac: MACAddress, status: UInt16, pairs: Int, mtu: UInt16) -> [UInt8] {
+  /// What `speed` and `duplex` are where the host does not know.
+  private static let unknownSpeed: UInt32 = 0xffff_ffff
+  private static let unknownDuplex: UInt8 = 0xff
+  private static let fullDuplex: UInt8 = 1
+
+  /// - Parameter speed: of the link in Mbit/s, up to 2^31 - 1, full duplex; nil when it is not known.
+  package static func bytes(mac: MACAddress, status: UInt16, pairs: Int, mtu: UInt16, speed: UInt32?) -> [UInt8] {
     var bytes = mac.bytes
     for value in [status, UInt16(clamping: pairs), mtu] {
       bytes.append(UInt8(truncatingIfNeeded: value))
       bytes.append(UInt8(truncatingIfNeeded: value >> 8))
     }
-    return bytes
+    for shift in stride(from: UInt32(0), to: 32, by: 8) {
+      bytes.append(UInt8(truncatingIfNeeded: (speed ?? unknownSpeed) >> shift))
+    }
+    // Up to a whole word, by which drivers read.
+    return bytes + [speed == nil ? unknownDuplex : fullDuplex, 0, 0, 0]
   }
 
   package static func set(status: UInt16, in bytes: inout [UInt8]) {
@@ -85,7 +97,7 @@ package enum NetConfiguration {
       && needs(
         [
           .netControlReceive, .netControlVLAN, .netControlReceiveExtra, .netGuestAnnounce, .netQueues, .netControlMAC,
-          .netControlOffloads,
+          .netControlOffloads, .netNotificationCoalescing,
         ], .netControlQueue)
       && (!features.contains(.netGuestECN) || !features.isDisjoint(with: [.netGuestTSO4, .netGuestTSO6]))
       && (!features.contains(.netHostECN) || !features.isDisjoint(with: [.netHostTSO4, .netHostTSO6]))

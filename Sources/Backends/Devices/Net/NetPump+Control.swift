@@ -10,6 +10,7 @@ extension NetPump {
     static let announce: UInt8 = 3
     static let queues: UInt8 = 4
     static let offloads: UInt8 = 5
+    static let coalescing: UInt8 = 6
   }
 
   /// Commands before other sources of the thread have their turn.
@@ -92,6 +93,11 @@ extension NetPump {
         FeatureBits(rawValue: offloads).isSubset(of: features.intersection(.netGuestOffloads))
       else { return false }
       new.offloads = offloads
+      return true
+    case Class.coalescing where command[1] <= 1 && features.contains(.netNotificationCoalescing):
+      guard let both = word(8) else { return false }
+      let limits = NotificationLimits(packets: UInt32(truncatingIfNeeded: both), microseconds: UInt32(both >> 32))
+      if command[1] == 0 { new.transmitLimits = limits } else { new.receiveLimits = limits }
       return true
     default: return false
     }

@@ -14,7 +14,7 @@ extension NetPump {
     var held = HeldChains()
     var left = Self.batchLimit
     var turn = Turn.more
-    var (packets, bytes): (UInt64, UInt64) = (0, 0)
+    var (packets, bytes, told): (UInt64, UInt64, UInt64) = (0, 0, 0)
     receiving: while left > 0 {
       let time = isLimited ? rate.delay(isWrite: false, at: now) : 0
       guard time == 0 else {
@@ -55,7 +55,10 @@ extension NetPump {
       bytes &+= frame
       budget.pay(bytes: frame)
       if isLimited { rate.pay(isWrite: false, bytes: frame, at: now) }
-      if left % Self.groupLimit == 0 { receiveQueue.publish(signals) }
+      if left % Self.groupLimit == 0 {
+        publishReceived(packets &- told, signals)
+        told = packets
+      }
     }
     putBack(&held)
     // Once for the batch: counters are objects.
@@ -64,7 +67,7 @@ extension NetPump {
       receiveQueue.counters.reads.add(packets)
       receiveQueue.counters.readBytes.add(bytes)
     }
-    receiveQueue.publish(signals)
+    publishReceived(packets &- told, signals)
     return turn
   }
 

@@ -18,16 +18,17 @@ extension NetPump {
       }
     }
     while left > 0 {
+      let first = left
       for _ in 0..<min(left, Self.groupLimit) {
         guard let chain = try transmitQueue.next(&memory, &budget) else {
-          transmitQueue.publish(signals)
+          publishSent(first &- left, signals)
           return .empty
         }
         let time = isLimited ? rate.delay(isWrite: true, at: now) : 0
         guard time == 0 else {
           // The guest's own queue is where packets wait.
           transmitQueue.putBack(chain.ticket)
-          transmitQueue.publish(signals)
+          publishSent(first &- left, signals)
           wait(until: time)
           return .limited
         }
@@ -49,7 +50,7 @@ extension NetPump {
         transmitQueue.use(chain.ticket, length: 0)
         left &-= 1
       }
-      transmitQueue.publish(signals)
+      publishSent(first &- left, signals)
     }
     return transmitQueue.hasPending ? .more : .empty
   }

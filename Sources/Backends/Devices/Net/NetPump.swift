@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 package import Transport
 package import Virtqueue
@@ -75,6 +76,11 @@ package struct NetPump: WatchingPump, ~Copyable {
   var insufficient = 0
   package internal(set) var nextTime: UInt64 = 0
   var goneResult = 0
+  /// Notifications that the driver wants to be kept back (`NetPump+Coalescing.swift`), the timer that ends that, and what it is set to.
+  var receiveDelay = NotificationDelay()
+  var transmitDelay = NotificationDelay()
+  let timer: Int32
+  var timerTime: UInt64 = 0
   var idle = IdlePoll()
   private(set) var runStart: UInt64 = 0
   var now: UInt64 = 0
@@ -95,7 +101,9 @@ package struct NetPump: WatchingPump, ~Copyable {
     onAnnounced: @escaping @Sendable () -> Void
   ) {
     self.tap = tap
-    descriptors = [tap]
+    timer = clinux_timer_create()
+    // Without one, what is kept back goes by the loop's timers, which are later by up to a millisecond.
+    descriptors = timer >= 0 ? [tap, timer] : [tap]
     self.settings = settings
     self.rate = rate
     self.choices = choices
@@ -120,6 +128,7 @@ package struct NetPump: WatchingPump, ~Copyable {
   }
 
   deinit {
+    if timer >= 0 { Glibc.close(timer) }
     vectors.deallocate()
     head.deallocate()
     window.deallocate()
@@ -137,17 +146,24 @@ package struct NetPump: WatchingPump, ~Copyable {
     set(choices)
     switch queue {
     case Place.receive:
+      receiveDelay.reset()
       if !activation.adopts { emptyTap() }
       try receiveQueue.activate(activation)
-    case Place.transmit: try transmitQueue.activate(activation)
+    case Place.transmit:
+      transmitDelay.reset()
+      try transmitQueue.activate(activation)
     default: try controlQueue.activate(activation)
     }
   }
 
   package mutating func deactivate(_ queue: Int) {
     switch queue {
-    case Place.receive: receiveQueue.deactivate()
-    case Place.transmit: transmitQueue.deactivate()
+    case Place.receive:
+      receiveQueue.deactivate()
+      receiveDelay.reset()
+    case Place.transmit:
+      transmitQueue.deactivate()
+      transmitDelay.reset()
     default: controlQueue.deactivate()
     }
     nextTime = 0
@@ -162,6 +178,9 @@ package struct NetPump: WatchingPump, ~Copyable {
     expectedBytes = NetConfiguration.receiveBytes(
       mtu: settings.mtu, isLarge: !offloads.isDisjoint(with: .netGuestLarge))
     filter.set(choices, filtersVLANs: features.contains(.netControlVLAN))
+    receiveDelay.set(choices.receiveLimits)
+    transmitDelay.set(choices.transmitLimits)
+    if isOwing { timerTime = 0 }
   }
 
   package mutating func set(isLinkUp: Bool) { self.isLinkUp = isLinkUp }
@@ -201,6 +220,7 @@ package struct NetPump: WatchingPump, ~Copyable {
         let sent = try transmit(signals[Place.transmit])
         let received = try receive(signals[Place.receive])
         guard goneResult == 0 else { return .idle }
+        if isOwing { notifyDue(signals, isShort: received == .noRoom) }
         // The next round is another run: jobs and other descriptors of the thread come in between.
         if sent == .more || received == .more || self.budget.isSpent { return .more }
         if pollForMore() { continue }
@@ -231,7 +251,7 @@ package struct NetPump: WatchingPump, ~Copyable {
 
   /// Whether there is something to do; the transmit queue is watched for it for a moment, where that is worth it.
   private mutating func pollForMore() -> Bool {
-    guard nextTime == 0 else { return false }
+    guard nextTime == 0, !isOwing else { return false }
     return hasPending || settings.pollsWhenIdle && watch()
   }
 

@@ -99,6 +99,22 @@ package struct SerialQueue: ~Copyable {
     }
   }
 
+  /// Publishes what was used, and tells nobody.
+  ///
+  /// - Returns: whether the driver wants to be interrupted for it, which is then the caller's to do (`interrupt`).
+  package mutating func publishQuietly() -> Bool {
+    guard size > 0, queue.pointee.hasUnpublished else { return false }
+    let isWanted = queue.pointee.publish()
+    if !isWanted { counters.interruptsSuppressed.add(1) }
+    return isWanted
+  }
+
+  /// Interrupts the driver for what `publishQuietly` published.
+  package mutating func interrupt(_ signals: any TransportSignals) {
+    counters.interrupts.add(1)
+    signals.interruptForUsedBuffers()
+  }
+
   /// Whether chains wait.
   package var hasPending: Bool { mutating get { size > 0 && queue.pointee.hasPending() } }
 

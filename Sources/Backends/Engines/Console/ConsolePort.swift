@@ -35,7 +35,6 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
 
   private static let inputLimit = 64 << 10
   private static let lineLimit = 2048
-  private static let reconnectMilliseconds: UInt64 = 1000
 
   private let settings: ConsolePortSettings
   private let place: Place
@@ -44,6 +43,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private var viewers: ConsoleViewers?
   private var listener: ConsoleListener?
   private var stream: ConsoleStream?
+  private var connection = PortConnection()
   private var pty: ConsoleStream?
   private var ptySlave: Int32 = -1
   private var input: [UInt8] = []
@@ -78,7 +78,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
       } catch {
         throw ConsoleFault(message: "socket: cannot listen on '\(path)': \(error.message)")
       }
-    case .connect: connect()
+    case .connect(_, let whenOpen): if !whenOpen { handle(.opened) }
     case nil: break
     }
     guard let path = place.viewerPath else { return }
@@ -94,9 +94,20 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   package var dropsOutput: Bool { settings.overflow == .drop }
 
   /// A console has somebody at its other end always: what it remembers is for whoever comes.
-  package var isOpen: Bool {
+  package var isOpen: Bool { isConnected || followsGuest && connection.isOpen }
+
+  package var isConnected: Bool {
     settings.isConsole || stream != nil || pty != nil || viewers?.hasClients == true || log != nil
       || settings.logsLines
+  }
+
+  package var followsGuest: Bool {
+    if case .connect(_, whenOpen: true) = settings.socket { true } else { false }
+  }
+
+  package func guest(isOpen: Bool, resumes: Bool) {
+    guard followsGuest else { return }
+    handle(isOpen ? resumes ? .resumed : .opened : .closed)
   }
 
   /// Takes until nobody has room: an end whose reader was quick may have some again, and would then have nothing to say later.
@@ -113,7 +124,11 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private func takeOnce(_ bytes: UnsafeRawBufferPointer) -> Int {
     var count = bytes.count
     let streams = [stream, pty].compactMap { $0 }
-    if settings.overflow == .wait { for stream in streams { count = min(count, stream.room) } }
+    if settings.overflow == .wait {
+      // It stays with the guest until there is somebody.
+      if followsGuest, stream == nil { return 0 }
+      for stream in streams { count = min(count, stream.room) }
+    }
     guard count > 0 else { return 0 }
     let part = UnsafeRawBufferPointer(rebasing: bytes[..<count])
     var isLost = streams.isEmpty && !settings.isConsole
@@ -151,7 +166,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     guard !isClosed else { return }
     isClosed = true
     if !line.isEmpty { place.logLine(String(decoding: line, as: UTF8.self)) }
-    if timer != 0 { place.loop.cancel(timer: timer) }
+    handle(.ended)
     listener?.close()
     viewers?.close()
     stream?.close()
@@ -212,23 +227,45 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     onChange()
   }
 
-  private func connect() {
-    timer = 0
-    guard case .connect(let path) = settings.socket, !isClosed else { return }
-    if let raw = try? UnixSocket.connect(trusted: path) {
-      stream = try? makeStream(raw) { [weak self] _ in
-        self?.stream = nil
-        self?.onChange()
-        self?.connectLater()
+  private func handle(_ event: PortConnection.Event) {
+    for effect in connection.handle(event, at: EventLoop.now()) {
+      switch effect {
+      case .connect: connect()
+      case .disconnect:
+        stream?.close()
+        stream = nil
+      case .wake(let time): wake(at: time)
+      case .sleep:
+        place.loop.cancel(timer: timer)
+        timer = 0
+      case .forget:
+        input = []
+        listenAgain()
       }
-      onChange()
-    } else {
-      connectLater()
     }
   }
 
-  private func connectLater() {
-    timer = place.loop.schedule(afterMilliseconds: Self.reconnectMilliseconds) { [weak self] in self?.connect() }
+  private func wake(at time: UInt64) {
+    if timer != 0 { place.loop.cancel(timer: timer) }
+    let now = EventLoop.now()
+    let milliseconds = time > now ? (time - now + 999_999) / 1_000_000 : 0
+    timer = place.loop.schedule(afterMilliseconds: milliseconds) { [weak self] in
+      self?.timer = 0
+      self?.handle(.due)
+    }
+  }
+
+  private func connect() {
+    guard case .connect(let path, _) = settings.socket else { return }
+    stream = (try? UnixSocket.connect(trusted: path)).flatMap {
+      try? makeStream($0) { [weak self] _ in
+        self?.stream = nil
+        self?.handle(.lost)
+        self?.onChange()
+      }
+    }
+    handle(stream == nil ? .refused : .connected)
+    onChange()
   }
 
   private func openPTY(_ link: String) throws(ConsoleFault) {

@@ -35,6 +35,12 @@ package enum NetworkInterface {
     return digits.hasPrefix("0x") ? Int(digits.dropFirst(2), radix: 16) : Int(digits)
   }
 
+  /// The speed of a link, a macvtap's lower device or the quickest port of a bridge, in Mbit/s; nil when the kernel knows none. A tap's own is 10,
+  /// whatever it can do.
+  package static func speed(of name: String) -> UInt32? {
+    number("speed", of: name).flatMap { $0 > 10 && $0 <= Int(Int32.max) ? UInt32($0) : nil }
+  }
+
   /// Adds an interface to a bridge; one that is there stays.
   static func add(_ name: String, to bridge: String) throws(TapFault) {
     guard isThere("\(folder)/\(bridge)/bridge") else { return try addToVirtualSwitch(name, bridge) }

@@ -72,6 +72,10 @@ int clinux_socket_cloexec(void);
 int clinux_o_direct(void);
 /// The flag O_PATH, likewise.
 int clinux_o_path(void);
+/// A timer's descriptor (CLOCK_MONOTONIC), non-blocking; -1 with errno.
+int clinux_timer_create(void);
+/// Makes it readable at a time in nanoseconds.
+void clinux_timer_set(int timer, unsigned long long nanoseconds);
 
 /// Tells the processor that it waits for memory to change: it leaves its other thread, which may be who changes it, more of the core.
 static inline void clinux_pause(void) {
