@@ -1,5 +1,5 @@
 /* A guest's program that does to a virtio function on its PCI bus what no driver should: to its configuration space, its BAR, its vectors and its
- * queues, whose rings it fills with noise. From a seed, which repeats it.
+ * queues, whose rings it fills with noise, while another process switches its decoding off and on. From a seed, which repeats what the first does.
  *
  * usage: hostile-pci FUNCTION SEED ROUNDS OTHER-BAR
  *   FUNCTION   as in /sys/bus/pci/devices; no driver may be bound to it
@@ -8,11 +8,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { PAGES = 512, PAGE = 4096 };
@@ -201,6 +204,19 @@ static void move_bar(void) {
   config_write(4, 2, 0x406);
 }
 
+/* Switches decoding off and on from the other processor all the while. Before the memory is there: a page that is written behind a fork moves. */
+static pid_t toggle_decoding(void) {
+  pid_t child = fork();
+  if (child < 0) fail("fork");
+  if (child > 0) return child;
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  for (;;) {
+    config_write(4, 2, 0x404);
+    config_write(4, 2, 0x406);
+    usleep(300);
+  }
+}
+
 int main(int count, char **arguments) {
   char path[256];
   if (count != 5) return 2;
@@ -211,6 +227,7 @@ int main(int count, char **arguments) {
   if ((config = open(path, O_RDWR)) < 0) fail(path);
   home = config_read(0x10, 4) & ~15u;
   config_write(4, 2, 0x406);
+  pid_t other = toggle_decoding();
   memory = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | MAP_LOCKED, -1, 0);
   if (memory == MAP_FAILED) fail("memory");
   int map = open("/proc/self/pagemap", O_RDONLY);
@@ -231,6 +248,9 @@ int main(int count, char **arguments) {
     acts[below(sizeof acts / sizeof *acts)]();
     if (round % 100 == 99) printf("GUEST HOSTILE %ld rounds, %ld accesses\n", round + 1, accesses), fflush(stdout);
   }
+  kill(other, SIGKILL);
+  waitpid(other, NULL, 0);
+  config_write(4, 2, 0x406);
   /* As it was found, but for what only a driver knows. */
   put(0x14, 1, 0);
   config_write(0x42, 2, 0);

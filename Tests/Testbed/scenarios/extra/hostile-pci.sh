@@ -3,7 +3,7 @@
 # also on: trixie
 # in the gate: by turns
 # processors: 6
-# A guest's program writes rubbish to the configuration space, the BAR, the vectors and the queues of a function (guest/hostile-pci.c), beside a
+# A guest's program writes rubbish to the configuration space, the BAR, the vectors and the queues of a function (guest/hostile-pci.c) from two vCPUs, beside a
 # neighbour under verified I/O: vxd serves the neighbour and answers its operators, and the function works when a driver is bound to it again. Then
 # the guest reboots.
 make_disk /disks/victim.img 32
