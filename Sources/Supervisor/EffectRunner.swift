@@ -109,8 +109,8 @@ final class EffectRunner {
   /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
   func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.discard(key)) }
 
-  /// Lets a guest look through its PCI bus, on which devices are not to be found that stand in places of QEMU's.
-  func answerScan(of guest: Guest, without absent: [DeviceKey] = []) {
+  /// Lets a guest look through its PCI bus, without devices that are in places of QEMU's; nil as for `GuestBus.answerScan`.
+  func answerScan(of guest: Guest, without absent: [DeviceKey]?) {
     let buses = guest.buses.made
     guest.buses.thread.run { here in for bus in buses { bus.answerScan(without: absent, here) } }
   }

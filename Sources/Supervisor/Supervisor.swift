@@ -104,7 +104,7 @@ package actor Supervisor {
   /// A bus has something to say.
   func heard(_ report: BusReport) {
     if case .scan(let domain) = report, !askQEMU(domain), let guest = table.guests[domain] {
-      table.runner.answerScan(of: guest)
+      table.runner.answerScan(of: guest, without: nil)
     }
     guard let event = table.event(for: report) else { return }
     handle(event.1, of: event.0)
@@ -199,8 +199,8 @@ package actor Supervisor {
   private func learned(_ domain: DomainID, _ found: [(device: UInt8, function: UInt8)]?) {
     asked.remove(domain)
     guard let guest = table.guests[domain] else { return }
-    // One that does not answer is asked again, and the guest does not wait for it.
-    guard let found else { return table.runner.answerScan(of: guest) }
+    // One that does not answer is asked again, but for a guest that waits.
+    guard let found else { return table.runner.answerScan(of: guest, without: nil) }
     let refused = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
     table.runner.answerScan(of: guest, without: refused)
     // It is stopped, and its place is refused when it is started again.

@@ -245,6 +245,20 @@ import Xen
     #expect(eventually { world.info("guests") == 0 && domain.usage == .init() })
   }
 
+  /// The first server of a guest is made, and cannot be used: the next one reaches the guest's memory as well.
+  @Test func serverOfTheSecondTryReachesMemory() throws {
+    let world = try World()
+    defer { world.end() }
+    try world.start()
+    let domain = try world.domain(5, name: "alpha")
+    domain.rangeFailures.store(1, ordering: .sequentiallyConsistent)
+    try world.toolstack.attach(disk: "xvde", image: world.image("xvde"), to: 5)
+    #expect(eventually { world.reasons(.guestFailed).count == 1 && world.state("alpha", "xvde") == "ready" })
+    #expect(try world.boot(domain).write(block(1), sector: 0) == 0)
+    #expect(try world.toolstack.destroy(5, disks: ["xvde"]))
+    #expect(eventually { world.info("guests") == 0 && domain.usage == .init() })
+  }
+
   /// What cannot be followed is refused, where the device itself asks for it.
   @Test func transportThatADeviceCannotHaveIsRefused() throws {
     let world = try World()

@@ -6,6 +6,8 @@ import Glibc
 final class MonitorOfQEMU {
   private let thread: LoopThread
   private let listener: OwnedDescriptor
+  /// Opened when somebody has connected.
+  let isAsked = Latch()
 
   /// - Parameter devices: nil for a QEMU that hangs: who connects hears nothing.
   init(path: String, devices: String?) throws {
@@ -14,8 +16,9 @@ final class MonitorOfQEMU {
     try UnixSocket.withAddress(path) { bind(listening, $0, $1) }
     guard listen(listening, 1) == 0 else { throw Errno.last }
     thread = try LoopThread(name: "monitor")
-    thread.loop.enqueue {
+    thread.loop.enqueue { [isAsked] in
       let client = OwnedDescriptor(adopting: accept(listening, nil, nil))
+      isAsked.open()
       guard let devices else {
         var byte: UInt8 = 0
         // Until the other end has enough of it.

@@ -1,7 +1,10 @@
 import EventLoop
+import Glibc
 import SimulatedXen
 import TestSupport
 import Testing
+import Transport
+import Virtqueue
 import Xen
 
 @testable import Supervisor
@@ -14,8 +17,8 @@ import Xen
     #"{"version": 1, "disks": [{"guest": "web*", "device": "xvdf", "slot": 5}], "guests": [{"guest": "web*", "transport": "pci"}]}"#
 
   /// A supervisor that asks nobody by itself, and a guest with two disks, of which one is in the disputed place.
-  private func start(_ world: World) throws -> SimulatedDomain {
-    try start(world, by: Self.profile)
+  private func start(_ world: World, tick: UInt64 = 600_000) throws -> SimulatedDomain {
+    try start(world, by: Self.profile, tick: tick)
     let domain = try world.domain(5, name: "web1")
     for disk in ["xvde", "xvdf"] {
       try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5)
@@ -26,13 +29,13 @@ import Xen
     return domain
   }
 
-  private func start(_ world: World, by profile: String) throws {
+  private func start(_ world: World, by profile: String, tick: UInt64 = 600_000) throws {
     let folder = world.folder.path
     let state = try StateFolder(path: folder + "/state")
     try world.start(profiles: profile) {
       $0.qemuFolder = folder
       $0.stateFolder = state
-      $0.xenstoreCheckMilliseconds = 600_000
+      $0.xenstoreCheckMilliseconds = tick
     }
   }
 
@@ -93,6 +96,43 @@ import Xen
     #expect(EventLoop.now() - begun < 10_000_000_000)
     monitor.end()
     #expect(identity(domain, Self.ours) == Self.block)
+  }
+
+  /// A question without an answer does not end the wait of a guest that has not looked yet: QEMU is asked again.
+  @Test func guestThatLooksAfterAQuestionThatFailedFindsQEMUsPlaceEmpty() throws {
+    let world = try World()
+    defer { world.end() }
+    let hung = try monitor(world, slot: nil)
+    let domain = try start(world, tick: 50)
+    hung.isAsked.wait()
+    // It is over when vxd has had enough of it.
+    hung.end()
+    #expect(domain.claimedFunctions == [Self.disputed, Self.ours])
+    unlink(world.folder.path + "/qmp-libxenstat-5")
+    let monitor = try monitor(world, slot: 5)
+    #expect(eventually { domain.claimedFunctions == [Self.ours] })
+    monitor.end()
+    #expect(identity(domain, Self.disputed) == 0xffff_ffff && identity(domain, Self.ours) == Self.block)
+  }
+
+  /// A driver at work neither waits for an answer with the next daemon nor loses its device by it, as when QEMU got the place meanwhile.
+  @Test func guestAtWorkNeitherWaitsNorLosesItsFunctionWithTheNextDaemon() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    let registers = try PCIFunctionRegisters(
+      domain: domain, function: Self.disputed, base: 0xf300_0000, interrupts: .messages)
+    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
+      wanted: [.eventIndex], queueSize: 64)
+    #expect(eventually { world.state("web1", "xvdf") == "connected" })
+    world.stop()
+    let monitor = try monitor(world, slot: 5)
+    try start(world, by: Self.profile, tick: 50)
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+    monitor.end()
+    world.settle()
+    #expect(domain.claimedFunctions == [Self.disputed, Self.ours])
+    #expect(identity(domain, Self.disputed) == Self.block)
   }
 
   /// The daemon dies before it has asked; the next one answers the access.

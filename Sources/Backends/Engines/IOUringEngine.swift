@@ -8,7 +8,7 @@ import Synchronization
 ///
 /// Confined to the queue's data thread. The image's open files are registered with the ring, the locked one among them. That matters when the
 /// process is killed: it may be gone before what it has submitted is, other than with libaio, but the kernel holds the ring's files until
-/// the last request is done. So whoever gets the image's lock afterwards, or claims the block device, finds nothing under way
+/// the last request is done. So the next process that gets the image's lock, or claims the block device, finds nothing under way
 /// that could still write (`RawImage`). Small bounce buffers are registered too: the kernel need not look their pages up.
 package final class IOUringEngine: BlockEngine {
   package let image: RawImage

@@ -143,6 +143,9 @@ package final class IOReqServer: EventSource {
     onScan = onFirst
   }
 
+  /// Answers whoever waits for a configuration space, and everybody from then on; nothing happens where nobody waits.
+  package func answerWaitingConfiguration() { if onScan == nil { answerConfiguration() } }
+
   /// Answers accesses to configuration spaces from now on, those first that have waited.
   ///
   /// - Parameter absent: functions that are taken off the bus before. Where accesses were answered already, nothing happens: the guest may have
@@ -295,6 +298,12 @@ package final class IOReqServer: EventSource {
   ///
   /// Errors are expected when the guest is being destroyed: Xen has taken the server down by itself then.
   package func close() {
+    destroy()
+    pool.close()
+  }
+
+  /// Ends the server alone: the next one of the guest reaches its memory through the same pool.
+  package func destroy() {
     guard !isClosed else { return }
     isClosed = true
     for window in windows { window.transport?.remove() }
@@ -310,6 +319,5 @@ package final class IOReqServer: EventSource {
     for port in ports { guest.unbind(port) }
     guest.unmapIOReqPage()
     try? guest.destroyIOReqServer(identifier)
-    pool.close()
   }
 }

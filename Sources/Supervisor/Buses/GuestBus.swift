@@ -58,8 +58,8 @@ enum BusReport: Sendable {
 /// What the guest's machine is told of what was done.
 typealias BusEvent = GuestEvent<DeviceKey>
 
-/// Says that its holder is on the guest's thread: whoever is given one may do what belongs there. It is made for each job, and cannot be sent to
-/// another thread.
+/// Proof of running on the guest's thread, which functions that belong there ask for. Each job there is given one; it cannot be sent to another
+/// thread.
 struct OnGuestThread {
   fileprivate init() {}
 }
@@ -194,10 +194,11 @@ protocol GuestBus: AnyObject, Sendable {
   ///
   /// - Returns: devices whose places QEMU has too, which are not to be served.
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey]
-  /// Lets the guest look through its bus, also where nobody says what QEMU has.
+  /// Lets the guest look through its bus.
   ///
-  /// - Parameter absent: devices that it is not to find there. Too late for a guest that has looked already.
-  func answerScan(without absent: [DeviceKey], _ here: OnGuestThread)
+  /// - Parameter absent: devices that it is not to find there, too late for a guest that has looked already. nil where nobody says what QEMU
+  ///   has: only a guest that waits now is let look.
+  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread)
 
   // MARK: Handshakes in Xenstore, where the bus has them
 
@@ -228,7 +229,7 @@ extension GuestBus {
   func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void { { _ in } }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
-  func answerScan(without absent: [DeviceKey], _ here: OnGuestThread) {}
+  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {}
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.

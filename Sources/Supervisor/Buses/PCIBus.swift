@@ -71,7 +71,9 @@ final class PCIBus: RegisterBus {
   // MARK: The server
 
   func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
-    if others.withLock({ $0 == nil }) { self.server.holdScan(server, here) }
+    // A guest with a driver at work has looked already: it neither waits nor loses what it found.
+    let isInUse = seats.restored.contains { !$0.1.currentStatus.isEmpty }
+    if !isInUse, others.withLock({ $0 == nil }) { self.server.holdScan(server, here) }
     try attachRestored(server, here)
   }
 
@@ -111,14 +113,15 @@ final class PCIBus: RegisterBus {
 
   // MARK: QEMU
 
-  // QEMU starts behind state 2 of the guest's disks, with functions of ours in their places and claimed from Xen, which lets ours win. Before the
-  // guest runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So what QEMU has is known at the latest when the
-  // guest asks for the first configuration space of ours: that access waits for QEMU's answer, and a function of ours in a place of QEMU's is
-  // taken off the bus before it is answered. So nobody finds it there, with one exception: who waits with an access to just that place finds it empty,
-  // since Xen has given that access to us, and what QEMU has there with the next one. hvmloader leaves such a device without addresses, which kernels
-  // give it then. A guest without a monitor is answered at once; one whose QEMU does not answer after 3 s, as long as its thread has
-  // (`QEMUMonitor.functions`), or 5 s (`RegisterServer.longestHold`), and what it collides with is refused later. What QEMU gets while the
-  // guest runs (PCI hot-plug) is not looked for.
+  // QEMU starts after state 2 of the guest's disks, when our functions are in their places and claimed from Xen. In a place that both have, Xen asks
+  // the ioreq server that was made last, which is QEMU's where the guest has devices of ours from its start. So the guest finds QEMU's device, until
+  // that goes (kernels with Xen's drivers unplug emulated network cards): then it finds ours, refused and without a backend, and its driver hangs,
+  // as seen on Xen 4.17 and 4.20. Therefore a function of ours in a place of QEMU's is off the bus before the guest finds anything: before the guest
+  // runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So what QEMU has is known at the latest when the
+  // guest asks for the first configuration space of ours: that access waits for QEMU's answer. Where our server is the later one (the first
+  // device of a guest that runs), an access that waits at just that place finds it empty. A guest without a monitor is answered at once; one whose QEMU does
+  // not answer after the 3 s that its monitor is given (`QEMUMonitor.functions`), or 5 s (`RegisterServer.longestHold`), and what it collides with is
+  // refused later. What QEMU gets while the guest runs (PCI hot-plug) is not looked for.
 
   var asksQEMU: Bool { others.withLock { $0 == nil } && !seats.places.isEmpty }
 
@@ -128,8 +131,8 @@ final class PCIBus: RegisterBus {
     return seats.places.filter { theirs.contains($0.value.device) }.map(\.key)
   }
 
-  func answerScan(without absent: [DeviceKey], _ here: OnGuestThread) {
-    server.answerScan(without: absent.compactMap(seats.place), here)
+  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {
+    server.answerScan(without: absent.map { $0.compactMap(seats.place) }, here)
   }
 
   /// The device number for a device; nil when all are taken.

@@ -176,7 +176,7 @@ final class RegisterServer: @unchecked Sendable {
       shared.withLock { $0.earlier = server.identifier }
       server.leave()
     } else {
-      server.close()
+      server.destroy()
     }
   }
 
@@ -211,14 +211,16 @@ final class RegisterServer: @unchecked Sendable {
     server.holdConfiguration { [loop, report, domain, weak self] in
       // Whatever becomes of the question, the guest gets an answer.
       loop.schedule(afterMilliseconds: Self.longestHold) { [weak self] in
-        if let server = self?.ioreq, server.identifier == number { server.answerConfiguration() }
+        if let server = self?.ioreq, server.identifier == number { server.answerWaitingConfiguration() }
       }
       report(.scan(domain))
     }
   }
 
-  /// - Parameter absent: functions that are not to be found on the bus. Too late for a guest that has looked already.
-  func answerScan(without absent: [PCIAddress], _ here: OnGuestThread) { ioreq?.answerConfiguration(without: absent) }
+  /// - Parameter absent: functions that are not to be found on the bus, too late for a guest that has looked already; nil where nobody says.
+  func answerScan(without absent: [PCIAddress]?, _ here: OnGuestThread) {
+    if let absent { ioreq?.answerConfiguration(without: absent) } else { ioreq?.answerWaitingConfiguration() }
+  }
 
   // MARK: The end
 

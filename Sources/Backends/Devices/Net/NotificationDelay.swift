@@ -46,7 +46,7 @@ package struct NotificationDelay: Equatable {
     if due != 0 { due = 1 }
   }
 
-  /// A queue begins anew: whoever begins it notifies its driver.
+  /// A queue is set up again; its start notifies the driver.
   package mutating func reset() { (packets, due) = (0, 0) }
 
   /// Buffers were published.

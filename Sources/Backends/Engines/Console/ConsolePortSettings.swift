@@ -3,7 +3,7 @@ package struct ConsolePortSettings: Equatable, Sendable {
   package enum Socket: Equatable, Sendable {
     /// A Unix socket that is made here; one client at a time.
     case listen(String)
-    /// A Unix socket of somebody else's, tried every second: all the time, or while the guest has its port open.
+    /// Another program's Unix socket, tried every second: all the time, or while the guest has its port open.
     case connect(String, whenOpen: Bool)
   }
 

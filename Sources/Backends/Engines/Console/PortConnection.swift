@@ -1,4 +1,4 @@
-/// When a port's socket of somebody else's (`connect`) is connected: a value. Events go in with the time, and what is to be done comes out.
+/// Decides when a port is connected to another program's socket (`connect`): a value. Events go in with the time, and what is to be done comes out.
 ///
 /// With `whenOpen` the guest opens and closes; without it, the port is as if it were open from its beginning to its end.
 package struct PortConnection: Equatable, Sendable {
