@@ -229,24 +229,28 @@ driver_disk() { # VDEV TARGET [ACCESS] : a disk from the driver domain
   echo "\"format=raw, vdev=$1, access=${3:-rw}, backend=driver, backendtype=standalone, specification=virtio, target=$2\""
 }
 
-# A driver domain: an ordinary guest without any right over others, with vxd in it. DRIVER_MORE: an archive that its RAM disk gets too.
-create_driver_domain() { # [TYPE]
-  cat /guest/driver.cpio /guest/vxd.cpio ${DRIVER_MORE:-} >/root/driver-ramdisk
+write_driver_config() { # TYPE RAMDISK WORDS MEMORY ON_REBOOT
   cat >/root/driver.cfg <<CONFIG
 name = "driver"
-type = "${1:-pvh}"
+type = "$1"
 kernel = "/guest/vmlinux"
-ramdisk = "/root/driver-ramdisk"
-extra = "console=hvc0 rdinit=/init loglevel=4"
-memory = 320
+ramdisk = "$2"
+extra = "console=hvc0 rdinit=/init loglevel=4 $3"
+memory = $4
 vcpus = 1
 tsc_mode = "${GUEST_TSC:-native}"
 driver_domain = 1
 max_event_channels = 2047
 on_poweroff = "destroy"
-on_reboot = "restart"
+on_reboot = "$5"
 on_crash = "destroy"
 CONFIG
+}
+
+# A driver domain: an ordinary guest without any right over others, with vxd in it. DRIVER_MORE: an archive that its RAM disk gets too.
+create_driver_domain() { # [TYPE]
+  cat /guest/driver.cpio /guest/vxd.cpio ${DRIVER_MORE:-} >/root/driver-ramdisk
+  write_driver_config "${1:-pvh}" /root/driver-ramdisk "" 320 restart
   create driver && wait_console driver "DRIVER UP" 120
 }
 

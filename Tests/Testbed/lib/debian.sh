@@ -39,29 +39,41 @@ DEBIAN_PACKAGES="systemd-sysv udev dbus kmod procps iproute2 bridge-utils iputil
 
 check_debs() { ls "$DEBS"/vxd_*.deb >/dev/null 2>&1 || die "scenarios in a Debian with systemd want packages, and there are none in $DEBS: run 'make deb' first"; }
 
+# A tree of Debian 12 with packages, for a disk that is made of it; services do not start as they are installed in there. Sets root, below the folder and
+# not in /tmp, which may be mounted without devices or programs. /proc is mounted in it, and what apt needed is there, until end_tree.
+begin_tree() { # FOLDER PACKAGES
+  debian_base "$CACHE/chroot-bookworm.tar"
+  mkdir -p "$1"
+  root=$(mktemp -d -p "$1")
+  tar -C "$root" -xf "$CACHE/chroot-bookworm.tar" && use_apt_of_this_machine "$root" && mount -t proc proc "$root/proc" &&
+    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" && chmod 755 "$root/usr/sbin/policy-rc.d" ||
+    { drop_tree "$root"; die "cannot make a tree of Debian in $1 (are you root, is the disk full?)"; }
+  in_tree "$1" "apt-get -q update && apt-get -y -q --no-install-recommends install $(echo $2) && apt-get clean" ||
+    { drop_tree "$root"; die "Debian's packages cannot be installed: $(grep -m 1 '^E:' "$1/install.log")"; }
+}
+
+in_tree() { # FOLDER COMMAND : in $root; the folder has the log
+  DEBIAN_FRONTEND=noninteractive LC_ALL=C timeout 900 chroot "$root" sh -c "$2" >>"$1/install.log" 2>&1 </dev/null
+}
+
+end_tree() {
+  ! mountpoint -q "$root/proc" || umount "$root/proc"
+  rm -rf "$root/usr/sbin/policy-rc.d" "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* "$root"/usr/share/locale/* "$root/etc/resolv.conf" "$root/etc/apt/apt.conf.d/99host"
+}
+
 # Sets DEBIAN_IMAGE, a disk of one ext4 file system. Its kernel modules are those of the kernel that the testbed boots.
 prepare_debian() {
   local key root lock name
-  key=$( (echo "$PACKAGES_ROOT $DEBIAN_PACKAGES"; declare -f prepare_debian; cat "$TESTBED"/debian/run "$TESTBED"/debian/testbed.service) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT $DEBIAN_PACKAGES"; declare -f begin_tree in_tree end_tree prepare_debian; cat "$TESTBED"/debian/run "$TESTBED"/debian/testbed.service) | sha256sum | cut -c1-16)
   DEBIAN_IMAGE=$CACHE/debian-$key/root.img
   [ ! -e "$DEBIAN_IMAGE" ] || { touch "${DEBIAN_IMAGE%/*}"; return 0; }
   exec {lock}>"$CACHE/debian-lock"
   flock --timeout 1800 "$lock" || die "another testbed has been making the Debian disk for half an hour"
   [ -e "$DEBIAN_IMAGE" ] || {
     find "$CACHE" -maxdepth 1 -name 'debian-*' -type d -mtime +3 -exec rm -rf {} +
-    debian_base "$CACHE/chroot-bookworm.tar"
     say "making the disk of a Debian with systemd and Xen's toolstack (once)"
-    mkdir -p "${DEBIAN_IMAGE%/*}"
-    root=$(mktemp -d -p "${DEBIAN_IMAGE%/*}")
-    # Services do not start as they are installed in there.
-    tar -C "$root" -xf "$CACHE/chroot-bookworm.tar" && use_apt_of_this_machine "$root" && mount -t proc proc "$root/proc" &&
-      printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" && chmod 755 "$root/usr/sbin/policy-rc.d" ||
-      { drop_tree "$root"; die "cannot make a tree of Debian in ${DEBIAN_IMAGE%/*} (are you root, is the disk full?)"; }
-    # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive LC_ALL=C timeout 900 chroot "$root" sh -c "apt-get -q update && apt-get -y -q --no-install-recommends install $(echo $DEBIAN_PACKAGES) && apt-get clean" \
-      >"${DEBIAN_IMAGE%/*}/install.log" 2>&1 </dev/null || { drop_tree "$root"; die "Debian's packages cannot be installed: $(grep -m 1 '^E:' "${DEBIAN_IMAGE%/*}/install.log")"; }
-    umount "$root/proc"
-    rm -rf "$root/usr/sbin/policy-rc.d" "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* "$root"/usr/share/locale/*
+    begin_tree "${DEBIAN_IMAGE%/*}" "$DEBIAN_PACKAGES"
+    end_tree
     for name in "$PACKAGES_ROOT"/lib/modules/*; do
       mkdir -p "$root/lib/modules/${name##*/}/kernel/drivers/net"
       cp "$name"/modules.{order,builtin,builtin.modinfo} "$root/lib/modules/${name##*/}/"
@@ -85,7 +97,6 @@ prepare_debian() {
     printf 'XENCONSOLED_ARGS="--log=all --log-dir=/var/log/xen"\n' >>"$root/etc/default/xen"
     printf 'tmpfs /disks tmpfs size=300m 0 0\n' >"$root/etc/fstab"
     echo testbed >"$root/etc/hostname"
-    rm -f "$root/etc/resolv.conf" "$root/etc/apt/apt.conf.d/99host"
     mkfs.ext4 -q -q -F -d "$root" "$DEBIAN_IMAGE.part" 1400M && mv "$DEBIAN_IMAGE.part" "$DEBIAN_IMAGE" || die "cannot write $DEBIAN_IMAGE (is the disk full?)"
     drop_tree "$root"
   }

@@ -14,38 +14,31 @@ header() { # FILE KEY DEFAULT
 }
 
 # The names of scenarios, those first that take longest ("# takes: SECONDS"): what the gate runs now, or "left", what it leaves out, or "arm64", those on
-# Arm, since a build of vxd for Arm is not on every machine that tests. Scenarios with "# in the gate: by turns" are in four parts that take about
-# as long as each other, and the gate runs one of them: the number in Tests/Testbed/turn, to which each landing adds 1, says which.
+# Arm, since a build of vxd for Arm is not on every machine that tests. The gate runs a scenario with "# in the gate: turn N", N from 0 to 3, in each fourth
+# landing, and on another release two landings later: when the number in Tests/Testbed/turn, to which each landing adds 1, leaves N behind a division by 4.
 scenario_names() { # [left|arm64]
-  local turn
-  turn=$((${VXD_TESTBED_TURN:-$(cat "$TESTBED/turn")} % 4)) || die "$TESTBED/turn: expected a number"
-  runs_of_scenarios "${1:-}" | sort -k 2,2nr -k 3,3 | awk -v turn=$turn -v left="${1:-}" '
-    $1 != "turns" { if (left != "left") print $3; next }
-    {
-      part = 0
-      for (other = 1; other < 4; other++) if (sum[other] < sum[part]) part = other
-      sum[part] += $2
-      if ((part == turn) == (left != "left")) print $3
-    }'
-}
-
-runs_of_scenarios() { # [left|arm64] : "always" or "turns", seconds and name of each
-  local file name release kind seconds
+  local what=${1:-} file name release turn now
+  now=${VXD_TESTBED_TURN:-$(cat "$TESTBED/turn")}
+  case $now in '' | *[!0-9]*) die "$TESTBED/turn: expected a number, not '$now'" ;; esac
   for file in "$TESTBED"/scenarios/*.sh "$TESTBED"/scenarios/extra/*.sh; do
     name=${file#"$TESTBED"/scenarios/}
     name=${name%.sh}
-    kind=always
-    ! grep -q '^# in the gate: by turns$' "$file" || kind=turns
-    seconds=$(header "$file" takes 60)
-    [ "${1:-}" = arm64 ] || echo "$kind $seconds $name"
-    for release in $(sed -n 's/^# also on: //p' "$file"); do
-      case ${1:-}:$release in
-        arm64:arm64) echo "always $seconds $name@arm64" ;;
-        arm64:* | *:arm64) ;;
-        *) echo "$kind $seconds $name@$release" ;;
+    turn=$(sed -n 's/^# in the gate: turn //p' "$file")
+    for release in "" $(sed -n 's/^# also on: //p' "$file"); do
+      case $what:$release in
+        arm64:arm64) ;;
+        arm64:* | *:arm64) continue ;;
+        left:*) ! runs_now "$turn" "$release" "$now" || continue ;;
+        *) runs_now "$turn" "$release" "$now" || continue ;;
       esac
+      echo "$(header "$file" takes 60) $name${release:+@$release}"
     done
-  done
+  done | LC_ALL=C sort -k 1,1nr -k 2,2 | cut -d ' ' -f 2
+}
+
+runs_now() { # TURN RELEASE NUMBER : whether the gate runs what has this turn, or none
+  local later=${2:+2}
+  [ -z "$1" ] || [ $((($1 + ${later:-0}) % 4)) = $((10#$3 % 4)) ]
 }
 
 check_names() { # NAME... : that each is there, and has a release that the testbed knows

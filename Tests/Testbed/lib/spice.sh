@@ -7,26 +7,16 @@ needs_spice() { [ -n "$1" ] && grep -q '^# needs: .*spice' "$1"; }
 
 prepare_spice() { # sets SPICE, the image
   local key root lock
-  key=$( (echo "$SPICE_PACKAGES"; declare -f prepare_spice) | sha256sum | cut -c1-16)
+  key=$( (echo "$SPICE_PACKAGES"; declare -f begin_tree in_tree end_tree prepare_spice) | sha256sum | cut -c1-16)
   SPICE=$CACHE/spice-$key/root.img
   [ ! -e "$SPICE" ] || { touch "${SPICE%/*}"; return 0; }
   exec {lock}>"$CACHE/debian-lock"
   flock --timeout 1800 "$lock" || die "another testbed has been making a Debian disk for half an hour"
   [ -e "$SPICE" ] || {
     find "$CACHE" -maxdepth 1 -name 'spice-*' -type d -mtime +3 -exec rm -rf {} +
-    debian_base "$CACHE/chroot-bookworm.tar"
     say "making the disk of a Debian with SPICE's server, agent and client (once)"
-    mkdir -p "${SPICE%/*}"
-    # Not in /tmp, which may be mounted without devices or programs.
-    root=$(mktemp -d -p "${SPICE%/*}")
-    tar -C "$root" -xf "$CACHE/chroot-bookworm.tar" && use_apt_of_this_machine "$root" && mount -t proc proc "$root/proc" &&
-      printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" && chmod 755 "$root/usr/sbin/policy-rc.d" ||
-      { drop_tree "$root"; die "cannot make a tree of Debian in ${SPICE%/*} (are you root, is the disk full?)"; }
-    # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive LC_ALL=C timeout 900 chroot "$root" sh -c "apt-get -q update && apt-get -y -q --no-install-recommends install $SPICE_PACKAGES && apt-get clean" \
-      >"${SPICE%/*}/install.log" 2>&1 </dev/null || { drop_tree "$root"; die "Debian's packages cannot be installed: $(grep -m 1 '^E:' "${SPICE%/*}/install.log")"; }
-    umount "$root/proc"
-    rm -rf "$root/usr/sbin/policy-rc.d" "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* "$root"/usr/share/locale/* "$root/etc/resolv.conf" "$root/etc/apt/apt.conf.d/99host"
+    begin_tree "${SPICE%/*}" "$SPICE_PACKAGES"
+    end_tree
     mkfs.ext4 -q -q -F -d "$root" "$SPICE.part" 2000M && mv "$SPICE.part" "$SPICE" || { drop_tree "$root"; die "cannot write $SPICE (is the disk full?)"; }
     drop_tree "$root"
   }

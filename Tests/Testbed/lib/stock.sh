@@ -8,36 +8,23 @@ needs_stock() { [ -n "$1" ] && grep -q '^# needs: .*stock' "$1"; }
 # Sets STOCK, the folder of disk.img and net.cpio. A second kernel in the guest, to execute from the first one, is the one that the testbed boots.
 prepare_stock() {
   local key root lock version
-  key=$( (echo "$PACKAGES_ROOT $STOCK_PACKAGES"; declare -f prepare_stock fill_stock write_stock_disk add_net_server; cat "$TESTBED"/stock/*) | sha256sum | cut -c1-16)
+  key=$( (echo "$PACKAGES_ROOT $STOCK_PACKAGES"; declare -f begin_tree in_tree end_tree prepare_stock fill_stock write_stock_disk add_net_server; cat "$TESTBED"/stock/*) | sha256sum | cut -c1-16)
   STOCK=$CACHE/stock-$key
   [ ! -e "$STOCK/disk.img" ] || { touch "$STOCK"; return 0; }
   exec {lock}>"$CACHE/debian-lock"
   flock --timeout 1800 "$lock" || die "another testbed has been making a Debian disk for half an hour"
   [ -e "$STOCK/disk.img" ] || {
     find "$CACHE" -maxdepth 1 -name 'stock-*' -type d -mtime +3 -exec rm -rf {} +
-    debian_base "$CACHE/chroot-bookworm.tar"
     say "making the disk of a stock Debian guest (once)"
-    mkdir -p "$STOCK"
-    # Not in /tmp, which may be mounted without devices or programs.
-    root=$(mktemp -d -p "$STOCK")
-    tar -C "$root" -xf "$CACHE/chroot-bookworm.tar" && use_apt_of_this_machine "$root" && mount -t proc proc "$root/proc" &&
-      printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" && chmod 755 "$root/usr/sbin/policy-rc.d" ||
-      { drop_tree "$root"; die "cannot make a tree of Debian in $STOCK (are you root, is the disk full?)"; }
-    # shellcheck disable=SC2086
-    in_tree "apt-get -q update && apt-get -y -q --no-install-recommends install $STOCK_PACKAGES && apt-get clean" ||
-      { drop_tree "$root"; die "Debian's packages cannot be installed: $(grep -m 1 '^E:' "$STOCK/install.log")"; }
+    begin_tree "$STOCK" "$STOCK_PACKAGES"
     version=$(basename "$PACKAGES_ROOT"/lib/modules/*)
     fill_stock
-    umount "$root/proc"
+    end_tree
     add_net_server
     write_stock_disk
     drop_tree "$root"
   }
   exec {lock}>&-
-}
-
-in_tree() { # COMMAND : in $root
-  DEBIAN_FRONTEND=noninteractive LC_ALL=C timeout 900 chroot "$root" sh -c "$1" >>"$STOCK/install.log" 2>&1 </dev/null
 }
 
 fill_stock() {
@@ -55,7 +42,7 @@ fill_stock() {
   cp "$PACKAGES_ROOT/lib/modules/$version"/kernel/drivers/net/{net_failover,virtio_net}.ko* "$root/lib/modules/$version/kernel/drivers/net/"
   mkdir -p "$root/lib/modules/$version/kernel/net/core"
   cp "$PACKAGES_ROOT/lib/modules/$version"/kernel/net/core/failover.ko* "$root/lib/modules/$version/kernel/net/core/"
-  in_tree "depmod $version && mkinitramfs -o /second/initrd.img $version" || { drop_tree "$root"; die "no initial RAM disk: $(tail -n 2 "$STOCK/install.log")"; }
+  in_tree "$STOCK" "depmod $version && mkinitramfs -o /second/initrd.img $version" || { drop_tree "$root"; die "no initial RAM disk: $(tail -n 2 "$STOCK/install.log")"; }
   rm -f "$root/boot/config-$version"
   # What the scenario is written with, beside Debian's own programs.
   install -m 755 "$PACKAGES_ROOT/bin/busybox" "$root/usr/local/bin/busybox"
@@ -74,9 +61,8 @@ fill_stock() {
     printf 'menuentry "Debian beside emulated devices" --hotkey=u {\n  linux /vmlinuz root=/dev/vda1 ro life=emulated %s\n  initrd /initrd.img\n}\n' "$line"
     printf 'menuentry "iPXE" --hotkey=i {\n  linux16 /boot/ipxe.lkrn\n}\n'
   } >"$root/boot/grub/grub.cfg"
-  in_tree "grub-mkimage -O i386-pc -p '(hd0,msdos1)/boot/grub' -o /core.img biosdisk part_msdos ext2" ||
+  in_tree "$STOCK" "grub-mkimage -O i386-pc -p '(hd0,msdos1)/boot/grub' -o /core.img biosdisk part_msdos ext2" ||
     { drop_tree "$root"; die "grub-mkimage: $(tail -n 2 "$STOCK/install.log")"; }
-  rm -rf "$root/usr/sbin/policy-rc.d" "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* "$root"/usr/share/locale/* "$root/etc/resolv.conf" "$root/etc/apt/apt.conf.d/99host"
 }
 
 # A partition from sector 2048 on; before it GRUB's boot sector, and its core behind that.

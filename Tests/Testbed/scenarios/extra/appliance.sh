@@ -2,7 +2,7 @@
 # limit: 1500 s
 # needs: debian xenbus appliance
 # processors: 5
-# in the gate: by turns
+# in the gate: turn 0
 # The appliance by its shipped configuration, beside a Debian as a driver domain: how soon either serves, 16 disks and 4 networks in its memory,
 # control, metrics and log from dom0, a kill of vxd in it, and the next appliance in its place.
 now() { awk '{print int($1 * 100)}' /proc/uptime; }
@@ -44,22 +44,8 @@ check "its configuration" vxctl appliance-config /root/storage-config.img --prof
 CONFIG='"format=raw, vdev=xvdz, access=ro, target=/root/storage-config.img"'
 
 step "how soon a Debian serves as a driver domain"
-cat >/root/driver.cfg <<CONFIG
-name = "driver"
-type = "pvh"
-kernel = "/guest/vmlinux"
-ramdisk = "/guest/debian.cpio"
-extra = "console=hvc0 rdinit=/init loglevel=4 quiet"
-memory = 512
-vcpus = 1
-tsc_mode = "native"
-disk = [ "phy:/dev/sdb,xvda,w" ]
-driver_domain = 1
-max_event_channels = 2047
-on_poweroff = "destroy"
-on_reboot = "destroy"
-on_crash = "destroy"
-CONFIG
+write_driver_config pvh /guest/debian.cpio quiet 512 destroy
+echo 'disk = [ "phy:/dev/sdb,xvda,w" ]' >>/root/driver.cfg
 check "it is created" create driver
 check "it is up" wait_console driver "DRIVER UP" 300
 check "vxd is installed in it" in_driver "apt-get install -y -q /packages/vxd_*.deb 2>&1 | tail -n 1; wait_until 300 vxd_answers; sync"

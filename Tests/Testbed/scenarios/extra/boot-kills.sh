@@ -1,6 +1,6 @@
 # takes: 130 s
 # limit: 1800 s
-# in the gate: by turns
+# in the gate: turn 2
 # processors: 5
 # vxd is killed again and again at random moments while a guest boots from a disk on its PCI bus, by hvmloader, SeaBIOS, the boot loader and
 # the kernel: it boots each time.

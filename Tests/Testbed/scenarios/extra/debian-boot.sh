@@ -1,6 +1,6 @@
 # takes: 250 s
 # limit: 1200 s
-# in the gate: by turns
+# in the gate: turn 1
 # also on: trixie
 # needs: stock
 # processors: 5

@@ -1,6 +1,6 @@
 # takes: 220 s
 # limit: 1800 s
-# in the gate: by turns
+# in the gate: turn 1
 # also on: trixie
 # needs: stock
 # processors: 5

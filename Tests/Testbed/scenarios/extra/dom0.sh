@@ -1,6 +1,6 @@
 # takes: 57 s
 # limit: 500 s
-# in the gate: by turns
+# in the gate: turn 3
 # needs: xenbus
 # processors: 5
 # vxd in dom0 serves a PV and a PVH guest over Xenbus, beside its ioreq servers for HVM guests.

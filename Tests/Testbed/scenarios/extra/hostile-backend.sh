@@ -1,6 +1,6 @@
 # takes: 200 s
 # limit: 1800 s
-# in the gate: by turns
+# in the gate: turn 0
 # needs: xenbus
 # processors: 5
 # A guest with a disk of an honest backend, in a driver domain, and one device after another of a backend in dom0 that lies

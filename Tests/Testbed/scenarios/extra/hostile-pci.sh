@@ -1,7 +1,7 @@
 # takes: 250 s
 # limit: 1800 s
 # also on: trixie
-# in the gate: by turns
+# in the gate: turn 3
 # processors: 6
 # A guest's program writes rubbish to the configuration space, the BAR, the vectors and the queues of a function (guest/hostile-pci.c) from two vCPUs, beside a
 # neighbour under verified I/O: vxd serves the neighbour and answers its operators, and the function works when a driver is bound to it again. Then

@@ -1,6 +1,6 @@
 # takes: 108 s
 # limit: 900 s
-# in the gate: by turns
+# in the gate: turn 2
 # also on: arm64
 # The ends of guests: destroyed under I/O, shut down by the toolstack; a guest that waits for vxd; a lower domain number.
 make_disk /disks/one.img 64

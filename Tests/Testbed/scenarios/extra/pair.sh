@@ -1,6 +1,6 @@
 # takes: 110 s
 # limit: 900 s
-# in the gate: by turns
+# in the gate: turn 2
 # Two guests at once, each with two disks: a file with buffered I/O and a block device with direct I/O through the bounce buffers.
 insmod /modules/loop.ko max_loop=4
 make_disk /disks/a1.img 48

@@ -1,6 +1,6 @@
 # takes: 60 s
 # limit: 500 s
-# in the gate: by turns
+# in the gate: turn 0
 # also on: arm64
 # A second disk on the same image is refused, and the guest boots with the first: its kernel looks for the other one too.
 start_vxd

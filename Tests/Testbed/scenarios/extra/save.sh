@@ -1,6 +1,6 @@
 # takes: 150 s
 # limit: 1500 s
-# in the gate: by turns
+# in the gate: turn 2
 # also on: trixie
 # xl save and xl restore of HVM guests with devices of all types, on both buses. Linux resets its devices before it is saved, by which nothing of theirs
 # has to be carried; a guest that knows nothing of Xen does not, and its devices stand still behind a restore.

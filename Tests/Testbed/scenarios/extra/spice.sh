@@ -1,6 +1,6 @@
 # takes: 200 s
 # limit: 1500 s
-# in the gate: by turns
+# in the gate: turn 2
 # needs: spice
 # processors: 4
 # SPICE with Debian's own parts: a server in dom0 (Xorg with spiceqxl), its agent in an HVM guest, by a port of vxd's that is connected while the agent

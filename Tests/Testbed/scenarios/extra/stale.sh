@@ -1,6 +1,6 @@
 # takes: 80 s
 # limit: 1200 s
-# in the gate: by turns
+# in the gate: turn 0
 # The counterpart of balloon: with invalidations ignored, a guest that balloons must lose data, or the other scenario proves nothing.
 make_disk /disks/one.img 96
 GUEST_MEMORY=240
