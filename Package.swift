@@ -35,7 +35,7 @@ let package = Package(
       name: "Virtqueue", dependencies: ["HostMemory"], path: "Sources/Backends/Virtqueue", swiftSettings: house),
     .target(name: "Transport", dependencies: ["Virtqueue"], path: "Sources/Backends/Transport", swiftSettings: house),
     .target(
-      name: "Devices", dependencies: ["Virtqueue", "Transport", "HostMemory", "CLinux"],
+      name: "Devices", dependencies: ["Virtqueue", "Transport", "HostMemory", "Lifecycle", "CLinux"],
       path: "Sources/Backends/Devices",
       swiftSettings: house),
     .target(name: "EventLoop", dependencies: ["CLinux"], path: "Sources/Backends/EventLoop", swiftSettings: house),
@@ -88,7 +88,8 @@ let package = Package(
     .executableTarget(
       name: "vxd-bench",
       dependencies: [
-        "DeviceHost", "Devices", "Engines", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO", "CLinux",
+        "DeviceHost", "Devices", "Engines", "Lifecycle", "SimulatedXen", "EventLoop", "Xen", "Virtqueue", "CAIO",
+        "CLinux",
       ],
       path: "Benchmarks", exclude: ["compare", "profile", "counts"], swiftSettings: house),
 
@@ -142,7 +143,7 @@ if Context.environment["VXD_FUZZ"] != nil {
       name: "vxd-fuzz",
       dependencies: [
         "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
-        "ControlAPI", "TestSupport",
+        "ControlAPI", "Lifecycle", "TestSupport",
       ],
       path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))
 }

@@ -1,5 +1,6 @@
 import Devices
 import EventLoop
+import Lifecycle
 
 /// Set rates and achieved ones, over ten seconds each: `vxd-bench rates [FILE]`. A ratio is off the aim when it is more than 2 % from 1.
 enum Rates {

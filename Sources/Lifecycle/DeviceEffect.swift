@@ -13,6 +13,11 @@ package enum DeviceEffect: Hashable, Sendable {
   case resume(BackendID)
   /// Answered by `adjusted`.
   case adjust(BackendID, Adjustment)
+  /// Requests from now on keep to these, whatever backend there is.
+  /// - Parameter isNews: operators are told.
+  case limit(RateLimits, isNews: Bool)
+  /// An operator has taken the device into use again: the crashes that it was part of are forgotten.
+  case forgive
 
   // MARK: The guest's thread
 
@@ -58,6 +63,8 @@ package enum DeviceEffect: Hashable, Sendable {
 
   // MARK: What lasts
 
+  /// The spare disk's entry is of this image.
+  case assign(image: String)
   /// The spare disk's entry becomes empty.
   case empty
   case saveAssignment

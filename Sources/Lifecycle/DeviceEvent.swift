@@ -9,6 +9,9 @@ package enum DeviceEvent: Hashable, Sendable {
   ///   - fuse: why no backend is to be started until an operator says so; nil for a device that may be.
   case begin(after: Milliseconds, fuse: String?)
   case entry(EntryChange)
+  /// What the profiles and the entry say of failures and limits, from now on.
+  /// - Parameter isNews: operators are told of limits that change.
+  case rules(RestartPolicy, RateLimits, isNews: Bool)
   case command(Command)
 
   // MARK: The guest's bus
@@ -75,13 +78,17 @@ package enum DeviceEvent: Hashable, Sendable {
   /// What an operator can do to a device.
   package enum Command: Hashable, Sendable {
     case restart
+    /// The device is in another's place: its backend is stopped, and the next start says so.
+    case displace(String)
     case pause
     /// After a hold or a pause.
     case resume
     /// Changes something of a device that is served.
     case adjust(Adjustment)
-    /// A spare disk gets an image, which the shell has noted.
-    case fill(image: String)
+    /// For requests from now on, until the profiles are loaded again.
+    case limit(RateLimits)
+    /// A spare disk gets an image, with other limits where they are given.
+    case fill(image: String, limits: RateLimits?)
     /// A spare disk becomes empty once its requests are answered, or by force after the deadline.
     case detach(deadline: Milliseconds)
     /// The daemon ends, or the guest has.
@@ -117,7 +124,8 @@ package enum DeviceEvent: Hashable, Sendable {
     case .started(let id, _), .startFailed(let id, _, _), .stopped(let id), .report(let id, _), .plugged(let id, _),
       .insertFailed(let id, _), .adjusted(let id, _, _):
       id
-    case .begin, .entry, .command, .busReady, .busFailed, .claimed, .removed, .cleared, .driver, .frontend, .connected,
+    case .begin, .entry, .rules, .command, .busReady, .busFailed, .claimed, .removed, .cleared, .driver, .frontend,
+      .connected,
       .disconnected,
       .timer, .drained, .dismissed:
       nil

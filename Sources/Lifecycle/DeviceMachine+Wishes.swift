@@ -47,19 +47,35 @@ extension DeviceMachine {
     proceed(.again(occasion, after: 0))
   }
 
+  mutating func follow(_ restart: RestartPolicy, _ limits: RateLimits, isNews: Bool) {
+    rules.restart = restart
+    if limits != rules.limits { limit(limits, isNews: isNews) }
+  }
+
+  private mutating func limit(_ limits: RateLimits, isNews: Bool) {
+    rules.limits = limits
+    effects.append(.limit(limits, isNews: isNews))
+  }
+
   // MARK: Operators
 
   mutating func obey(_ command: DeviceEvent.Command, _ now: Moment) {
     if case .end(let departure) = command { return end(departure) }
     guard !isEnding else { return }
     switch command {
-    case .restart: restart()
+    case .restart:
+      effects.append(.forgive)
+      restart("restarted by an operator")
+    case .displace(let reason): restart(reason)
     case .pause: pause()
     case .resume: resume()
     case .adjust(let adjustment): adjust(adjustment)
-    case .fill(let words):
+    case .limit(let limits): limit(limits, isNews: true)
+    case .fill(let image, let limits):
       drain = nil
-      proceed(.again(.fill(words), after: 0))
+      if let limits { limit(limits, isNews: false) }
+      effects.append(.assign(image: image))
+      proceed(.again(.fill(image), after: 0))
     case .detach(let deadline):
       let number = newNumber()
       drain = number
@@ -69,7 +85,7 @@ extension DeviceMachine {
   }
 
   /// The budgets are whole again, and what waits is tried.
-  private mutating func restart() {
+  private mutating func restart(_ reason: String) {
     restarts.forgive()
     faults.forgive()
     switch service {
@@ -84,8 +100,8 @@ extension DeviceMachine {
       return proceed(.again(.first, after: 0))
     }
     restarts.noteRestart()
-    effects.append(.tell(.deviceRestarting, "restarted by an operator"))
-    proceed(.again(.restart("restarted by an operator"), after: 0))
+    effects.append(.tell(.deviceRestarting, reason))
+    proceed(.again(.restart(reason), after: 0))
   }
 
   /// The backend ends; the guest's requests wait.
@@ -115,7 +131,8 @@ extension DeviceMachine {
     switch service {
     case .serving(let id, let held): if !held.isEmpty { effects.append(.resume(id)) }
     case .plugging(let id, _, let early): if !early.held.isEmpty { effects.append(.resume(id)) }
-    case .waiting(.rest(.paused)), .starting(_, .next(.rest(.paused))), .stopping(_, .rest(.paused)): restart()
+    case .waiting(.rest(.paused)), .starting(_, .next(.rest(.paused))), .stopping(_, .rest(.paused)):
+      restart("restarted by an operator")
     case .new, .waiting, .starting, .opened, .stopping: break  // neither held nor paused
     case .ended, .clearing, .released, .gone: break  // `obey` has returned
     }

@@ -117,8 +117,8 @@ package struct DeviceMachine: Hashable, Sendable {
   package internal(set) var failedClaims = 0
   /// State 2 is to be written as soon as the window is claimed.
   package internal(set) var owesCreation = false
-  /// Policies; they may change at any time.
-  package var rules: DeviceRules
+  /// Policies and limits; they may change at any time.
+  package internal(set) var rules: DeviceRules
   /// Failures of backends, and restarts.
   package internal(set) var restarts = RestartBudget()
   /// Faults of the driver.
@@ -197,6 +197,7 @@ package struct DeviceMachine: Hashable, Sendable {
     switch event {
     case .begin(let pause, let fuse): begin(after: pause, fuse: fuse, now)
     case .entry(let change): entryChanged(change, now)
+    case .rules(let restart, let limits, let isNews): follow(restart, limits, isNews: isNews)
     case .command(let command): obey(command, now)
     case .busReady: busIsReady(now)
     case .busFailed(let reason): busHasFailed(reason, now)
@@ -261,6 +262,7 @@ package enum Earlier: Hashable, Sendable {
 /// What operators decide about a device's life.
 package struct DeviceRules: Hashable, Sendable {
   package var restart = RestartPolicy()
+  package var limits = RateLimits()
   /// Faults of the driver within the window of the restart policy; one more, and the device is quarantined.
   package var faultLimit = 50
   /// Pauses between tries to start a device that was never served, and to connect a driver for which there is no room.

@@ -51,6 +51,8 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   /// What the end of the daemon makes of the guest: it is for the next one, or there will be none; nil while the daemon stays.
   package internal(set) var daemonEnd: Departure?
   package internal(set) var windows: Windows
+  /// Of its devices together.
+  package internal(set) var limits = RateLimits()
   /// Devices of the toolstack's that left for another bus and have not come again so far.
   package internal(set) var moving: Set<Key> = []
   var lastNumber: UInt64
@@ -72,12 +74,6 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
   }
 
   package subscript(key: Key) -> DeviceMachine? { members.first { $0.key == key }?.machine }
-
-  /// Changes what operators decide about a device's life, for failures from now on.
-  package mutating func set(_ restart: RestartPolicy, of key: Key) {
-    guard let index = members.firstIndex(where: { $0.key == key }) else { return }
-    members[index].machine.rules.restart = restart
-  }
 
   /// Whether devices may be added: not while the guest ends. Its entries are looked at again when it is gone.
   package var acceptsDevices: Bool {
@@ -120,6 +116,10 @@ package struct GuestMachine<Key: Hashable & Sendable>: Hashable, Sendable {
       note(event, of: key, now)
       tell(key, event, now)
     case .absent(let key): doesNotComeAgain(key, now)
+    case .limit(let limits):
+      self.limits = limits
+      effects.append(.limit(limits))
+    case .limitsAbove: effects.append(.reconsider)
     case .serverStarted: serverStarted(now)
     case .serverFailed(let reason): serverFailed(reason, now)
     case .serverClosed: serverClosed(now)
@@ -314,6 +314,10 @@ package enum GuestEvent<Key: Hashable & Sendable>: Hashable, Sendable {
   case device(Key, DeviceEvent)
   /// There is neither a device nor an entry of this name.
   case absent(Key)
+  /// Limits of its devices together, for requests from now on.
+  case limit(RateLimits)
+  /// Those of all guests together have changed.
+  case limitsAbove
   case serverStarted
   case serverFailed(String)
   /// Server and memory are given back.
@@ -342,6 +346,10 @@ package enum GuestEffect<Key: Hashable & Sendable>: Hashable, Sendable {
   /// The guest's thread has nothing left to do: joins it.
   case joinThread
   case scheduleServer(UInt64, Milliseconds)
+  /// Requests of its devices keep to these together.
+  case limit(RateLimits)
+  /// Requests that wait for a limit may go earlier: they ask again.
+  case reconsider
   /// What is kept of the guest for a later daemon.
   case forgetState
   case tell(News, String?)

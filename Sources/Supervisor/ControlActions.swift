@@ -35,14 +35,14 @@ extension SupervisorControl {
       return ["accepted": true]
     }
 
-    func fill(_ key: DeviceKey, image: String, limits: RateLimits?) {
-      supervisor.withLock { $0 }?.fill(key, image: image, limits: limits)
+    func limit(_ domain: DomainID, _ limits: RateLimits) -> JSONValue {
+      supervisor.withLock { $0 }?.limit(domain, limits)
+      return ["accepted": true, "limits": limits.json]
     }
 
-    func detach(_ key: DeviceKey, deadline: UInt64) { supervisor.withLock { $0 }?.detach(key, deadline: deadline) }
-
-    func onLoop(_ body: @escaping @Sendable (isolated Supervisor) -> Void) {
-      supervisor.withLock { $0 }?.onLoop(body)
+    func limitAll(_ limits: RateLimits) -> JSONValue {
+      supervisor.withLock { $0 }?.limitAll(limits)
+      return ["accepted": true, "limits": limits.json]
     }
 
     // MARK: Profiles

@@ -34,7 +34,6 @@ final class Device {
   var state: DeviceState?
   let account = DeviceAccount()
   let rate: RateNode
-  var limits = RateLimits()
   /// What the watchdog found last.
   var stuck: StuckRequest?
 
@@ -71,8 +70,7 @@ final class Device {
     return entry?.settings.image.map { "\($0), \(mode)" } ?? mode
   }
 
-  func set(_ limits: RateLimits) {
-    self.limits = limits
+  func keep(to limits: RateLimits) {
     rate.set(limits)
     backend?.limitsChanged()
   }

@@ -1,3 +1,4 @@
+import ControlAPI
 import DeviceHost
 import Devices
 import Engines
@@ -42,6 +43,10 @@ final class EffectRunner {
     case .join(let id): join(id, device, of: guest)
     case .resume: device.backend?.resume()
     case .adjust(let id, let adjustment): adjust(id, adjustment, device, for: supervisor)
+    case .limit(let limits, let isNews):
+      device.keep(to: limits)
+      if isNews { herald.tell(.deviceLimited, guest, device, reason: JSONText.text(limits.json)) }
+    case .forgive: settings.crashes?.forgive(key)
     case .insert(let id, let needsReset):
       guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
       run(guest, supervisor) { bus.insert(key, id, backend, needsReset: needsReset, $0) }
@@ -64,6 +69,9 @@ final class EffectRunner {
     case .writeState(let state, let over):
       if key.kind.isInXenstore { writer.writeState(key, state, over: over) }
     case .writeClosed: writer.writeClosed(key)
+    case .assign(let image):
+      let limits = guest.machine[key]?.rules.limits ?? RateLimits()
+      device.entry = entries.spare(key, image: image, limits: limits, of: guest)
     case .empty: device.entry?.settings.image = ""
     case .saveAssignment: saveAssignment(device, guest)
     case .forgetAssignment: settings.stateFolder?.forgetAssignment(key)
@@ -99,6 +107,8 @@ final class EffectRunner {
     case .joinThread: guest.buses.thread.stopAndJoin()
     case .scheduleServer(let number, let pause):
       supervisor.later(pause) { $0.handle(.retryServer(number), of: domain) }
+    case .limit(let limits): guest.keep(to: limits)
+    case .reconsider: guest.reconsider()
     case .forgetState: settings.stateFolder?.forget(domain)
     case .tell(let news, let reason): herald.tell(news, guest, reason: reason)
     case .unexpected(let words): herald.unexpected(words, guest)
@@ -148,8 +158,9 @@ final class EffectRunner {
 
   private func start(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {
     let entry: DeviceEntry
+    let isNew: Bool
     do throws(EntryFault) {
-      entry = try makeEntry(device, of: guest)
+      (entry, isNew) = try makeEntry(device, of: guest)
       try device.bus.admit(device.key, entry)
     } catch {
       return .startFailed(id, error.message, isFinal: true)
@@ -180,7 +191,7 @@ final class EffectRunner {
       // The threads are known by the time that this job runs: it comes behind the present one.
       supervisor.onLoop { $0.opened(key, id, result) }
     }
-    return nil
+    return isNew ? .rules(entry.settings.restart, entry.settings.limits, isNews: false) : nil
   }
 
   /// Whether the guest has found the device.
@@ -206,21 +217,21 @@ final class EffectRunner {
 
   /// A device that the guest does not know follows its entry and the profiles with each start; one that it knows keeps what it was made
   /// of, and the form in which its driver knows it, until its entry changes.
-  private func makeEntry(_ device: Device, of guest: Guest) throws(EntryFault) -> DeviceEntry {
+  ///
+  /// - Returns: the entry, and whether it was made now.
+  private func makeEntry(_ device: Device, of guest: Guest) throws(EntryFault) -> (DeviceEntry, isNew: Bool) {
     if let entry = device.entry, device.entryNodes == device.nodes, isKnown(device, guest) || device.key.kind == .spare
     {
-      return entry
+      return (entry, false)
     }
     var entry = try entries.entry(device.key, device.nodes, of: guest)
-    guest.machine.set(entry.settings.restart, of: device.key)
-    device.set(entry.settings.limits)
     if let state = device.state {
       entry.settings.keep(state.layout.identity)
       if isKnown(device, guest) { entry.settings.keep(configuration: state.savedConfiguration) }
     }
     device.entry = entry
     device.entryNodes = device.nodes
-    return entry
+    return (entry, true)
   }
 
   /// What the machine is told of a backend that was opened, or could not be.
@@ -323,9 +334,9 @@ final class EffectRunner {
   // MARK: Spares
 
   private func saveAssignment(_ device: Device, _ guest: Guest) {
-    guard let image = device.entry?.settings.image else { return }
+    guard let image = device.entry?.settings.image, let limits = guest.machine[device.key]?.rules.limits else { return }
     do throws(Errno) {
-      try settings.stateFolder?.save(StateFolder.SpareAssignment(image: image, limits: device.limits), of: device.key)
+      try settings.stateFolder?.save(StateFolder.SpareAssignment(image: image, limits: limits), of: device.key)
     } catch {
       logLine(guest.name, device.name, "what is attached cannot be saved: \(error)")
     }

@@ -10,11 +10,11 @@ final class Guest {
   /// As the toolstack wrote it; nil where this domain may not see it.
   var uuid: String?
   let buses: GuestBuses
-  var machine: GuestMachine<DeviceKey>
+  /// Changed by its events alone.
+  private(set) var machine: GuestMachine<DeviceKey>
   var devices: [DeviceKey: Device] = [:]
   /// Directories of frontends that are watched for it.
   var watchedFrontends: Set<String> = []
-  var limits = RateLimits()
   /// The guest's node of the tree of limits.
   let rate: RateNode
 
@@ -35,14 +35,18 @@ final class Guest {
   /// The name by which the profiles know it; empty for none.
   var profileName: String { name == Supervisor.placeholder(domain) ? "" : name }
 
-  func set(_ limits: RateLimits) {
-    self.limits = limits
+  /// Gives its machine an event.
+  ///
+  /// - Returns: what is to be done, in this order.
+  func handle(_ event: GuestEvent<DeviceKey>) -> [GuestEffect<DeviceKey>] { machine.handle(event, at: .now) }
+
+  func keep(to limits: RateLimits) {
     rate.set(limits)
-    limitsChanged()
+    reconsider()
   }
 
   /// Limits of the guest or above it have changed: what waits may go earlier.
-  func limitsChanged() { for device in devices.values { device.backend?.limitsChanged() } }
+  func reconsider() { for device in devices.values { device.backend?.limitsChanged() } }
 
   /// What operators see of a device's life.
   func phase(of device: Device) -> DevicePhase {
@@ -68,7 +72,7 @@ final class Guest {
       domain: domain, name: name, uuid: uuid, phase: phaseName, reason: reason, vcpus: facts.vcpus,
       channels: facts.channels,
       server: facts.server, mappings: facts.mappings, facts: facts.rows, guestNeeds: buses.guestNeeds,
-      notes: buses.notes, limits: limits,
+      notes: buses.notes, limits: machine.limits,
       devices: devices.values.sorted { $0.key.device < $1.key.device }.map { snapshot($0) })
   }
 
@@ -83,7 +87,8 @@ final class Guest {
       type: device.type?.name ?? "unknown", path: settings?.image ?? device.nodes["params"],
       readOnly: settings?.readOnly ?? false, readings: device.backend?.readings,
       driverStatus: transport?.currentStatus, interrupts: interrupts,
-      stuck: device.stuck, account: device.account, limits: device.limits, restarts: machine?.restarts.count ?? 0,
+      stuck: device.stuck, account: device.account, limits: machine?.rules.limits ?? RateLimits(),
+      restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
       isEmptySpare: device.key.kind == .spare && settings?.image?.isEmpty != false, entryPath: device.nodes["params"],
       bus: type(of: device.bus).name, guestNeeds: device.bus.guestNeeds, grants: place.grants, facts: place.rows,

@@ -65,7 +65,7 @@ final class GuestTable {
 
   private func step(_ guest: Guest, _ event: GuestEvent<DeviceKey>, _ supervisor: Supervisor) {
     let wasWell = isWell(event, guest)
-    for effect in guest.machine.handle(event, at: .now) { perform(effect, guest, supervisor) }
+    for effect in guest.handle(event) { perform(effect, guest, supervisor) }
     if wasWell, !isWell(event, guest), case .device(let key, _) = event, key.kind.isInXenstore { revisits.append(key) }
     for key in guest.devices.keys where guest.machine[key] == nil {
       guest.devices.removeValue(forKey: key)?.bus.forget(key)

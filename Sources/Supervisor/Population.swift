@@ -213,7 +213,7 @@ final class Population {
     supervisor.onLoop { $0.use(profiles: profiles) }
     for device in guest.devices.values.sorted(by: { $0.key.device < $1.key.device }) {
       guard case .failed = guest.machine[device.key]?.phase else { continue }
-      tell(device.key, .command(.restart), supervisor)
+      tell(device.key, .entry(.corrected), supervisor)
     }
   }
 
@@ -262,7 +262,8 @@ final class Population {
         """, metadata: ["GUEST": "\(guest.name)"])
     }
     table.insert(guest)
-    guest.set(entries.profiles.options(guest: guest.profileName, uuid: guest.uuid).limits)
+    let limits = entries.profiles.options(guest: guest.profileName, uuid: guest.uuid).limits
+    table.handle(.limit(limits), of: domain, for: supervisor)
     tellOfRestored(guest, lost)
     table.handle(.begin, of: domain, for: supervisor)
     addDeclared(guest, supervisor)

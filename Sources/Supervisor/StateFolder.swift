@@ -3,6 +3,7 @@ import DeviceHost
 import Devices
 package import EventLoop
 import Glibc
+import Lifecycle
 import Xen
 
 /// The folder with what must survive the daemon: a small file for each guest (which ioreq server in Xen is ours) and one for each

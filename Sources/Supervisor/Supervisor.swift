@@ -205,7 +205,7 @@ package actor Supervisor {
     table.runner.answerScan(of: guest, without: refused)
     // It is stopped, and its place is refused when it is started again.
     for key in refused.sorted(by: { $0.device < $1.device }) {
-      handle(.device(key, .command(.restart)), of: domain)
+      handle(.device(key, .command(.displace("QEMU has a device in its place on the guest's PCI bus"))), of: domain)
     }
   }
 
@@ -264,5 +264,5 @@ package actor Supervisor {
   }
 
   /// Takes new profiles for what is opened from now on.
-  package func use(profiles: Profiles) { orders.use(profiles) }
+  package func use(profiles: Profiles) { orders.use(profiles, for: self) }
 }

@@ -111,7 +111,7 @@ extension SupervisorControl {
         let device = try find(parameters, board.current)
         let limits = try limits(device.limits, parameters)
         return ControlChange("limits of \(device.name) become \(JSONText.text(limits.json))") {
-          actions.onLoop { $0.orders.set(limits: limits, of: device.key) }
+          _ = actions.order(device, .limit(limits))
           return ["accepted": true, "limits": limits.json]
         }
       },
@@ -123,8 +123,7 @@ extension SupervisorControl {
         let limits = try limits(guest.limits, parameters)
         let domain = guest.domain
         return ControlChange("limits of guest \(guest.name) become \(JSONText.text(limits.json))") {
-          actions.onLoop { $0.orders.set(limits: limits, of: domain) }
-          return ["accepted": true, "limits": limits.json]
+          actions.limit(domain, limits)
         }
       },
       attach(board, actions), detach(board, actions),
@@ -177,7 +176,7 @@ extension SupervisorControl {
         "\(guest.name)/\(spare.name) becomes \(image), by a change of its size",
         adminReason: actions.adminReason(image: image, of: guest)
       ) {
-        actions.fill(spare.key, image: image, limits: chosen)
+        _ = actions.order(spare, .fill(image: image, limits: chosen))
         return ["accepted": true, "device": .string(spare.name), "way": "spare slot, config-change"]
       }
     }
@@ -209,8 +208,7 @@ extension SupervisorControl {
         throw .invalidParameters("'seconds' must be from 0 to 3600, not \(seconds)", field: "seconds")
       }
       return ControlChange("\(device.guestName)/\(device.name) becomes empty within \(seconds) s") {
-        actions.detach(device.key, deadline: UInt64(seconds) * 1000)
-        return ["accepted": true]
+        actions.order(device, .detach(deadline: UInt64(seconds) * 1000))
       }
     }
   }
@@ -236,8 +234,7 @@ extension SupervisorControl {
       ) { parameters throws(ControlFault) in
         let limits = try limits(board.current.limits, parameters)
         return ControlChange("limits of all guests together become \(JSONText.text(limits.json))") {
-          actions.onLoop { $0.orders.set(limits: limits) }
-          return ["accepted": true, "limits": limits.json]
+          actions.limitAll(limits)
         }
       },
       ControlMethod(

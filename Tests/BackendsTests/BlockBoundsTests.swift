@@ -1,4 +1,5 @@
 import Devices
+import Lifecycle
 import SimulatedXen
 import TestSupport
 import Testing

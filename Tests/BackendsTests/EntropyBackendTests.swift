@@ -1,6 +1,7 @@
 import DeviceHost
 import Devices
 import EventLoop
+import Lifecycle
 import SimulatedXen
 import TestSupport
 import Testing

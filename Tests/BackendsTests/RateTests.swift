@@ -2,6 +2,7 @@ import DeviceHost
 import Devices
 import EventLoop
 import Glibc
+import Lifecycle
 import SimulatedXen
 import TestSupport
 import Testing

@@ -1,5 +1,6 @@
 import Devices
 import Glibc
+import Lifecycle
 import SimulatedXen
 import TestSupport
 import Transport

@@ -21,19 +21,23 @@ import Testing
       "is restarted at once out of a pause",
       .after(DeviceMachine.live + [.report(id(1), .gone("EIO")), .stopped(id(1))]), .command(.restart),
       .starting(id(3), .use(.restart("restarted by an operator"))), .inserted(.live),
-      [.tell(.deviceRestarting, "restarted by an operator"), .start(id(3))], "restarting"),
+      [.forgive, .tell(.deviceRestarting, "restarted by an operator"), .start(id(3))], "restarting"),
     Row(
       "is restarted out of quarantine", .after([.begin(after: 0, fuse: "crashes")], earlier: .adoptable(.live)),
       .command(.restart), .starting(id(1), .use(.restart("restarted by an operator"))), .inserted(.live),
-      [.tell(.deviceRestarting, "restarted by an operator"), .start(id(1))], "restarting"),
+      [.forgive, .tell(.deviceRestarting, "restarted by an operator"), .start(id(1))], "restarting"),
     Row(
       "is restarted with another open when one is on its way",
       .after(DeviceMachine.live + [.command(.pause), .stopped(id(1)), .command(.resume)]), .command(.restart),
       .starting(id(2), .next(.again(.restart("restarted by an operator"), after: 0))), .inserted(.live),
-      [.tell(.deviceRestarting, "restarted by an operator")], "restarting"),
+      [.forgive, .tell(.deviceRestarting, "restarted by an operator")], "restarting"),
+    Row(
+      "makes way where its place is another's", .after(DeviceMachine.live), .command(.displace("QEMU's")),
+      .stopping(id(1), .again(.restart("QEMU's"), after: 0)), .inserted(.live),
+      [.tell(.deviceRestarting, "QEMU's"), .stop(id(1))], "restarting"),
     Row(
       "asks for the bus when that is what lacks", .after([DeviceMachine.begin], bus: .failed("no server")),
-      .command(.restart), .waiting(.bus(.first)), .absent, [.retryBus], "failed"),
+      .command(.restart), .waiting(.bus(.first)), .absent, [.forgive, .retryBus], "failed"),
   ]) func obeysOperators(row: Row) { row.check() }
 
   @Test(arguments: [
@@ -58,14 +62,43 @@ import Testing
       .starting(id(2), .use(.restart("restarted by an operator"))), .inserted(.live), [], "restarting"),
   ]) func changesWhatIsServed(row: Row) { row.check() }
 
+  /// Whatever a device is at, its limits are the last that were said; one that ends has none to keep to.
+  @Test(
+    arguments: [
+      ("new", []), ("being opened", [DeviceMachine.begin]), ("served", DeviceMachine.live),
+      ("paused", DeviceMachine.live + [.command(.pause), .stopped(id(1))]),
+      ("in quarantine", [.begin(after: 0, fuse: "crashes")]),
+    ] as [(String, [DeviceEvent])]) func limitsHoldInAnyState(name: String, before: [DeviceEvent])
+  {
+    var machine = DeviceMachine.after(before)
+    let service = machine.service
+    #expect(machine.handle(.command(.limit(.reads(5))), at: now) == [.limit(.reads(5), isNews: true)], "\(name)")
+    // An operator hears of a word of theirs, of the profiles' only where they change something.
+    #expect(machine.handle(.command(.limit(.reads(5))), at: now) == [.limit(.reads(5), isNews: true)], "\(name)")
+    #expect(machine.handle(.rules(.never, .reads(5), isNews: true), at: now) == [], "\(name)")
+    #expect(machine.rules.restart == .never && machine.rules.limits == .reads(5))
+    #expect(
+      machine.handle(.rules(.never, .reads(6), isNews: false), at: now) == [.limit(.reads(6), isNews: false)], "\(name)"
+    )
+    #expect(machine.service == service, "\(name)")
+    _ = machine.handle(.command(.end(.closed(isAwaited: false))), at: now)
+    #expect(machine.handle(.command(.limit(.reads(7))), at: now) == [], "\(name)")
+    #expect(machine.rules.limits == .reads(6))
+  }
+
   // MARK: Spare disks
 
-  private static let filling = DeviceMachine.served + [.command(.fill(image: "'/a'")), .stopped(id(1))]
+  private static let filling = DeviceMachine.served + [.command(.fill(image: "'/a'", limits: nil)), .stopped(id(1))]
 
   @Test(arguments: [
     Row(
-      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(image: "'/a'")),
-      .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.absent), [.stop(id(1))], "restarting"),
+      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(image: "'/a'", limits: nil)),
+      .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.absent), [.assign(image: "'/a'"), .stop(id(1))],
+      "restarting"),
+    Row(
+      "is filled with limits of its own", .after(DeviceMachine.served),
+      .command(.fill(image: "'/a'", limits: .reads(5))), .stopping(id(1), .again(.fill("'/a'"), after: 0)),
+      .inserted(.absent), [.limit(.reads(5), isNews: false), .assign(image: "'/a'"), .stop(id(1))], "restarting"),
     Row(
       "keeps an image that does", .after(filling), .started(id(2), objection: nil),
       .plugging(id(2), .restart("'/a'"), .init()), .inserted(.absent),
@@ -168,4 +201,20 @@ import Testing
       "takes no orders", .after(DeviceMachine.live + [.entry(.gone)]), .command(.restart),
       .stopping(id(1), .end(.closed(isAwaited: false))), .leaving, [], "closing"),
   ]) func ends(row: Row) { row.check() }
+}
+
+extension RateLimits {
+  static func reads(_ rate: UInt64) -> RateLimits {
+    var limits = RateLimits()
+    limits.readOperations = rate
+    return limits
+  }
+}
+
+extension RestartPolicy {
+  fileprivate static var never: RestartPolicy {
+    var policy = RestartPolicy()
+    policy.mode = .never
+    return policy
+  }
 }

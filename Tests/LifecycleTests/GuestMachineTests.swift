@@ -92,7 +92,7 @@ import Testing
   @Test func operatorNeedNotWaitForTheServersNextTry() {
     var guest = Guest(hasServer: true)
     _ = run(&guest, .begin, .serverFailed("no memory"), add(1))
-    #expect(run(&guest, .device(1, .command(.restart))) == [.startServer])
+    #expect(run(&guest, .device(1, .command(.restart))) == [.device(1, .forgive), .startServer])
     #expect(run(&guest, .retryServer(1)) == [])
   }
 
@@ -208,6 +208,15 @@ import Testing
     #expect(!run(&guest, .end(.handedOver)).contains(.device(1, .leave)))
     #expect(run(&guest, .device(1, .stopped(id(1)))) == [.device(1, .join(id(1))), .device(1, .leave)])
     #expect(run(&guest, .device(1, .removed)) == [.closeServer])
+  }
+
+  @Test func guestsLimitsChangeBesideItsDevices() {
+    var guest = served(1)
+    let devices = guest.members
+    #expect(run(&guest, .limit(.reads(5))) == [.limit(.reads(5))])
+    #expect(guest.limits == .reads(5))
+    #expect(run(&guest, .limitsAbove) == [.reconsider])
+    #expect(guest.members == devices)
   }
 
   @Test func reportOfADeviceThatIsGoneChangesNothing() {

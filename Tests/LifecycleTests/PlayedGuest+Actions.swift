@@ -35,7 +35,9 @@ extension PlayedGuest {
       state: .connected, setup: .page(sequence: 2, reference: 9), write: .init(number: 1, offset: 32, bytes: [0])),
   ]
 
-  private static let commands: [DeviceEvent.Command] = [.restart, .pause, .resume, .adjust(.resize(bytes: nil))]
+  private static let commands: [DeviceEvent.Command] = [
+    .restart, .pause, .resume, .adjust(.resize(bytes: nil)), .limit(.reads(2)),
+  ]
 
   /// - Parameter wishes: also what entries, operators and the daemon may want.
   func actions(wishes: Bool = true) -> [Action] {
@@ -87,7 +89,7 @@ extension PlayedGuest {
     if device.isReading { actions.append(.frontend(key, device.frontend)) }
     guard wishes else { return actions }
     if device.isSpare {
-      actions += [.command(key, .fill(image: "image")), .command(key, .detach(deadline: 10))]
+      actions += [.command(key, .fill(image: "image", limits: .reads(1))), .command(key, .detach(deadline: 10))]
     } else {
       actions += [.entry(key, .corrected), .entry(key, .closing), .entry(key, .abandoned), .entry(key, .gone)]
       if machine.connection == .absent, !machine.isEnding { actions.append(.entry(key, .moved)) }
@@ -131,7 +133,6 @@ extension PlayedGuest {
     case .again(let key): if let old = devices[key] { add(key, .toolstack, old.style, hasWindow: old.hasWindow) }
     case .absent(let key): handle(.absent(key))
     case .command(let key, let command):
-      if case .fill = command { devices[key]?.isFilling = true }
       tell(key, .command(command))
     case .domainGone: handle(.domainGone)
     case .end(let departure): handle(.end(departure))

@@ -55,6 +55,7 @@ struct PlayedGuest: Hashable {
     var closedWrites = 0
     var gone = 0
     var isFilling = false
+    var limits = RateLimits()
     /// Started and not joined yet.
     var unjoined = 0
   }
@@ -134,6 +135,7 @@ struct PlayedGuest: Hashable {
       require(!device.isCorrected, "\(key) has failed and its corrected entry is not followed")
     }
     require(machine.effects.isEmpty, "effects are left")
+    require(machine.rules.limits == device.limits, "\(key) keeps to limits that are not the machine's")
     require(device.unjoined == device.backends.count, "\(device.unjoined) backends are not joined, \(device.backends)")
   }
 
@@ -155,7 +157,7 @@ struct PlayedGuest: Hashable {
       require(pause > 0, "a server is tried again at once")
       timers.insert(number)
     case .forgetState: require(!isHandedOver, "the state of a guest is forgotten that is handed over")
-    case .tell: break
+    case .tell, .limit, .reconsider: break
     case .gone:
       require(isThreadJoined && !hasMemory, "gone with thread or memory")
       isGone = true
@@ -219,12 +221,15 @@ struct PlayedGuest: Hashable {
     case .tell(.deviceGone, _):
       device.gone += 1
       require(device.gone == 1, "gone again")
+    case .limit(let limits, _): device.limits = limits
+    case .assign: device.isFilling = true
     case .empty: device.isFilling = false
     case .forgetState: require(device.backends.isEmpty, "forgotten with \(device.backends)")
     case .removeTraces:
       require(device.backends.isEmpty && !device.isMapped, "traces are removed while there is \(device)")
       queue.append(.removeTraces(key))
-    case .tell, .needReset, .writeConfiguration, .publishConfiguration, .acknowledge, .writeError, .removeEntry,
+    case .tell, .forgive, .needReset, .writeConfiguration, .publishConfiguration, .acknowledge, .writeError,
+      .removeEntry,
       .lookAgain,
       .saveAssignment, .forgetAssignment:
       break

@@ -3,6 +3,7 @@ package import DeviceHost
 import Devices
 import EventLoop
 import Glibc
+import Lifecycle
 
 /// Options of disks that libxl cannot carry, from a JSON file:
 ///

@@ -1,4 +1,4 @@
-package import Devices
+import Devices
 package import Engines
 package import EventLoop
 import Glibc

@@ -1,5 +1,6 @@
-package import Devices
+import Devices
 package import JSON
+package import Lifecycle
 
 /// What devices of every type have.
 extension DeviceSettings {
