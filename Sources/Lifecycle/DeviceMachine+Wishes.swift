@@ -66,7 +66,7 @@ extension DeviceMachine {
     case .restart:
       effects.append(.forgive)
       restart("restarted by an operator")
-    case .displace(let reason): restart(reason)
+    case .displace(let reason): displace(reason)
     case .pause: pause()
     case .resume: resume()
     case .adjust(let adjustment): adjust(adjustment)
@@ -102,6 +102,16 @@ extension DeviceMachine {
     restarts.noteRestart()
     effects.append(.tell(.deviceRestarting, reason))
     proceed(.again(.restart(reason), after: 0))
+  }
+
+  /// What was started before its place was known to be another's does not stay; the next start asks for the place again.
+  private mutating func displace(_ reason: String) {
+    switch service {
+    case .starting(_, .use(let occasion)), .opened(_, let occasion): proceed(.again(occasion, after: 0))
+    case .plugging, .serving: restart(reason)
+    case .new, .waiting, .starting, .stopping: break
+    case .ended, .clearing, .released, .gone: break  // `obey` has returned
+    }
   }
 
   /// The backend ends; the guest's requests wait.

@@ -203,6 +203,7 @@ package actor Supervisor {
     guard let found else { return table.runner.answerScan(of: guest, without: nil) }
     let refused = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
     table.runner.answerScan(of: guest, without: refused)
+    table.updateBoard(guest)
     // It is stopped, and its place is refused when it is started again.
     for key in refused.sorted(by: { $0.device < $1.device }) {
       handle(.device(key, .command(.displace("QEMU has a device in its place on the guest's PCI bus"))), of: domain)

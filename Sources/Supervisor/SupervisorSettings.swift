@@ -20,6 +20,9 @@ package struct SupervisorSettings: Sendable {
   package var grantShare: Int?
   /// Milliseconds between two checks that xenstored is there.
   package var xenstoreCheckMilliseconds: UInt64 = 5000
+  /// Milliseconds that a guest's first look through its PCI bus waits at most until it is known what QEMU has there: more than QEMU's monitor
+  /// is given to answer.
+  package var longestScanHold: UInt64 = 5000
   /// Where QEMU's monitors are, one for each guest.
   package var qemuFolder = QEMUMonitor.folder
   /// Where what must survive the daemon is kept; nil keeps nothing: devices end with the daemon.

@@ -36,6 +36,13 @@ import Testing
       .stopping(id(1), .again(.restart("QEMU's"), after: 0)), .inserted(.live),
       [.tell(.deviceRestarting, "QEMU's"), .stop(id(1))], "restarting"),
     Row(
+      "makes way before it is put there",
+      .after([DeviceMachine.begin, .started(id(1), objection: nil)], bus: .pending),
+      .command(.displace("QEMU's")), .stopping(id(1), .again(.first, after: 0)), .absent, [.stop(id(1))], "opening"),
+    Row(
+      "makes way while it is being opened", .after([DeviceMachine.begin]), .command(.displace("QEMU's")),
+      .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
+    Row(
       "asks for the bus when that is what lacks", .after([DeviceMachine.begin], bus: .failed("no server")),
       .command(.restart), .waiting(.bus(.first)), .absent, [.forgive, .retryBus], "failed"),
   ]) func obeysOperators(row: Row) { row.check() }

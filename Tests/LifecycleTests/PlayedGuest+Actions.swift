@@ -37,6 +37,7 @@ extension PlayedGuest {
 
   private static let commands: [DeviceEvent.Command] = [
     .restart, .pause, .resume, .adjust(.resize(bytes: nil)), .limit(.reads(2)),
+    .displace("QEMU's"),
   ]
 
   /// - Parameter wishes: also what entries, operators and the daemon may want.

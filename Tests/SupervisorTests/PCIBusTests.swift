@@ -72,7 +72,8 @@ import Xen
 
   /// A device that leaves the profile while no daemon runs: what the earlier one claimed for it is not left in Xen, where it would hide what QEMU has
   /// there.
-  @Test func claimsOfAFunctionThatNobodyAsksForAreGivenBack() throws {
+  /// - Parameter failures: of the next daemon to reach the server, before it does.
+  @Test(arguments: [0, 1]) func claimsOfAFunctionThatNobodyAsksForAreGivenBack(failures: Int) throws {
     let world = try World()
     defer { world.end() }
     let folder = try StateFolder(path: world.folder.path + "/state")
@@ -95,6 +96,7 @@ import Xen
     #expect(isClaimed(30) && isClaimed(31))
     world.stop()
     #expect(isClaimed(30) && isClaimed(31))
+    domain.pageFailures.store(failures, ordering: .sequentiallyConsistent)
     try world.start(profiles: profiles(entropy)) { $0.stateFolder = folder }
     #expect(eventually { world.state("web1", "rng0") == "ready" && world.state("web1", "rng1") == nil })
     world.settle()

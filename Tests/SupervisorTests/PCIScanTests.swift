@@ -128,11 +128,45 @@ import Xen
     world.stop()
     let monitor = try monitor(world, slot: 5)
     try start(world, by: Self.profile, tick: 50)
-    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+    // What QEMU has is known by then.
+    #expect(
+      eventually { world.device("web1", "xvdf")["warning"]?.stringValue?.contains("QEMU has PCI device 5 too") == true }
+    )
     monitor.end()
     world.settle()
+    #expect(world.state("web1", "xvdf") == "connected")
     #expect(domain.claimedFunctions == [Self.disputed, Self.ours])
     #expect(identity(domain, Self.disputed) == Self.block)
+    // Nor by a restart of its backend.
+    _ = world.call("device.restart", ["guest": "web1", "device": "xvdf"])
+    #expect(eventually { world.reasons(.deviceRestarted).count == 1 && world.state("web1", "xvdf") == "connected" })
+  }
+
+  /// Where the supervisor does not answer, the guest's thread does.
+  @Test func waitEndsByItself() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try world.domain(5, name: "web1")
+    var settings = SupervisorSettings()
+    settings.longestScanHold = 100
+    let isAsked = Latch()
+    let host = BusHost(hypervisor: world.hypervisor, settings: settings, grantBudget: GrantBudget(limit: 16)) {
+      report in
+      if case .scan = report { isAsked.open() }
+    }
+    let ground = try GuestGround(GuestFacts(domain: 5, isDriverDomain: false, type: "hvm", transport: .pci), host)
+    let (bus, server) = (try PCIBus(ground), try ground.registers())
+    ground.thread.run { here in
+      #expect(server.start(uuid: nil, here) == .serverStarted)
+      let number = try? server.server(here).identifier
+      #expect(throws: Never.self) { try server.handle.claim(.configuration(Self.ours), for: try #require(number)) }
+    }
+    #expect(eventually { domain.claimedFunctions == [Self.ours] })
+    #expect(identity(domain, Self.ours) == 0xffff_ffff)
+    isAsked.wait()
+    ground.thread.run { here in server.close(here) }
+    ground.thread.stopAndJoin()
+    withExtendedLifetime(bus) {}
   }
 
   /// The daemon dies before it has asked; the next one answers the access.

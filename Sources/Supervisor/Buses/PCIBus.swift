@@ -83,7 +83,10 @@ final class PCIBus: RegisterBus {
   /// know of comes from 31 down.
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
     let places = seats.places.mapValues(\.device)
-    if let place = places[key] { return try checkCollision(place) }
+    if let place = places[key] {
+      if !isInUse(key) { try checkCollision(place) }
+      return
+    }
     // A slot of the guest's table drives a pin of one of these devices.
     let taken = Set(places.values + Self.devices.filter { server.isTaken(Self.pin(PCIAddress(device: $0))) })
     if let wanted = entry.settings.slot {
@@ -120,15 +123,18 @@ final class PCIBus: RegisterBus {
   // runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So what QEMU has is known at the latest when the
   // guest asks for the first configuration space of ours: that access waits for QEMU's answer. Where our server is the later one (the first
   // device of a guest that runs), an access that waits at just that place finds it empty. A guest without a monitor is answered at once; one whose QEMU does
-  // not answer after the 3 s that its monitor is given (`QEMUMonitor.functions`), or 5 s (`RegisterServer.longestHold`), and what it collides with is
-  // refused later. What QEMU gets while the guest runs (PCI hot-plug) is not looked for.
+  // not answer after the 3 s that its monitor is given (`QEMUMonitor.functions`), or 5 s (`SupervisorSettings.longestScanHold`), and what it collides with is
+  // refused later, unless a driver is at work with it by then. What QEMU gets while the guest runs (PCI hot-plug) is not looked for.
+
+  /// Whether a driver has found the device: it is then the guest's, whatever QEMU has in its place.
+  private func isInUse(_ key: DeviceKey) -> Bool { seats.transport(of: key)?.currentStatus.isEmpty == false }
 
   var asksQEMU: Bool { others.withLock { $0 == nil } && !seats.places.isEmpty }
 
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
     others.withLock { $0 = functions }
     let theirs = Set(functions.map(\.device))
-    return seats.places.filter { theirs.contains($0.value.device) }.map(\.key)
+    return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.map(\.key)
   }
 
   func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {
@@ -154,6 +160,8 @@ final class PCIBus: RegisterBus {
   func facts(of key: DeviceKey) -> DeviceFacts {
     guard let address = seats.place(of: key) else { return DeviceFacts() }
     let transport = seats.transport(of: key)
+    let isShared = others.withLock { $0?.contains { $0.device == address.device } } == true
+    let collision = "QEMU has PCI device \(address.device) too: the guest uses this one, and does not find QEMU's"
     return DeviceFacts(
       rows: {
         var rows = [Fact(name: "function", value: "\(address)")]
@@ -166,7 +174,7 @@ final class PCIBus: RegisterBus {
         )
         rows.append(Fact(name: "vectors", value: "\(transport.vectorCount), \(transport.interrupts.sentCount) sent"))
         return rows
-      }, warning: server.warning(key))
+      }, warning: isShared && isInUse(key) ? collision : server.warning(key))
   }
 
   // MARK: The guest

@@ -57,6 +57,9 @@ extension RegisterBus {
 
   /// Part of `prepare`.
   func attachRestored(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
+    // The server of an earlier daemon has claims of those too that were taken away before there was a server to say so to.
+    for (place, transport) in seats.left { try attach(transport, place, server, here) }
+    for (place, _) in seats.takeLeft() { detach(place, server) }
     for (place, transport) in seats.restored { try attach(transport, place, server, here) }
   }
 
@@ -98,8 +101,9 @@ extension RegisterBus {
   }
 
   private func empty(_ place: Place?, _ key: DeviceKey, _ here: OnGuestThread) {
+    guard let server = try? server.server(here) else { return seats.leaveLater(key) }
     seats.leave(key)
-    if let place, let server = try? server.server(here) { detach(place, server) }
+    if let place { detach(place, server) }
   }
 }
 
@@ -116,6 +120,8 @@ final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable
     var seats: [DeviceKey: Seat] = [:]
     /// Of an earlier daemon, until they are taken out of their places: the server has claims of theirs, also when nobody asks for them.
     var restored: [DeviceKey: (place: Place, transport: Transport)] = [:]
+    /// Of those, what was taken out while there was no server.
+    var left: [(Place, Transport)] = []
   }
 
   private let content = Mutex(Content())
@@ -132,6 +138,19 @@ final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable
   func fill(_ key: DeviceKey, _ transport: Transport) { content.withLock { $0.seats[key]?.transport = transport } }
   func forget(_ key: DeviceKey) { content.withLock { $0.seats[key] = nil } }
   func leave(_ key: DeviceKey) { content.withLock { $0.restored[key] = nil } }
+  /// The same where there is no server to take the device out of.
+  func leaveLater(_ key: DeviceKey) {
+    content.withLock { content in
+      if let restored = content.restored.removeValue(forKey: key) { content.left.append(restored) }
+    }
+  }
+  var left: [(Place, Transport)] { content.withLock { $0.left } }
+  func takeLeft() -> [(Place, Transport)] {
+    content.withLock { content in
+      defer { content.left = [] }
+      return content.left
+    }
+  }
   /// The state of a restored device, which is asked for now.
   func claim(_ key: DeviceKey) -> DeviceState? { content.withLock { $0.seats[key]?.state.take() } }
 

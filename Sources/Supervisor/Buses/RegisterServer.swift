@@ -202,15 +202,12 @@ final class RegisterServer: @unchecked Sendable {
 
   // MARK: The guest's look through its PCI bus
 
-  /// How long the first accesses to configuration spaces wait at most for `answerScan`, in milliseconds: more than QEMU's monitor is given.
-  private static let longestHold: UInt64 = 5000
-
   /// Has the guest's first look through its bus wait for `answerScan`, and reports it.
   func holdScan(_ server: IOReqServer, _ here: OnGuestThread) {
     let number = server.identifier
-    server.holdConfiguration { [loop, report, domain, weak self] in
+    server.holdConfiguration { [loop, report, domain, longest = settings.longestScanHold, weak self] in
       // Whatever becomes of the question, the guest gets an answer.
-      loop.schedule(afterMilliseconds: Self.longestHold) { [weak self] in
+      loop.schedule(afterMilliseconds: longest) { [weak self] in
         if let server = self?.ioreq, server.identifier == number { server.answerWaitingConfiguration() }
       }
       report(.scan(domain))
