@@ -280,6 +280,27 @@ import Virtqueue
     #expect(server.accept(seconds: 2) == -1)
   }
 
+  /// The guest has learnt of the loss before the next backend looks at any of its queues: the end of a message is not for the next connection.
+  @Test func whatWasWrittenToALostConnectionIsNotForTheNextOne() throws {
+    let server = try Server(path)
+    defer { Glibc.close(server.raw) }
+    let stage = try Stage(path)
+    defer { stage.fixture.stop() }
+    stage.open()
+    let first = server.accept()
+    try stage.fixture.exchange {
+      for index in 0..<8 { stage.write(Array("lost".utf8), index) }
+      stage.say(6, value: 0, waits: false)
+      stage.say(6, value: 1, waits: false)
+    }
+    #expect(receiveAll(first) == [])
+    let second = server.accept()
+    defer { Glibc.close(second) }
+    stage.write(Array("new".utf8), 8)
+    #expect(receive(second, count: 3) == Array("new".utf8))
+    #expect(stage.drops == 32)
+  }
+
   @Test func guestThatOpensAndClosesAllTheTimeConnectsNowAndThen() throws {
     let server = try Server(path)
     defer { Glibc.close(server.raw) }

@@ -77,7 +77,8 @@ import Virtqueue
       queues: [.init(maximumSize: 8, counters: QueueCounters())], thread: try LoopThread(name: "bell"),
       source: fixture.pool, report: { _ in })
     worker.thread.perform { try? worker.open() }
-    worker.activate(0, fixture.layout, features: [], signals: Signals(bell), adopts: false)
+    worker.activate(
+      [LiveQueue(number: 0, layout: fixture.layout, signals: Signals(bell))], features: [], adopts: false)
     worker.thread.perform {}
     return worker
   }

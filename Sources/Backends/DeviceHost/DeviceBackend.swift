@@ -210,11 +210,13 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   ) {
     negotiated = features
     self.signals.withLock { $0 = signals }
+    var live: [Int: [LiveQueue]] = [:]
     for (index, layout) in layouts.enumerated() {
       guard let layout, let route = route(of: index) else { continue }
-      workers[route.worker].activate(
-        route.queue, layout, features: features, signals: signals.signals(of: index), adopts: adopts)
+      live[route.worker, default: []].append(
+        LiveQueue(number: route.queue, layout: layout, signals: signals.signals(of: index)))
     }
+    for (worker, queues) in live { workers[worker].activate(queues, features: features, adopts: adopts) }
   }
 
   /// Where a queue of the device is served; overridden where that depends on what was negotiated.
@@ -228,8 +230,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
 
   package func enableQueue(_ queue: Int, layout: QueueLayout) {
     guard let route = route(of: queue), let signals = signals.withLock({ $0 }) else { return }
-    workers[route.worker].activate(
-      route.queue, layout, features: negotiated, signals: signals.signals(of: queue), adopts: false)
+    let live = LiveQueue(number: route.queue, layout: layout, signals: signals.signals(of: queue))
+    workers[route.worker].activate([live], features: negotiated, adopts: false)
   }
 
   package func notify(queue: Int) {

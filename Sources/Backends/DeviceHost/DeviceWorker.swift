@@ -92,23 +92,24 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: AnyDeviceWorker,
     if !kicked.exchange(true, ordering: .acquiringAndReleasing) { kick.signal() }
   }
 
-  package func activate(
-    _ queue: Int, _ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals, adopts: Bool
-  ) {
+  package func activate(_ live: [LiveQueue], features: FeatureBits, adopts: Bool) {
     thread.loop.enqueue { [self] in
-      self.signals[queue] = signals
-      listen(queue, to: signals.doorbell)
       do throws(DeviceFault) {
-        try pump?.activate(
-          queue,
-          QueueActivation(
-            layout: layout, maximumSize: queues[queue].maximumSize, features: features, source: source, adopts: adopts))
+        for queue in live {
+          signals[queue.number] = queue.signals
+          listen(queue.number, to: queue.signals.doorbell)
+          try pump?.activate(
+            queue.number,
+            QueueActivation(
+              layout: queue.layout, maximumSize: queues[queue.number].maximumSize, features: features, source: source,
+              adopts: adopts))
+        }
       } catch {
         return fail(error)
       }
-      // What was notified before the queue was live, or before this daemon was, must not be lost.
+      // What was notified before the queues were live, or before this daemon was, must not be lost.
       run()
-      signals.interruptForUsedBuffers()
+      for queue in live { queue.signals.interruptForUsedBuffers() }
     }
   }
 
@@ -244,6 +245,20 @@ package final class DeviceWorker<Pump: DevicePump & ~Copyable>: AnyDeviceWorker,
   }
 }
 
+/// A queue of a worker that goes live.
+package struct LiveQueue: Sendable {
+  /// Within the worker.
+  package var number: Int
+  package var layout: QueueLayout
+  package var signals: any TransportSignals
+
+  package init(number: Int, layout: QueueLayout, signals: any TransportSignals) {
+    self.number = number
+    self.layout = layout
+    self.signals = signals
+  }
+}
+
 /// A worker, whatever its pump is.
 package protocol AnyDeviceWorker: AnyObject, Sendable {
   var thread: LoopThread { get }
@@ -251,9 +266,8 @@ package protocol AnyDeviceWorker: AnyObject, Sendable {
   func open() throws(Errno)
   /// The driver notified a queue. On any thread.
   func notify(_ queue: Int)
-  /// The driver's queue goes live. On any thread.
-  func activate(
-    _ queue: Int, _ layout: QueueLayout, features: FeatureBits, signals: any TransportSignals, adopts: Bool)
+  /// The driver's queues go live, all of them before any is served: what is said on one may concern another. On any thread.
+  func activate(_ live: [LiveQueue], features: FeatureBits, adopts: Bool)
   /// Looks at the queues again: limits have changed. On any thread.
   func refresh()
   /// Takes a queue, or all, from the guest. On the data thread.

@@ -98,7 +98,8 @@ copied=$(copy_in_guest 4 | cut -d ' ' -f 1)
 check "it is under way" wait_until 60 moved $((before + 100000))
 check "and not through" not client_got "$copied"
 kill_vxd 3
-# What is copied after that does not arrive (docs/consoles.md, known fault).
+check "1 MiB into the guest, by the new connection" to_guest 7
+check "1 MiB out of it" to_client 8
 
 step "the guest dies"
 check "xl destroy" xl destroy one
