@@ -35,14 +35,15 @@ extension DeviceMachine {
   mutating func started(_ objection: String?, _ now: Moment) {
     guard case .starting(let id, let wish) = service else { return effects.append(unexpected("started")) }
     switch wish {
-    case .use(.fill(let words)):
+    case .use(let occasion):
+      guard case .proving(let image) = spare else { return use(id, occasion) }
       if let objection {
-        effects += [.tell(.deviceNotAttached, objection), .empty]
+        giveBack(objection)
         return stop(id, .again(.restart("nothing is attached"), after: 0))
       }
-      effects += [.saveAssignment, .tell(.deviceAttached, words)]
-      use(id, .restart(words))
-    case .use(let occasion): use(id, occasion)
+      spare = .filled
+      effects += [.saveAssignment, .tell(.deviceAttached, image)]
+      use(id, .restart(image))
     case .next(let next): stop(id, next)
     }
   }
@@ -68,10 +69,11 @@ extension DeviceMachine {
     guard case .starting(let id, let wish) = service else { return effects.append(unexpected("start failed")) }
     effects.append(.join(id))
     switch wish {
-    case .use(.fill):
-      effects += [.tell(.deviceNotAttached, reason), .empty]
-      start(.restart("nothing is attached"))
     case .use(let occasion):
+      if case .proving = spare {
+        giveBack(reason)
+        return start(.restart("nothing is attached"))
+      }
       service = .waiting(.rest(.failed(reason)))
       if connection == .absent || isFinal {
         couldNotServe(occasion, reason, isFinal: isFinal, now)

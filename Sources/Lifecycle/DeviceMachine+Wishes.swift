@@ -55,6 +55,7 @@ extension DeviceMachine {
   private mutating func limit(_ limits: RateLimits, isNews: Bool) {
     rules.limits = limits
     effects.append(.limit(limits, isNews: isNews))
+    if spare == .filled { effects.append(.saveAssignment) }
   }
 
   // MARK: Operators
@@ -71,15 +72,8 @@ extension DeviceMachine {
     case .resume: resume()
     case .adjust(let adjustment): adjust(adjustment)
     case .limit(let limits): limit(limits, isNews: true)
-    case .fill(let image, let limits):
-      drain = nil
-      if let limits { limit(limits, isNews: false) }
-      effects.append(.assign(image: image))
-      proceed(.again(.fill(image), after: 0))
-    case .detach(let deadline):
-      let number = newNumber()
-      drain = number
-      effects += [.watchDrain(number), .schedule(.drain(number), deadline)]
+    case .fill(let image, let limits): fill(image, limits)
+    case .detach(let deadline): detach(deadline)
     case .end: break  // done above
     }
   }
@@ -107,9 +101,13 @@ extension DeviceMachine {
   /// What was started before its place was known to be another's does not stay; the next start asks for the place again.
   private mutating func displace(_ reason: String) {
     switch service {
-    case .starting(_, .use(let occasion)), .opened(_, let occasion): proceed(.again(occasion, after: 0))
+    case .starting(_, .use(let occasion)), .opened(_, let occasion):
+      isEntryNewer = true
+      proceed(.again(occasion, after: 0))
+    // Not to be used after all, should what stopped it be over before it is open.
+    case .starting(_, .next): isEntryNewer = true
     case .plugging, .serving: restart(reason)
-    case .new, .waiting, .starting, .stopping: break
+    case .new, .waiting, .stopping: break
     case .ended, .clearing, .released, .gone: break  // `obey` has returned
     }
   }
@@ -148,6 +146,53 @@ extension DeviceMachine {
     }
   }
 
+  // MARK: Spare disks
+
+  private mutating func fill(_ image: String, _ limits: RateLimits?) {
+    let objection: String? =
+      switch spare {
+      case nil: "the device is no spare disk"
+      case .proving, .filled: "the spare disk is in use"
+      case .empty: isQuarantined ? "the spare disk is quarantined: restart it first" : nil
+      }
+    if let objection { return effects.append(.tell(.deviceNotAttached, objection)) }
+    // No backend comes any more that would say so.
+    if isBeingEmptied { effects.append(.tell(.deviceDetached, nil)) }
+    if let limits { limit(limits, isNews: false) }
+    spare = .proving(image)
+    effects.append(.assign(image: image))
+    proceed(.again(.fill(image), after: 0))
+  }
+
+  private mutating func detach(_ deadline: Milliseconds) {
+    switch spare {
+    case .filled:
+      let number = newNumber()
+      drain = number
+      effects += [.watchDrain(number), .schedule(.drain(number), deadline)]
+    case .proving:
+      giveBack("detached before it was open")
+      proceed(.again(.empty("detached"), after: 0))
+    case .empty, nil: break  // as it is to be
+    }
+  }
+
+  /// The image that a spare disk was to get is not attached.
+  mutating func giveBack(_ reason: String) {
+    spare = .empty
+    effects += [.tell(.deviceNotAttached, reason), .empty]
+  }
+
+  private var isBeingEmptied: Bool {
+    switch service {
+    case .waiting(.start(_, .empty)), .waiting(.bus(.empty)), .starting(_, .use(.empty)),
+      .starting(_, .next(.again(.empty, _))), .starting(_, .next(.bus(.empty))), .opened(_, .empty),
+      .plugging(_, .empty, _), .stopping(_, .again(.empty, _)), .stopping(_, .bus(.empty)):
+      true
+    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .clearing, .released, .gone: false
+    }
+  }
+
   // MARK: Time
 
   mutating func expired(_ timer: DeviceTimer, _ now: Moment) {
@@ -179,6 +224,7 @@ extension DeviceMachine {
   mutating func drained(_ number: BackendID, _ words: String, _ now: Moment) {
     guard drain == number else { return }  // the other of deadline and drain came first, or another detach
     drain = nil
+    spare = .empty
     effects += [.empty, .forgetAssignment]
     proceed(.again(.empty(words), after: 0))
   }
@@ -190,6 +236,7 @@ extension DeviceMachine {
   mutating func end(_ departure: Departure) {
     guard !isEnding else { return merge(departure) }
     drain = nil
+    if case .proving = spare { giveBack("the device ends") }
     if departure != .handedOver { effects.append(.tell(.deviceClosing, nil)) }
     switch connection {
     case .absent: break

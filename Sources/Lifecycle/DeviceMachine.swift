@@ -79,6 +79,14 @@ package struct DeviceMachine: Hashable, Sendable {
     case empty(String)
   }
 
+  /// What a spare disk has of an image.
+  package enum Spare: Hashable, Sendable {
+    case empty
+    /// It gets this one, which has to prove itself: the first backend that opens it says, whatever it was started for.
+    case proving(String)
+    case filled
+  }
+
   /// The driver's half.
   package enum Connection: Hashable, Sendable {
     /// The guest cannot find the device.
@@ -127,7 +135,9 @@ package struct DeviceMachine: Hashable, Sendable {
   package internal(set) var failedStarts = 0
   /// What was there of the device before this daemon, until it is served.
   package internal(set) var earlier: Earlier
-  /// The entry has changed since the last start.
+  /// nil for a device that is no spare disk.
+  package internal(set) var spare: Spare?
+  /// The entry has changed since the last start, or what else it was started by: what is being opened is not used.
   package internal(set) var isEntryNewer = false
   /// A detach waits for the device's requests, under this number.
   package internal(set) var drain: BackendID?
@@ -145,7 +155,7 @@ package struct DeviceMachine: Hashable, Sendable {
   ///     still run.
   package init(
     _ style: BusStyle, _ rules: DeviceRules, needsServer: Bool? = nil, hasWindow: Bool = false,
-    bus: Bus = .pending, earlier: Earlier = .nothing, numbersAfter: UInt64 = 0
+    bus: Bus = .pending, earlier: Earlier = .nothing, spare: Spare? = nil, numbersAfter: UInt64 = 0
   ) {
     self.style = style
     self.needsServer = needsServer ?? (style == .registers)
@@ -154,6 +164,7 @@ package struct DeviceMachine: Hashable, Sendable {
     claim = hasWindow ? .due : .none
     self.bus = bus
     self.earlier = earlier
+    self.spare = spare
     connection = .absent
     if style == .registers, case .adoptable(let driver) = earlier { connection = .inserted(driver) }
   }

@@ -35,15 +35,15 @@ extension SupervisorControl {
       return ["accepted": true]
     }
 
-    func limit(_ domain: DomainID, _ limits: RateLimits) -> JSONValue {
-      supervisor.withLock { $0 }?.limit(domain, limits)
-      return ["accepted": true, "limits": limits.json]
+    typealias LimitsChange = @Sendable (RateLimits) -> RateLimits
+
+    func limit(_ key: DeviceKey, _ change: @escaping LimitsChange) { supervisor.withLock { $0 }?.limit(key, change) }
+
+    func limit(_ domain: DomainID, _ change: @escaping LimitsChange) {
+      supervisor.withLock { $0 }?.limit(domain, change)
     }
 
-    func limitAll(_ limits: RateLimits) -> JSONValue {
-      supervisor.withLock { $0 }?.limitAll(limits)
-      return ["accepted": true, "limits": limits.json]
-    }
+    func limitAll(_ change: @escaping LimitsChange) { supervisor.withLock { $0 }?.limitAll(change) }
 
     // MARK: Profiles
 

@@ -35,7 +35,7 @@ final class EffectRunner {
 
   /// - Parameter supervisor: gets the events that follow.
   /// - Returns: what follows at once.
-  func perform(_ effect: DeviceEffect, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {
+  func perform(_ effect: DeviceEffect, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> [DeviceEvent] {
     let (key, bus) = (device.key, device.bus)
     switch effect {
     case .start(let id): return start(id, device, of: guest, for: supervisor)
@@ -48,7 +48,7 @@ final class EffectRunner {
       if isNews { herald.tell(.deviceLimited, guest, device, reason: JSONText.text(limits.json)) }
     case .forgive: settings.crashes?.forgive(key)
     case .insert(let id, let needsReset):
-      guard let backend = device.backend else { return .insertFailed(id, "the backend is gone") }
+      guard let backend = device.backend else { return [.insertFailed(id, "the backend is gone")] }
       run(guest, supervisor) { bus.insert(key, id, backend, needsReset: needsReset, $0) }
     case .claim: run(guest, supervisor) { [wish = device.wish] in bus.claim(key, wish, $0) }
     case .plug(let id):
@@ -64,7 +64,7 @@ final class EffectRunner {
       if let (offer, configuration) = bus.offer(key) { writer.offer(key, offer, configuration: configuration) }
     case .publishConfiguration: publishConfiguration(key, guest)
     case .acknowledge(let sequence, let answer): writer.write(key, "vx-ack", "\(sequence) \(answer.text)")
-    case .readFrontend: return view(key, guest)
+    case .readFrontend: return view(key, guest).map { [$0] } ?? []
     case .writeError(let reason): if key.kind.isInXenstore { writer.writeError(key, reason) }
     case .writeState(let state, let over):
       if key.kind.isInXenstore { writer.writeState(key, state, over: over) }
@@ -84,7 +84,7 @@ final class EffectRunner {
     case .unexpected(let words): herald.unexpected("\(device.name): \(words)", guest)
     case .removeEntry, .lookAgain, .retryBus, .leaving, .released: break  // the supervisor's, the guest machine's
     }
-    return nil
+    return []
   }
 
   /// Does what concerns a guest as a whole.
@@ -156,18 +156,20 @@ final class EffectRunner {
 
   // MARK: Backends
 
-  private func start(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> DeviceEvent? {
+  private func start(_ id: BackendID, _ device: Device, of guest: Guest, for supervisor: Supervisor) -> [DeviceEvent] {
     let entry: DeviceEntry
-    let isNew: Bool
+    var rules: [DeviceEvent] = []
     do throws(EntryFault) {
+      let isNew: Bool
       (entry, isNew) = try makeEntry(device, of: guest)
+      if isNew { rules = [.rules(entry.settings.restart, entry.settings.limits, isNews: false)] }
       try device.bus.admit(device.key, entry)
     } catch {
-      return .startFailed(id, error.message, isFinal: true)
+      return rules + [.startFailed(id, error.message, isFinal: true)]
     }
     watchFrontend(device, guest)
     guard let source = device.bus.memory(of: device.key) else {
-      return .startFailed(id, "the guest's memory cannot be reached", isFinal: false)
+      return rules + [.startFailed(id, "the guest's memory cannot be reached", isFinal: false)]
     }
     var context = DeviceBackend.Context(
       name: "\(guest.name)/\(entry.name)", source: source, rate: device.rate, account: device.account,
@@ -191,7 +193,7 @@ final class EffectRunner {
       // The threads are known by the time that this job runs: it comes behind the present one.
       supervisor.onLoop { $0.opened(key, id, result) }
     }
-    return isNew ? .rules(entry.settings.restart, entry.settings.limits, isNews: false) : nil
+    return rules
   }
 
   /// Whether the guest has found the device.

@@ -90,7 +90,7 @@ final class Guest {
       stuck: device.stuck, account: device.account, limits: machine?.rules.limits ?? RateLimits(),
       restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
-      isEmptySpare: device.key.kind == .spare && settings?.image?.isEmpty != false, entryPath: device.nodes["params"],
+      isEmptySpare: machine?.spare == .empty, entryPath: device.nodes["params"],
       bus: type(of: device.bus).name, guestNeeds: device.bus.guestNeeds, grants: place.grants, facts: place.rows,
       warning: place.warning, channels: place.channels)
   }

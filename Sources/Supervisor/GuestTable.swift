@@ -94,7 +94,7 @@ final class GuestTable {
     case .removeEntry: supervisor.onLoop { $0.removeEntryLater(key) }
     case .lookAgain: if key.kind.isInXenstore { revisits.append(key) }
     default:
-      if let event = runner.perform(effect, device, of: guest, for: supervisor) {
+      for event in runner.perform(effect, device, of: guest, for: supervisor) {
         events.append((guest.domain, .device(key, event)))
       }
     }

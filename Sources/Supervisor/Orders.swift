@@ -27,31 +27,27 @@ final class Orders {
   func use(_ profiles: Profiles, for supervisor: Supervisor) {
     table.runner.entries.profiles = profiles
     limitAll(profiles.daemonLimits, for: supervisor)
-    for guest in table.guests.values {
-      let limits = profiles.options(guest: guest.profileName, uuid: guest.uuid).limits
-      table.handle(.limit(limits), of: guest.domain, for: supervisor)
-      for device in guest.devices.values where device.key.kind != .spare && device.entry != nil {
-        // A device that the new profiles do not know any more keeps what it has.
-        guard let settings = try? table.runner.entries.entry(device.key, device.nodes, of: guest).settings else {
-          continue
-        }
-        table.handle(
-          .device(device.key, .rules(settings.restart, settings.limits, isNews: true)), of: guest.domain,
-          for: supervisor)
-      }
-    }
+    for guest in table.guests.values { follow(profiles, guest, for: supervisor) }
     log.info("profiles are loaded: limits and restart policies hold at once, running devices keep their other options")
   }
 
-  /// Whether a command makes sense of the device as it is now: between a client's look at it and now others may have changed it.
-  func allows(_ command: DeviceEvent.Command, of key: DeviceKey) -> Bool {
-    guard let (_, device) = table.known(key) else { return false }
-    let image = device.entry?.settings.image
-    return switch command {
-    case .fill: image?.isEmpty == true
-    case .detach: image?.isEmpty == false
-    case .restart, .displace, .pause, .resume, .adjust, .limit, .end: true
+  /// Has one guest follow them.
+  func follow(_ profiles: Profiles, _ guest: Guest, for supervisor: Supervisor) {
+    let limits = profiles.options(guest: guest.profileName, uuid: guest.uuid).limits
+    table.handle(.limit(limits), of: guest.domain, for: supervisor)
+    for device in guest.devices.values where device.key.kind != .spare && device.entry != nil {
+      // A device that the new profiles do not know any more keeps what it has.
+      guard let settings = try? table.runner.entries.entry(device.key, device.nodes, of: guest).settings else {
+        continue
+      }
+      table.handle(
+        .device(device.key, .rules(settings.restart, settings.limits, isNews: true)), of: guest.domain, for: supervisor)
     }
+  }
+
+  /// What a change makes of the limits that a device has now: others may have changed since a client saw them.
+  func limits(of key: DeviceKey, _ change: (RateLimits) -> RateLimits) -> RateLimits? {
+    table.known(key).flatMap { guest, _ in guest.machine[key] }.map { change($0.rules.limits) }
   }
 }
 
@@ -60,15 +56,27 @@ extension Supervisor {
 
   /// Has something done to a device's life.
   nonisolated func order(_ key: DeviceKey, _ command: DeviceEvent.Command) {
+    post(.device(key, .command(command)), of: key.domain)
+  }
+
+  /// Changes a device's limits.
+  nonisolated func limit(_ key: DeviceKey, _ change: @escaping @Sendable (RateLimits) -> RateLimits) {
     onLoop { supervisor in
-      guard supervisor.orders.allows(command, of: key) else { return }
-      supervisor.handle(.device(key, .command(command)), of: key.domain)
+      guard let limits = supervisor.orders.limits(of: key, change) else { return }
+      supervisor.handle(.device(key, .command(.limit(limits))), of: key.domain)
     }
   }
 
   /// Changes the limits of a guest's devices together.
-  nonisolated func limit(_ domain: DomainID, _ limits: RateLimits) { post(.limit(limits), of: domain) }
+  nonisolated func limit(_ domain: DomainID, _ change: @escaping @Sendable (RateLimits) -> RateLimits) {
+    onLoop { supervisor in
+      guard let guest = supervisor.table.guests[domain] else { return }
+      supervisor.handle(.limit(change(guest.machine.limits)), of: domain)
+    }
+  }
 
   /// Changes the limits of all guests together.
-  nonisolated func limitAll(_ limits: RateLimits) { onLoop { $0.orders.limitAll(limits, for: $0) } }
+  nonisolated func limitAll(_ change: @escaping @Sendable (RateLimits) -> RateLimits) {
+    onLoop { $0.orders.limitAll(change($0.board.current.limits), for: $0) }
+  }
 }

@@ -195,7 +195,8 @@ final class Population {
     rules.startRetry = settings.startRetry
     let machine = DeviceMachine(
       type(of: bus).style, rules, needsServer: type(of: bus).hasServer,
-      hasWindow: type(of: bus).hasWindow(wish), earlier: earlier, numbersAfter: table.newNumbers())
+      hasWindow: type(of: bus).hasWindow(wish), earlier: earlier, spare: entries.spare(key),
+      numbersAfter: table.newNumbers())
     // A device whose guest waits for it is not slowed.
     let pause = earlier == .nothing ? table.herald.churn.pause(for: key, at: .now) : 0
     let fuse = settings.crashes?.reason(for: key)
@@ -209,8 +210,8 @@ final class Population {
   private func identify(_ guest: Guest, _ uuid: String, for supervisor: Supervisor) {
     guest.uuid = uuid
     log.notice("guest \(guest.name): its UUID is \(uuid)", metadata: ["GUEST": "\(guest.name)"])
-    let profiles = entries.profiles
-    supervisor.onLoop { $0.use(profiles: profiles) }
+    let domain = guest.domain
+    supervisor.onLoop { $0.follow(domain) }
     for device in guest.devices.values.sorted(by: { $0.key.device < $1.key.device }) {
       guard case .failed = guest.machine[device.key]?.phase else { continue }
       tell(device.key, .entry(.corrected), supervisor)

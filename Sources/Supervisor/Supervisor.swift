@@ -266,4 +266,9 @@ package actor Supervisor {
 
   /// Takes new profiles for what is opened from now on.
   package func use(profiles: Profiles) { orders.use(profiles, for: self) }
+
+  /// Has a guest follow the profiles that know it now.
+  func follow(_ domain: DomainID) {
+    if let guest = table.guests[domain] { orders.follow(table.runner.entries.profiles, guest, for: self) }
+  }
 }

@@ -15,16 +15,26 @@ extension SupervisorControl {
       data: ["field": "params.device", "remedy": .string("the state must be \(wanted)")])
   }
 
-  private static func limits(_ old: RateLimits, _ parameters: JSONValue) throws(ControlFault) -> RateLimits {
+  /// What a request makes of limits; checked with those that there are now.
+  private static func change(
+    _ old: RateLimits, _ parameters: JSONValue
+  ) throws(ControlFault) -> (limits: RateLimits, change: Actions.LimitsChange) {
+    let given = parameters["limits"] ?? .null
     var limits = old
     do throws(SettingFault) {
-      try limits.change(parameters["limits"] ?? .null, "limits")
+      try limits.change(given, "limits")
     } catch {
       throw ControlFault(
         code: -32602, message: error.message,
         data: ["field": .string("params.\(error.field)"), "remedy": "0 takes a limit away; others stay as they are"])
     }
-    return limits
+    let change: Actions.LimitsChange = { present in
+      var limits = present
+      // What may be given does not depend on what there is.
+      try? limits.change(given, "limits")
+      return limits
+    }
+    return (limits, change)
   }
 
   private static let limitsParameter = ControlParameter(
@@ -109,9 +119,9 @@ extension SupervisorControl {
         parameters: one + [limitsParameter]
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
-        let limits = try limits(device.limits, parameters)
+        let (limits, change) = try change(device.limits, parameters)
         return ControlChange("limits of \(device.name) become \(JSONText.text(limits.json))") {
-          _ = actions.order(device, .limit(limits))
+          actions.limit(device.key, change)
           return ["accepted": true, "limits": limits.json]
         }
       },
@@ -120,10 +130,11 @@ extension SupervisorControl {
         parameters: [guestParameter, limitsParameter]
       ) { parameters throws(ControlFault) in
         let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
-        let limits = try limits(guest.limits, parameters)
+        let (limits, change) = try change(guest.limits, parameters)
         let domain = guest.domain
         return ControlChange("limits of guest \(guest.name) become \(JSONText.text(limits.json))") {
-          actions.limit(domain, limits)
+          actions.limit(domain, change)
+          return ["accepted": true, "limits": limits.json]
         }
       },
       attach(board, actions), detach(board, actions),
@@ -170,7 +181,7 @@ extension SupervisorControl {
           ])
       }
       var limits: RateLimits?
-      if parameters["limits"] != nil { limits = try Self.limits(RateLimits(), parameters) }
+      if parameters["limits"] != nil { limits = try Self.change(RateLimits(), parameters).limits }
       let chosen = limits
       return ControlChange(
         "\(guest.name)/\(spare.name) becomes \(image), by a change of its size",
@@ -232,9 +243,10 @@ extension SupervisorControl {
         change: "daemon.limit", "Changes the limits of all guests together.", role: .admin,
         parameters: [limitsParameter]
       ) { parameters throws(ControlFault) in
-        let limits = try limits(board.current.limits, parameters)
+        let (limits, change) = try change(board.current.limits, parameters)
         return ControlChange("limits of all guests together become \(JSONText.text(limits.json))") {
-          actions.limitAll(limits)
+          actions.limitAll(change)
+          return ["accepted": true, "limits": limits.json]
         }
       },
       ControlMethod(

@@ -22,7 +22,7 @@ extension SupervisorControl {
       "grantedPages": .count(
         guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?().statistics.mappedPages ?? 0) }),
       "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
-      "hostNodes": .array(contents.hostNodes.map { .string($0) }),
+      "hostNodes": .array(contents.hostNodes.map { .string($0) }), "limits": contents.limits.json,
     ]
   }
 
@@ -33,6 +33,7 @@ extension SupervisorControl {
       .init(name: "state", value: .string(guest.phase)), .init(name: "vcpus", value: .count(guest.vcpus)),
       .init(name: "devices", value: .count(guest.devices.count)),
     ]
+    members.append(.init(name: "limits", value: guest.limits.json))
     members.append(.init(name: "facts", value: describe(guest.facts)))
     members.append(.init(name: "guestNeeds", value: .string(guest.guestNeeds)))
     for note in guest.notes() {

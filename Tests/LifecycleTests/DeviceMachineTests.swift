@@ -43,13 +43,13 @@ extension DeviceMachine {
   /// A machine to which something has happened.
   static func after(
     _ events: [DeviceEvent], style: BusStyle = .registers, bus: Bus = .ready, earlier: Earlier = .nothing,
-    mode: RestartPolicy.Mode = .onFailure
+    mode: RestartPolicy.Mode = .onFailure, spare: Spare? = nil
   ) -> DeviceMachine {
     var rules = DeviceRules()
     rules.restart.limit = 2
     rules.restart.mode = mode
     rules.faultLimit = 2
-    var machine = DeviceMachine(style, rules, bus: bus, earlier: earlier)
+    var machine = DeviceMachine(style, rules, bus: bus, earlier: earlier, spare: spare)
     for event in events { _ = machine.handle(event, at: now) }
     return machine
   }

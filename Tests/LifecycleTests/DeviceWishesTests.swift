@@ -43,6 +43,14 @@ import Testing
       "makes way while it is being opened", .after([DeviceMachine.begin]), .command(.displace("QEMU's")),
       .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
     Row(
+      "makes way although the bus failed and is there again",
+      .after([DeviceMachine.begin, .command(.displace("QEMU's")), .busFailed("no server")]), .busReady,
+      .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
+    Row(
+      "makes way although the bus had failed",
+      .after([DeviceMachine.begin, .busFailed("no server"), .command(.displace("QEMU's"))]), .busReady,
+      .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
+    Row(
       "asks for the bus when that is what lacks", .after([DeviceMachine.begin], bus: .failed("no server")),
       .command(.restart), .waiting(.bus(.first)), .absent, [.forgive, .retryBus], "failed"),
   ]) func obeysOperators(row: Row) { row.check() }
@@ -75,6 +83,9 @@ import Testing
       ("new", []), ("being opened", [DeviceMachine.begin]), ("served", DeviceMachine.live),
       ("paused", DeviceMachine.live + [.command(.pause), .stopped(id(1))]),
       ("in quarantine", [.begin(after: 0, fuse: "crashes")]),
+      ("without its bus", [.busFailed("no server"), DeviceMachine.begin]),
+      ("before the bus is there", [.busFailed("no server"), DeviceMachine.begin, .busReady]),
+      ("being plugged", DeviceMachine.open), ("being stopped", DeviceMachine.live + [.command(.pause)]),
     ] as [(String, [DeviceEvent])]) func limitsHoldInAnyState(name: String, before: [DeviceEvent])
   {
     var machine = DeviceMachine.after(before)
@@ -99,38 +110,45 @@ import Testing
 
   @Test(arguments: [
     Row(
-      "is filled by another backend", .after(DeviceMachine.served), .command(.fill(image: "'/a'", limits: nil)),
+      "is filled by another backend", .after(DeviceMachine.served, spare: .empty),
+      .command(.fill(image: "'/a'", limits: nil)),
       .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.absent), [.assign(image: "'/a'"), .stop(id(1))],
       "restarting"),
     Row(
-      "is filled with limits of its own", .after(DeviceMachine.served),
+      "is filled with limits of its own", .after(DeviceMachine.served, spare: .empty),
       .command(.fill(image: "'/a'", limits: .reads(5))), .stopping(id(1), .again(.fill("'/a'"), after: 0)),
       .inserted(.absent), [.limit(.reads(5), isNews: false), .assign(image: "'/a'"), .stop(id(1))], "restarting"),
     Row(
-      "keeps an image that does", .after(filling), .started(id(2), objection: nil),
+      "keeps an image that does", .after(filling, spare: .empty), .started(id(2), objection: nil),
       .plugging(id(2), .restart("'/a'"), .init()), .inserted(.absent),
       [.saveAssignment, .tell(.deviceAttached, "'/a'"), .plug(id(2))], "restarting"),
     Row(
-      "is empty again when the image does not do", .after(filling), .started(id(2), objection: "blocks of 4096"),
+      "is empty again when the image does not do", .after(filling, spare: .empty),
+      .started(id(2), objection: "blocks of 4096"),
       .stopping(id(2), .again(.restart("nothing is attached"), after: 0)), .inserted(.absent),
       [.tell(.deviceNotAttached, "blocks of 4096"), .empty, .stop(id(2))], "restarting"),
     Row(
-      "is empty again when there is no image", .after(filling), .startFailed(id(2), "no file", isFinal: false),
+      "is empty again when there is no image", .after(filling, spare: .empty),
+      .startFailed(id(2), "no file", isFinal: false),
       .starting(id(3), .use(.restart("nothing is attached"))), .inserted(.absent),
       [.join(id(2)), .tell(.deviceNotAttached, "no file"), .empty, .start(id(3))], "restarting"),
     Row(
-      "waits for requests before it is emptied", .after(DeviceMachine.live), .command(.detach(deadline: 500)),
+      "waits for requests before it is emptied", .after(DeviceMachine.live, spare: .filled),
+      .command(.detach(deadline: 500)),
       .serving(id(1), held: [:]), .inserted(.live), [.watchDrain(id(2)), .schedule(.drain(id(2)), 500)], "connected"),
     Row(
-      "is emptied when none is left", .after(DeviceMachine.live + [.command(.detach(deadline: 500))]), .drained(id(2)),
+      "is emptied when none is left", .after(DeviceMachine.live + [.command(.detach(deadline: 500))], spare: .filled),
+      .drained(id(2)),
       .stopping(id(1), .again(.empty("detached"), after: 0)), .inserted(.live),
       [.empty, .forgetAssignment, .stop(id(1))], "restarting"),
     Row(
-      "is emptied by force", .after(DeviceMachine.live + [.command(.detach(deadline: 500))]), .timer(.drain(id(2))),
+      "is emptied by force", .after(DeviceMachine.live + [.command(.detach(deadline: 500))], spare: .filled),
+      .timer(.drain(id(2))),
       .stopping(id(1), .again(.empty("detached by force"), after: 0)), .inserted(.live),
       [.empty, .forgetAssignment, .stop(id(1))], "restarting"),
     Row(
-      "is emptied once", .after(DeviceMachine.live + [.command(.detach(deadline: 500)), .drained(id(2))]),
+      "is emptied once",
+      .after(DeviceMachine.live + [.command(.detach(deadline: 500)), .drained(id(2))], spare: .filled),
       .timer(.drain(id(2))), .stopping(id(1), .again(.empty("detached"), after: 0)), .inserted(.live), [],
       "restarting"),
     Row(
@@ -138,8 +156,39 @@ import Testing
       .after(
         DeviceMachine.live + [
           .command(.detach(deadline: 500)), .drained(id(2)), .stopped(id(1)), .started(id(3), objection: nil),
-        ]), .plugged(id(3), .live), .serving(id(3), held: [:]), .inserted(.live),
+        ], spare: .filled), .plugged(id(3), .live), .serving(id(3), held: [:]), .inserted(.live),
       [.writeError(nil), .writeState(.initWait, over: [.initialising]), .tell(.deviceDetached, nil)], "connected"),
+    Row(
+      "proves its image also when it is restarted meanwhile", .after(filling + [.command(.restart)], spare: .empty),
+      .started(id(2), objection: nil), .stopping(id(2), .again(.restart("restarted by an operator"), after: 0)),
+      .inserted(.absent), [.stop(id(2))], "restarting"),
+    Row(
+      "is empty again when the image of a restart does not do",
+      .after(filling + [.command(.restart), .started(id(2), objection: nil), .stopped(id(2))], spare: .empty),
+      .started(id(3), objection: "blocks of 4096"), .stopping(id(3), .again(.restart("nothing is attached"), after: 0)),
+      .inserted(.absent), [.tell(.deviceNotAttached, "blocks of 4096"), .empty, .stop(id(3))], "restarting"),
+    Row(
+      "is filled once", .after(filling, spare: .empty), .command(.fill(image: "'/b'", limits: nil)),
+      .starting(id(2), .use(.fill("'/a'"))), .inserted(.absent),
+      [.tell(.deviceNotAttached, "the spare disk is in use")],
+      "restarting"),
+    Row(
+      "is not filled while it is quarantined", .after([.begin(after: 0, fuse: "crashes")], spare: .empty),
+      .command(.fill(image: "'/a'", limits: nil)), .waiting(.rest(.quarantined("crashes"))), .absent,
+      [.tell(.deviceNotAttached, "the spare disk is quarantined: restart it first")], "quarantined"),
+    Row(
+      "is detached before its image is open", .after(filling, spare: .empty), .command(.detach(deadline: 500)),
+      .starting(id(2), .next(.again(.empty("detached"), after: 0))), .inserted(.absent),
+      [.tell(.deviceNotAttached, "detached before it was open"), .empty], "restarting"),
+    Row(
+      "is told detached when it is filled before another backend says so",
+      .after(DeviceMachine.live + [.command(.detach(deadline: 500)), .drained(id(2))], spare: .filled),
+      .command(.fill(image: "'/a'", limits: nil)), .stopping(id(1), .again(.fill("'/a'"), after: 0)), .inserted(.live),
+      [.tell(.deviceDetached, nil), .assign(image: "'/a'")], "restarting"),
+    Row(
+      "keeps other limits for a later daemon", .after(DeviceMachine.live, spare: .filled),
+      .command(.limit(.reads(5))), .serving(id(1), held: [:]), .inserted(.live),
+      [.limit(.reads(5), isNews: true), .saveAssignment], "connected"),
   ]) func isFilledAndEmptied(row: Row) { row.check() }
 
   // MARK: The end

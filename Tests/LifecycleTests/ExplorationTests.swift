@@ -137,7 +137,7 @@ import Testing
         let events: [DeviceEvent] = [
           .started(id, objection: nil), .startFailed(id, "late", isFinal: false), .stopped(id),
           .report(id, .gone("late")),
-          .plugged(id, .live), .insertFailed(id, "late"),
+          .plugged(id, .live), .insertFailed(id, "late"), .adjusted(id, .link(isUp: true), .done("late")),
         ]
         for event in events {
           var machine = member.machine

@@ -134,6 +134,9 @@ extension PlayedGuest {
     case .again(let key): if let old = devices[key] { add(key, .toolstack, old.style, hasWindow: old.hasWindow) }
     case .absent(let key): handle(.absent(key))
     case .command(let key, let command):
+      if case .displace = command, let device = devices[key], !device.backends.isEmpty, !device.isInserted {
+        devices[key]?.isDisplaced = true
+      }
       tell(key, .command(command))
     case .domainGone: handle(.domainGone)
     case .end(let departure): handle(.end(departure))

@@ -54,7 +54,10 @@ struct PlayedGuest: Hashable {
     var isClaimed = false
     var closedWrites = 0
     var gone = 0
+    /// An image was assigned, and no backend has opened it so far.
     var isFilling = false
+    /// It was opened before its place was known to be another's.
+    var isDisplaced = false
     var limits = RateLimits()
     /// Started and not joined yet.
     var unjoined = 0
@@ -102,7 +105,11 @@ struct PlayedGuest: Hashable {
     }
     devices[key] = device
     handle(
-      .add(key, origin, DeviceMachine(style, rules, hasWindow: hasWindow, earlier: earlier), after: pause, fuse: fuse))
+      .add(
+        key, origin,
+        DeviceMachine(
+          style, rules, hasWindow: hasWindow, earlier: earlier, spare: device.isSpare ? .empty : nil), after: pause,
+        fuse: fuse))
   }
 
   // MARK: Events
@@ -179,6 +186,7 @@ struct PlayedGuest: Hashable {
       device.backends[id] = .opening
       device.unjoined += 1
       device.isCorrected = false
+      device.isDisplaced = false
     case .stop(let id):
       expect(key, id, .open, effect)
       device.backends[id] = .stopAsked
@@ -194,10 +202,13 @@ struct PlayedGuest: Hashable {
     case .insert(let id, _):
       expect(key, id, .open, effect)
       require(!device.isInserted, "inserted twice")
+      require(
+        !device.isFilling && !device.isDisplaced, "\(effect) of an image that nobody has seen, or in another's place")
       queue.append(.insert(key, id))
     case .claim: queue.append(.claim(key))
     case .plug(let id):
       expect(key, id, .open, effect)
+      require(!device.isFilling, "\(effect) of an image that nobody has seen")
       queue.append(.plug(key, id))
     case .remove: queue.append(.remove(key))
     case .leave: queue.append(.leave(key))
@@ -230,9 +241,9 @@ struct PlayedGuest: Hashable {
       queue.append(.removeTraces(key))
     case .tell, .forgive, .needReset, .writeConfiguration, .publishConfiguration, .acknowledge, .writeError,
       .removeEntry,
-      .lookAgain,
-      .saveAssignment, .forgetAssignment:
+      .lookAgain, .forgetAssignment:
       break
+    case .saveAssignment: device.isFilling = false
     case .readFrontend: device.isReading = true
     case .retryBus, .leaving, .released: violate("\(effect) is for the guest's machine")
     case .unexpected(let words): violate(words)

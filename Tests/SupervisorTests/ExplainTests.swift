@@ -89,8 +89,15 @@ import Xen
     #expect(run.status == 0 && run.output.contains("no problem found"), "\(run.output) \(run.errors)")
     #expect(run.output.contains("Xenstore is not readable here") == !seesXenstore, "\(run.output)")
     #expect(run.output.contains("grants"), "\(run.output)")
-    // What doctor looks at is what a driver domain needs: no rights over guests.
+    // Doctor looks at what a driver domain needs, no rights over guests, and at what is wrong with their devices.
     #expect(world.call("system.info")["hostNodes"] == ["evtchn", "gntdev"])
+    try world.toolstack.attach(disk: "xvdf", image: "/nowhere/disk.img", to: 5)
+    let name = world.call("guest.list").arrayValue?.first?["name"]?.stringValue ?? ""
+    #expect(eventually { world.state(name, "xvdf") == "failed" })
+    let doctor = vxctl(world, ["doctor", "--json"], seesXenstore: seesXenstore)
+    let findings = try JSONText.parse(Array(doctor.output.utf8)).arrayValue ?? []
+    let subjects = findings.compactMap { $0["subject"]?.stringValue }
+    #expect(subjects.contains("\(name)/xvdf") && !subjects.contains("\(name)/xvde"), "\(doctor.output)")
   }
 
   /// Doctor names what is wrong with a device of any guest, by whatever it is reached.

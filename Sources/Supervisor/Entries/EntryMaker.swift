@@ -96,6 +96,12 @@ struct EntryMaker {
     return DeviceEntry(frontend: "", name: name, settings: disk, base: 0, irq: 0)
   }
 
+  /// What a spare disk had when an earlier daemon ended; nil for a device that is none.
+  func spare(_ key: DeviceKey) -> DeviceMachine.Spare? {
+    guard key.kind == .spare else { return nil }
+    return settings.stateFolder?.assignment(key)?.image.isEmpty == false ? .filled : .empty
+  }
+
   private static func spareName(_ key: DeviceKey) -> String { "spare\(key.device)" }
 
   // MARK: Devices of profiles
