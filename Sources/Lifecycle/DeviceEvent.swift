@@ -78,7 +78,7 @@ package enum DeviceEvent: Hashable, Sendable {
   /// What an operator can do to a device.
   package enum Command: Hashable, Sendable {
     case restart
-    /// The device is in another's place: its backend is stopped, and the next start refuses it.
+    /// The device is in another's place, and is taken out of it: it fails for this reason.
     case displace(String)
     case pause
     /// After a hold or a pause.

@@ -56,7 +56,11 @@ extension DeviceMachine {
     }
   }
 
-  private mutating func plug(_ id: BackendID, _ occasion: Occasion) {
+  mutating func plug(_ id: BackendID, _ occasion: Occasion) {
+    guard connection != .leaving else {
+      service = .opened(id, occasion)
+      return
+    }
     service = .plugging(id, occasion, Early())
     guard connection == .absent else { return effects.append(.plug(id)) }
     connection = .inserting
@@ -320,10 +324,17 @@ extension DeviceMachine {
 
   /// What comes when there is no backend.
   private mutating func perform(_ next: Next) {
+    if connection == .leaveDue, !next.isEnd {
+      connection = .leaving
+      effects.append(.remove)
+    }
     switch next {
     case .again(let occasion, let pause): startLater(occasion, after: pause)
     case .bus(let occasion): service = .waiting(.bus(occasion))
-    case .rest(let rest): service = .waiting(.rest(rest))
+    case .rest(let rest):
+      // It is not where a later daemon would put it.
+      if case .displaced = rest { effects.append(.forgetState) }
+      service = .waiting(.rest(rest))
     case .end(let departure): service = .ended(departure)
     }
   }

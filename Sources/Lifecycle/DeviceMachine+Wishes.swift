@@ -30,7 +30,8 @@ extension DeviceMachine {
       .starting(_, .next(.again(let occasion, _))), .stopping(_, .again(let occasion, _)):
       follow(occasion)
     case .waiting(.rest(.failed(let reason))), .starting(_, .next(.rest(.failed(let reason)))),
-      .stopping(_, .rest(.failed(let reason))):
+      .stopping(_, .rest(.failed(let reason))), .waiting(.rest(.displaced(let reason))),
+      .starting(_, .next(.rest(.displaced(let reason)))), .stopping(_, .rest(.displaced(let reason))):
       follow(.retry(reason))
     case .waiting(.rest(.quarantined)), .starting(_, .next(.rest(.quarantined))), .stopping(_, .rest(.quarantined)):
       restarts.forgive()
@@ -98,18 +99,25 @@ extension DeviceMachine {
     proceed(.again(.restart(reason), after: 0))
   }
 
-  /// What was started before its place was known to be another's does not stay; the next start asks for the place again.
+  /// The place is another's: the device is taken out of it, and fails until an operator or its entry says otherwise.
   private mutating func displace(_ reason: String) {
-    switch service {
-    case .starting(_, .use(let occasion)), .opened(_, let occasion):
-      isEntryNewer = true
-      proceed(.again(occasion, after: 0))
-    // Not to be used after all, should what stopped it be over before it is open.
-    case .starting(_, .next): isEntryNewer = true
-    case .plugging, .serving: restart(reason)
-    case .new, .waiting, .stopping: break
-    case .ended, .clearing, .released, .gone: break  // `obey` has returned
+    switch connection {
+    case .inserting, .inserted:
+      if isStopping {
+        connection = .leaveDue
+      } else {
+        connection = .leaving
+        effects.append(.remove)
+      }
+    case .absent, .leaveDue, .leaving, .xenbus: break
     }
+    earlier = .nothing
+    // What is being opened is not put there, whatever comes first.
+    if case .starting = service { isEntryNewer = true }
+    if case .proving = spare { giveBack(reason) }
+    if isQuarantined { return }
+    refuse(reason)
+    proceed(.rest(.displaced(reason)))
   }
 
   /// The backend ends; the guest's requests wait.
@@ -151,7 +159,7 @@ extension DeviceMachine {
   private mutating func fill(_ image: String, _ limits: RateLimits?) {
     let objection: String? =
       switch spare {
-      case nil: "the device is no spare disk"
+      case nil: "the device is not a spare disk"
       case .proving, .filled: "the spare disk is in use"
       case .empty: isQuarantined ? "the spare disk is quarantined: restart it first" : nil
       }
@@ -247,7 +255,7 @@ extension DeviceMachine {
         connection = .leaving
         effects.append(.remove)
       }
-    case .leaveDue, .leaving: effects.append(unexpected("end"))
+    case .leaveDue, .leaving: break  // its place was another's
     }
     proceed(.end(departure))
     let number = newNumber()
@@ -273,6 +281,8 @@ extension DeviceMachine {
   mutating func removed() {
     guard connection == .leaving else { return effects.append(unexpected("removed")) }
     connection = .absent
+    // Another backend was quicker than the guest's thread.
+    if case .opened(let id, let occasion) = service, bus == .ready { plug(id, occasion) }
   }
 
   /// Gives back what is left once there is no backend.
@@ -349,7 +359,7 @@ extension DeviceMachine {
 
   private static func phase(_ rest: Rest) -> DevicePhase {
     switch rest {
-    case .failed(let reason): .failed(reason: reason)
+    case .failed(let reason), .displaced(let reason): .failed(reason: reason)
     case .quarantined(let reason): .quarantined(reason: reason)
     case .paused: .paused
     }

@@ -47,6 +47,8 @@ package struct DeviceMachine: Hashable, Sendable {
 
   package enum Rest: Hashable, Sendable {
     case failed(String)
+    /// Its place is another's, for this reason.
+    case displaced(String)
     case quarantined(String)
     case paused
   }
@@ -64,6 +66,8 @@ package struct DeviceMachine: Hashable, Sendable {
     case bus(Occasion)
     case rest(Rest)
     case end(Departure)
+
+    var isEnd: Bool { if case .end = self { true } else { false } }
   }
 
   /// Why a backend is started.

@@ -75,7 +75,9 @@ final class EffectRunner {
     case .empty: device.entry?.settings.image = ""
     case .saveAssignment: saveAssignment(device, guest)
     case .forgetAssignment: settings.stateFolder?.forgetAssignment(key)
-    case .forgetState: settings.stateFolder?.forget(key)
+    case .forgetState:
+      settings.stateFolder?.forget(key)
+      device.state = nil
     case .removeTraces: removeTraces(device, of: guest, for: supervisor)
     case .schedule(let timer, let pause):
       supervisor.later(pause) { $0.handle(.device(key, .timer(timer)), of: key.domain) }

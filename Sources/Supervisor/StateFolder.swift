@@ -13,7 +13,8 @@ package struct StateFolder: Sendable {
 
   /// A guest's file.
   struct Guest: Equatable {
-    var server: UInt16
+    /// nil when there was none at the end.
+    var server: UInt16?
     var uuid: String?
     var transport = RegisterTransport.mmio
     /// See `GuestFacts.started`; nil where nobody said, and in files of earlier versions.
@@ -41,7 +42,8 @@ package struct StateFolder: Sendable {
 
   func save(_ guest: Guest, of domain: DomainID) throws(Errno) {
     let text = JSONText.text([
-      "version": 1, "server": .count(guest.server), "uuid": guest.uuid.map(JSONValue.string) ?? .null,
+      "version": 1, "server": guest.server.map { .count($0) } ?? .null,
+      "uuid": guest.uuid.map(JSONValue.string) ?? .null,
       "transport": .string(guest.transport.rawValue), "started": guest.started.map(JSONValue.string) ?? .null,
       "windows": .array(guest.windows.map { .count($0) }),
     ])
@@ -50,9 +52,9 @@ package struct StateFolder: Sendable {
 
   /// What was saved of a guest; nil when there is nothing that can be used.
   func guest(_ domain: DomainID) -> Guest? {
-    guard let value = Self.read(guestPath(domain)),
-      let server = value["server"]?.integerValue.flatMap(UInt16.init(exactly:))
-    else { return nil }
+    guard let value = Self.read(guestPath(domain)), let number = value["server"] else { return nil }
+    let server = number.integerValue.flatMap(UInt16.init(exactly:))
+    guard server != nil || number == .null else { return nil }
     // Earlier versions knew one transport, and did not name it.
     let transport = value["transport"]?.stringValue.flatMap(RegisterTransport.init(rawValue:)) ?? .mmio
     let windows = (value["windows"]?.arrayValue ?? []).compactMap { $0.integerValue.flatMap(UInt64.init(exactly:)) }

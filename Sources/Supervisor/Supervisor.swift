@@ -103,7 +103,8 @@ package actor Supervisor {
 
   /// A bus has something to say.
   func heard(_ report: BusReport) {
-    if case .scan(let domain) = report, !askQEMU(domain), let guest = table.guests[domain] {
+    if case .scan(let domain) = report, let guest = table.guests[domain], !askQEMU(of: guest) {
+      guest.buses.learnNothing()
       table.runner.answerScan(of: guest, without: nil)
     }
     guard let event = table.event(for: report) else { return }
@@ -177,14 +178,14 @@ package actor Supervisor {
     }
   }
 
-  /// QEMU is started behind the guest's disks: what it has on the guest's PCI bus is known when its monitor is there. It is asked at the latest
-  /// when the guest looks.
-  private func askQEMU() { for domain in table.guests.keys { askQEMU(domain) } }
+  /// QEMU is started behind the guest's disks: what it has on the guest's PCI bus is known when the guest runs. It is asked when the guest looks
+  /// for the first time, and then whenever that may be another.
+  private func askQEMU() { for guest in table.guests.values where guest.buses.asksQEMU { askQEMU(of: guest) } }
 
   /// - Returns: whether its answer comes, or that there is none.
   @discardableResult
-  private func askQEMU(_ domain: DomainID) -> Bool {
-    guard table.guests[domain]?.buses.asksQEMU == true else { return false }
+  private func askQEMU(of guest: Guest) -> Bool {
+    let domain = guest.domain
     guard !asked.contains(domain) else { return true }
     let folder = settings.qemuFolder
     guard QEMUMonitor.isThere(of: domain, folder: folder) else { return false }
@@ -200,13 +201,15 @@ package actor Supervisor {
     asked.remove(domain)
     guard let guest = table.guests[domain] else { return }
     // One that does not answer is asked again, but for a guest that waits.
-    guard let found else { return table.runner.answerScan(of: guest, without: nil) }
+    guard let found else {
+      guest.buses.learnNothing()
+      return table.runner.answerScan(of: guest, without: nil)
+    }
     let refused = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
-    table.runner.answerScan(of: guest, without: refused)
+    table.runner.answerScan(of: guest, without: Array(refused.keys))
     table.updateBoard(guest)
-    // It is stopped, and its place is refused when it is started again.
-    for key in refused.sorted(by: { $0.device < $1.device }) {
-      handle(.device(key, .command(.displace("QEMU has a device in its place on the guest's PCI bus"))), of: domain)
+    for (key, reason) in refused.sorted(by: { $0.key.device < $1.key.device }) {
+      handle(.device(key, .command(.displace(reason))), of: domain)
     }
   }
 

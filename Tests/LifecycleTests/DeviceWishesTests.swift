@@ -2,6 +2,11 @@ import Testing
 
 @testable import Lifecycle
 
+/// A place that another has.
+private let displaced: [DeviceEffect] = [
+  .tell(.deviceFailed, "QEMU's"), .writeError("QEMU's"), .writeState(.initWait, over: [.initialising]),
+]
+
 /// What operators, entries and the end of the daemon make of a device.
 @Suite struct DeviceWishesTests {
   // MARK: Operators
@@ -32,24 +37,40 @@ import Testing
       .starting(id(2), .next(.again(.restart("restarted by an operator"), after: 0))), .inserted(.live),
       [.forgive, .tell(.deviceRestarting, "restarted by an operator")], "restarting"),
     Row(
-      "makes way where its place is another's", .after(DeviceMachine.live), .command(.displace("QEMU's")),
-      .stopping(id(1), .again(.restart("QEMU's"), after: 0)), .inserted(.live),
-      [.tell(.deviceRestarting, "QEMU's"), .stop(id(1))], "restarting"),
+      "makes way where its place is another's", .after(DeviceMachine.served), .command(.displace("QEMU's")),
+      .stopping(id(1), .rest(.displaced("QEMU's"))), .leaving,
+      [.remove] + displaced + [.stop(id(1))], "failed"),
     Row(
       "makes way before it is put there",
       .after([DeviceMachine.begin, .started(id(1), objection: nil)], bus: .pending),
-      .command(.displace("QEMU's")), .stopping(id(1), .again(.first, after: 0)), .absent, [.stop(id(1))], "opening"),
+      .command(.displace("QEMU's")), .stopping(id(1), .rest(.displaced("QEMU's"))), .absent,
+      displaced + [.stop(id(1))], "failed"),
     Row(
       "makes way while it is being opened", .after([DeviceMachine.begin]), .command(.displace("QEMU's")),
-      .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
+      .starting(id(1), .next(.rest(.displaced("QEMU's")))), .absent, displaced, "failed"),
     Row(
       "makes way although the bus failed and is there again",
       .after([DeviceMachine.begin, .command(.displace("QEMU's")), .busFailed("no server")]), .busReady,
-      .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
+      .starting(id(1), .next(.rest(.displaced("QEMU's")))), .absent, [], "failed"),
     Row(
       "makes way although the bus had failed",
       .after([DeviceMachine.begin, .busFailed("no server"), .command(.displace("QEMU's"))]), .busReady,
-      .starting(id(1), .next(.again(.first, after: 0))), .absent, [], "opening"),
+      .starting(id(1), .next(.rest(.displaced("QEMU's")))), .absent, [], "failed"),
+    Row(
+      "makes way once it is stopped",
+      .after(DeviceMachine.served + [.command(.restart), .command(.displace("QEMU's"))]),
+      .stopped(id(1)), .waiting(.rest(.displaced("QEMU's"))), .leaving, [.join(id(1)), .remove, .forgetState], "failed"),
+    Row(
+      "makes way in quarantine", .after([.begin(after: 0, fuse: "crashes")], earlier: .adoptable(.absent)),
+      .command(.displace("QEMU's")), .waiting(.rest(.quarantined("crashes"))), .leaving, [.remove],
+      "quarantined"),
+    Row(
+      "is put there again once it has made way",
+      .after(
+        DeviceMachine.served + [
+          .command(.displace("QEMU's")), .stopped(id(1)), .command(.restart), .started(id(2), objection: nil),
+        ]), .removed, .plugging(id(2), .restart("restarted by an operator"), .init()), .inserting,
+      [.insert(id(2), needsReset: false)], "restarting"),
     Row(
       "asks for the bus when that is what lacks", .after([DeviceMachine.begin], bus: .failed("no server")),
       .command(.restart), .waiting(.bus(.first)), .absent, [.forgive, .retryBus], "failed"),

@@ -98,21 +98,75 @@ import Xen
     #expect(identity(domain, Self.ours) == Self.block)
   }
 
-  /// A question without an answer does not end the wait of a guest that has not looked yet: QEMU is asked again.
-  @Test func guestThatLooksAfterAQuestionThatFailedFindsQEMUsPlaceEmpty() throws {
+  /// A guest that was let look without an answer: what it has not touched is taken out of QEMU's place when there is one.
+  @Test func placeOfAQEMUThatAnswersTooLateIsEmptyForTheNextLook() throws {
     let world = try World()
     defer { world.end() }
     let hung = try monitor(world, slot: nil)
     let domain = try start(world, tick: 50)
-    hung.isAsked.wait()
-    // It is over when vxd has had enough of it.
+    #expect(identity(domain, Self.disputed) == Self.block)
     hung.end()
-    #expect(domain.claimedFunctions == [Self.disputed, Self.ours])
     unlink(world.folder.path + "/qmp-libxenstat-5")
     let monitor = try monitor(world, slot: 5)
     #expect(eventually { domain.claimedFunctions == [Self.ours] })
     monitor.end()
     #expect(identity(domain, Self.disputed) == 0xffff_ffff && identity(domain, Self.ours) == Self.block)
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+    // The next daemon does not put it back, although a driver is at work with the other.
+    let registers = try PCIFunctionRegisters(
+      domain: domain, function: Self.ours, base: 0xf300_0000, interrupts: .messages)
+    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
+      wanted: [.eventIndex], queueSize: 64)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    unlink(world.folder.path + "/qmp-libxenstat-5")
+    world.stop()
+    let last = try self.monitor(world, slot: 5)
+    try start(world, by: Self.profile, tick: 50)
+    last.isAsked.wait()
+    last.end()
+    #expect(eventually { world.state("web1", "xvdf") == "failed" && world.state("web1", "xvde") == "connected" })
+    #expect(eventually { domain.claimedFunctions == [Self.ours] })
+  }
+
+  /// libxl gives QEMU more once it runs, before it lets the guest run: what QEMU has is asked when the guest looks, not before.
+  @Test func deviceThatQEMUGetsBeforeTheGuestRunsIsKnown() throws {
+    let world = try World()
+    defer { world.end() }
+    let path = world.folder.path + "/qmp-libxenstat-5"
+    let early = try monitor(world, slot: 6)
+    let domain = try start(world, tick: 20)
+    world.settle()
+    early.end()
+    unlink(path)
+    let monitor = try monitor(world, slot: 5)
+    #expect(identity(domain, Self.disputed) == 0xffff_ffff && identity(domain, Self.ours) == Self.block)
+    monitor.end()
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+  }
+
+  /// QEMU's device is detached, and the operator tries again.
+  @Test func deviceComesBackWhenQEMUsIsGone() throws {
+    let world = try World()
+    defer { world.end() }
+    let path = world.folder.path + "/qmp-libxenstat-5"
+    let domain = try start(world, tick: 20)
+    let first = try monitor(world, slot: 5)
+    #expect(identity(domain, Self.disputed) == 0xffff_ffff)
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+    first.end()
+    unlink(path)
+    let second = try monitor(world, slot: 6)
+    // The first try asks QEMU once more.
+    _ = world.call("device.restart", ["guest": "web1", "device": "xvdf"])
+    second.isAsked.wait()
+    second.end()
+    world.settle()
+    #expect(
+      eventually {
+        _ = world.call("device.restart", ["guest": "web1", "device": "xvdf"])
+        return world.state("web1", "xvdf") == "ready"
+      })
+    #expect(identity(domain, Self.disputed) == Self.block)
   }
 
   /// A driver at work neither waits for an answer with the next daemon nor loses its device by it, as when QEMU got the place meanwhile.

@@ -71,7 +71,7 @@ import Xen
     defer { world.end() }
     let folder = world.folder.path
     try world.start(profiles: profile(#"{"guest": "web*", "device": "xvdf", "slot": 5}"#)) { $0.qemuFolder = folder }
-    _ = try world.domain(5, name: "web1")
+    let domain = try world.domain(5, name: "web1")
     for disk in ["xvde", "xvdf"] {
       try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5)
       #expect(world.toolstack.wait(for: "2", of: "state", disk: disk, domain: 5))
@@ -79,6 +79,8 @@ import Xen
     let monitor = try MonitorOfQEMU(
       path: folder + "/qmp-libxenstat-5",
       devices: #"{"bus": 0, "slot": 3, "function": 0}, {"bus": 0, "slot": 5, "function": 0}"#)
+    // It is asked when the guest looks.
+    #expect(domain.configurationAccess(vcpu: 0, PCIAddress(device: 16), register: 0, size: 4) != .max)
     #expect(eventually { world.state("web1", "xvdf") == "failed" })
     monitor.end()
     let reason = world.device("web1", "xvdf")["reason"]?.stringValue ?? ""

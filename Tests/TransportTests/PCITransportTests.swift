@@ -212,6 +212,33 @@ private final class RecordingDecoder: PCIDecoder {
     #expect(line.levels == [true, false, true])
   }
 
+  /// Linux forbids it so before it starts another kernel, whose memory the rings would be in.
+  @Test func functionThatMayNoLongerReachMemoryHasNoQueues() {
+    transport.writeConfiguration(offset: 4, width: 2, value: 6)
+    start()
+    transport.signals(of: 0).interruptForUsedBuffers()
+    let before = device.resets
+    transport.writeConfiguration(offset: 4, width: 2, value: 2)
+    #expect(device.resets == before + 1 && read(0x14, 1) == 0)
+    write(0x16, 2, 0)
+    #expect(read(0x1c, 2) == 0 && line.levels.last == false)
+    // What is there is as it was for the bus, and the next driver begins anew.
+    #expect(transport.readConfiguration(offset: 4, width: 2) == 2)
+    transport.writeConfiguration(offset: 4, width: 2, value: 6)
+    #expect(device.resets == before + 1 && read(0x14, 1) == 0)
+    start()
+    #expect(read(0x14, 1) == 15)
+  }
+
+  /// Not all firmware allows it.
+  @Test func functionThatWasNeverAllowedToReachMemoryIsServed() {
+    transport.writeConfiguration(offset: 4, width: 2, value: 2)
+    start()
+    let before = device.resets
+    transport.writeConfiguration(offset: 4, width: 2, value: 0)
+    #expect(device.resets == before && read(0x14, 1) == 15)
+  }
+
   @Test func resetClearsEverythingButTheBus() {
     enableMessages()
     transport.writeConfiguration(offset: 0x10, width: 4, value: 0xf300_0000)

@@ -193,10 +193,15 @@ import Virtqueue
       process.perform { $0.answerConfiguration(without: [lower]) }
       #expect(readers.identities() == [0xffff_ffff, 0x1042_1af4])
       #expect(domain.claimedFunctions == [second])
-      // It was taken off before anybody was answered; behind that it would be taken from a driver.
+      // What is said later is not taken from a driver, which has it by its status; else it is.
       let higher = second
+      let registers = try PCIFunctionRegisters(domain: domain, function: higher)
+      registers.write(0x070, width: 4, 1)
       process.perform { $0.answerConfiguration(without: [higher]) }
       #expect(domain.claimedFunctions == [second])
+      registers.write(0x070, width: 4, 0)
+      process.perform { $0.answerConfiguration(without: [higher]) }
+      #expect(domain.claimedFunctions == [])
       return process.end()
     }
     process.end(leaves: true)

@@ -148,11 +148,10 @@ package final class IOReqServer: EventSource {
 
   /// Answers accesses to configuration spaces from now on, those first that have waited.
   ///
-  /// - Parameter absent: functions that are taken off the bus before. Where accesses were answered already, nothing happens: the guest may have
-  ///   a driver at work.
+  /// - Parameter absent: functions that are taken off the bus before, also where accesses were answered already; not those that a driver has found.
   package func answerConfiguration(without absent: [PCIAddress] = []) {
+    for address in absent { functions.detachUnused(address) }
     guard holdsConfiguration else { return }
-    for address in absent { functions.detach(address) }
     holdsConfiguration = false
     onScan = nil
     for vcpu in ports.indices { serve(vcpu, begun: true) }

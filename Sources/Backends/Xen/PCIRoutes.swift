@@ -52,6 +52,11 @@ final class PCIRoutes: PCIDecoder {
     try? guest.release(.configuration(address), from: server)
   }
 
+  /// The same, unless a driver is at work with it.
+  func detachUnused(_ address: PCIAddress) {
+    if seats.first(where: { $0.address == address })?.transport.currentStatus.isEmpty == true { detach(address) }
+  }
+
   func removeAll() {
     for seat in seats { seat.transport.remove() }
     seats = []

@@ -192,11 +192,13 @@ protocol GuestBus: AnyObject, Sendable {
   var asksQEMU: Bool { get }
   /// What it answered.
   ///
-  /// - Returns: devices whose places QEMU has too, which are not to be served.
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey]
+  /// - Returns: devices whose places QEMU has too and that no driver has found, which are not to be served; and why.
+  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String]
+  /// It has not answered a guest that looks now.
+  func learnNothing()
   /// Lets the guest look through its bus.
   ///
-  /// - Parameter absent: devices that it is not to find there, too late for a guest that has looked already. nil where nobody says what QEMU
+  /// - Parameter absent: devices that it is not to find there, unless a driver has found them already. nil where nobody says what QEMU
   ///   has: only a guest that waits now is let look.
   func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread)
 
@@ -228,7 +230,8 @@ extension GuestBus {
   var unclaimed: [DeviceKey] { [] }
   func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void { { _ in } }
   var asksQEMU: Bool { false }
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] { [] }
+  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] { [:] }
+  func learnNothing() {}
   func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {}
 }
 

@@ -32,8 +32,18 @@ final class PCIBus: RegisterBus {
   let server: RegisterServer
   let seats = RegisterSeats<PCIAddress, PCITransport>()
   private let messages: GuestMessages
-  /// What QEMU has on the bus, as its monitor said; nil before.
-  private let others = Mutex<Set<PCIAddress>?>(nil)
+  private let knowledge = Mutex(Knowledge.unknown)
+
+  /// What QEMU has on the bus, as its monitor says.
+  private enum Knowledge {
+    case unknown
+    /// The guest has not looked through its bus: until it does, QEMU may be given more (libxl passes devices through when QEMU runs).
+    case early
+    case known(Set<PCIAddress>)
+
+    var functions: Set<PCIAddress>? { if case .known(let functions) = self { functions } else { nil } }
+    var isUnknown: Bool { if case .unknown = self { true } else { false } }
+  }
 
   init(_ ground: GuestGround) throws(XenError) {
     host = ground.host
@@ -73,7 +83,12 @@ final class PCIBus: RegisterBus {
   func prepare(_ server: IOReqServer, _ here: OnGuestThread) throws(XenError) {
     // A guest with a driver at work has looked already: it neither waits nor loses what it found.
     let isInUse = seats.restored.contains { !$0.1.currentStatus.isEmpty }
-    if !isInUse, others.withLock({ $0 == nil }) { self.server.holdScan(server, here) }
+    let isEarly = knowledge.withLock { knowledge in
+      guard !isInUse, knowledge.functions == nil else { return false }
+      knowledge = .early
+      return true
+    }
+    if isEarly { self.server.holdScan(server, here) }
     try attachRestored(server, here)
   }
 
@@ -82,11 +97,15 @@ final class PCIBus: RegisterBus {
   /// xvde is device 16, xvdf 17, and so on, so that the guest finds its disks in the order of their names; what the toolstack does not
   /// know of comes from 31 down.
   func admit(_ key: DeviceKey, _ entry: DeviceEntry) throws(EntryFault) {
-    let places = seats.places.mapValues(\.device)
-    if let place = places[key] {
-      if !isInUse(key) { try checkCollision(place) }
-      return
+    if let place = seats.place(of: key)?.device {
+      guard seats.transport(of: key) == nil else {
+        if !isInUse(key) { try checkCollision(place) }
+        return
+      }
+      // It has not been put there, or was taken out again: another may be wanted now.
+      forget(key)
     }
+    let places = seats.places.mapValues(\.device)
     // A slot of the guest's table drives a pin of one of these devices.
     let taken = Set(places.values + Self.devices.filter { server.isTaken(Self.pin(PCIAddress(device: $0))) })
     if let wanted = entry.settings.slot {
@@ -96,22 +115,34 @@ final class PCIBus: RegisterBus {
           "another of the guest's devices is PCI device \(wanted) already; expected one that is free, from 3 to 31")
       }
       try checkCollision(wanted)
-      return take(key, PCIAddress(device: wanted))
+      take(key, PCIAddress(device: wanted))
+      return askAgain()
     }
-    guard let device = Self.place(key, taken: taken.union((others.withLock { $0 } ?? []).map(\.device))) else {
+    guard let device = Self.place(key, taken: taken.union((known ?? []).map(\.device))) else {
       throw EntryFault(
         key.kind.isInXenstore ? "params" : "devices",
-        "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use")
+        "the guest's PCI devices \(Self.devices.lowerBound) to \(Self.devices.upperBound) are all in use; give this one another with the option "
+          + "\"slot\", from 3 on, or \"transport\": \"mmio\"")
     }
     take(key, PCIAddress(device: device))
+    askAgain()
   }
 
+  private var known: Set<PCIAddress>? { knowledge.withLock { $0.functions } }
+
+  /// What is known may be old: QEMU is asked once more, soon.
+  private func askAgain() { knowledge.withLock { if $0.functions != nil { $0 = .unknown } } }
+
   private func checkCollision(_ device: UInt8) throws(EntryFault) {
-    guard others.withLock({ $0?.contains { $0.device == device } }) == true else { return }
-    throw EntryFault(
-      "slot",
-      "QEMU has PCI device \(device) (\(PCIAddress(device: device))) too, and the guest finds only one of them; give this one another with the "
-        + "option \"slot\", or move QEMU's: look for pci= with '@' and for addr= in the guest's configuration")
+    guard known?.contains(where: { $0.device == device }) == true else { return }
+    // It may be gone by the time that an operator tries again.
+    askAgain()
+    throw EntryFault("slot", Self.collision(device))
+  }
+
+  private static func collision(_ device: UInt8) -> String {
+    "QEMU has PCI device \(device) (\(PCIAddress(device: device))) too, and the guest finds only one of them; give this one another with the "
+      + "option \"slot\", or move QEMU's: look for pci= with '@' and for addr= in the guest's configuration; then 'vxctl device restart'"
   }
 
   // MARK: QEMU
@@ -120,22 +151,27 @@ final class PCIBus: RegisterBus {
   // the ioreq server that was made last, which is QEMU's where the guest has devices of ours from its start. So the guest finds QEMU's device, until
   // that goes (kernels with Xen's drivers unplug emulated network cards): then it finds ours, refused and without a backend, and its driver hangs,
   // as seen on Xen 4.17 and 4.20. Therefore a function of ours in a place of QEMU's is off the bus before the guest finds anything: before the guest
-  // runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So what QEMU has is known at the latest when the
-  // guest asks for the first configuration space of ours: that access waits for QEMU's answer. Where our server is the later one (the first
+  // runs, libxl has waited for QEMU to say that it does, and its monitor is there earlier. So QEMU is asked when the guest asks for the first
+  // configuration space of ours, and that access waits for QEMU's answer: not before, since libxl passes devices through once QEMU runs. Where our server is the later one (the first
   // device of a guest that runs), an access that waits at just that place finds it empty. A guest without a monitor is answered at once; one whose QEMU does
   // not answer after the 3 s that its monitor is given (`QEMUMonitor.functions`), or 5 s (`SupervisorSettings.longestScanHold`), and what it collides with is
-  // refused later, unless a driver is at work with it by then. What QEMU gets while the guest runs (PCI hot-plug) is not looked for.
+  // refused later, unless a driver is at work with it by then. What QEMU gets while the guest runs (PCI hot-plug) is
+  // looked for when a device is put on the bus or has been refused.
 
   /// Whether a driver has found the device: it is then the guest's, whatever QEMU has in its place.
   private func isInUse(_ key: DeviceKey) -> Bool { seats.transport(of: key)?.currentStatus.isEmpty == false }
 
-  var asksQEMU: Bool { others.withLock { $0 == nil } && !seats.places.isEmpty }
+  var asksQEMU: Bool { knowledge.withLock(\.isUnknown) }
 
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey] {
-    others.withLock { $0 = functions }
+  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] {
+    knowledge.withLock { $0 = .known(functions) }
     let theirs = Set(functions.map(\.device))
-    return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.map(\.key)
+    return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.mapValues {
+      "slot: " + Self.collision($0.device)
+    }
   }
+
+  func learnNothing() { knowledge.withLock { if case .early = $0 { $0 = .unknown } } }
 
   func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {
     server.answerScan(without: absent.map { $0.compactMap(seats.place) }, here)
@@ -160,8 +196,10 @@ final class PCIBus: RegisterBus {
   func facts(of key: DeviceKey) -> DeviceFacts {
     guard let address = seats.place(of: key) else { return DeviceFacts() }
     let transport = seats.transport(of: key)
-    let isShared = others.withLock { $0?.contains { $0.device == address.device } } == true
-    let collision = "QEMU has PCI device \(address.device) too: the guest uses this one, and does not find QEMU's"
+    let isShared = known?.contains { $0.device == address.device } == true
+    let collision =
+      "QEMU has PCI device \(address.device) too: detach QEMU's before the guest looks through its PCI bus again (reboot, rescan, kexec), "
+      + "which may find either"
     return DeviceFacts(
       rows: {
         var rows = [Fact(name: "function", value: "\(address)")]

@@ -137,11 +137,17 @@ final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable
 
   func fill(_ key: DeviceKey, _ transport: Transport) { content.withLock { $0.seats[key]?.transport = transport } }
   func forget(_ key: DeviceKey) { content.withLock { $0.seats[key] = nil } }
-  func leave(_ key: DeviceKey) { content.withLock { $0.restored[key] = nil } }
+  func leave(_ key: DeviceKey) {
+    content.withLock {
+      $0.restored[key] = nil
+      $0.seats[key]?.transport = nil
+    }
+  }
   /// The same where there is no server to take the device out of.
   func leaveLater(_ key: DeviceKey) {
     content.withLock { content in
       if let restored = content.restored.removeValue(forKey: key) { content.left.append(restored) }
+      content.seats[key]?.transport = nil
     }
   }
   var left: [(Place, Transport)] { content.withLock { $0.left } }

@@ -164,8 +164,13 @@ final class RegisterServer: @unchecked Sendable {
         shared.withLock { $0.earlier = nil }
       }
     }
-    // Known to a later daemon before it can hold up a vCPU.
-    return try IOReqServer(guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignores) { save($0) }
+    do throws(XenError) {
+      // Known to a later daemon before it can hold up a vCPU.
+      return try IOReqServer(guest: handle, pool: pool, loop: loop, ignoresInvalidations: ignores) { save($0) }
+    } catch {
+      save(nil)
+      throw error
+    }
   }
 
   /// The server is there, and cannot be used: one that an earlier daemon has made is left for the next try, since vCPUs may wait for it.
@@ -177,6 +182,8 @@ final class RegisterServer: @unchecked Sendable {
       server.leave()
     } else {
       server.destroy()
+      // Its number may be QEMU's next.
+      save(nil)
     }
   }
 
@@ -193,7 +200,7 @@ final class RegisterServer: @unchecked Sendable {
     if shared.withLock({ $0.windows.insert(base).inserted }) { save(ioreq.identifier) }
   }
 
-  private func save(_ identifier: UInt16) {
+  private func save(_ identifier: UInt16?) {
     let windows = shared.withLock { $0.windows.sorted() }
     let saved = StateFolder.Guest(
       server: identifier, uuid: uuid, transport: guest.transport, started: guest.started, windows: windows)

@@ -126,4 +126,18 @@ check "no message was sent" sh -c "grep 'GUEST INTERRUPTS' $(console_of beta) | 
 check "the guest is content" guest_says_nothing_bad beta
 check "the guest powers off and is gone" wait_gone beta 200
 no_trace_left
+
+step "a guest with devices of its profile alone: xl does not wait for them, so it is created paused"
+write_config gamma "vx.bus=pci vx.test=bare"
+sed -i -e '/acpi_firmware/d' /root/gamma.cfg
+check "xl create -p" create gamma -p
+for device in net0 console0 rng0; do check "$device is ready before the guest runs" wait_until 60 device_state_is gamma/$device ready; done
+check "xl unpause" xl unpause gamma
+check "the guest finds them and they work" wait_console gamma "GUEST RANDOM 64" 300
+for function in 1f.0:0x1041 1e.0:0x1043 1d.0:0x1044; do
+  check "function ${function%:*} is there" console_says gamma "GUEST FUNCTION 0000:00:${function%:*} id=${function#*:} .* driver=virtio-pci"
+done
+check "the guest is content" guest_says_nothing_bad gamma
+check "the guest powers off and is gone" wait_gone gamma 200
+no_trace_left
 stop_vxd

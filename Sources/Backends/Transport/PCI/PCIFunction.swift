@@ -64,6 +64,8 @@ package struct PCIFunction: Equatable, Sendable {
 
   var isMSIXEnabled: Bool { msix & 0x8000 != 0 }
   var isMSIXMasked: Bool { msix & 0x4000 != 0 }
+  /// Whether the function may reach memory by itself: queues, and interrupts as messages.
+  var isMaster: Bool { command & Command.master != 0 }
   var isINTxDisabled: Bool { command & Command.intxDisable != 0 }
 
   /// Whether an access touches the data of `window`.

@@ -154,7 +154,7 @@ extension PCITransport {
   }
 
   /// Everything but the configuration space and the MSI-X table, which are the bus driver's.
-  private func reset() {
+  func reset() {
     let old = session.reset()
     interrupts.clear()
     pci.clearVectors()

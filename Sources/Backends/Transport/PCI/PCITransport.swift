@@ -106,6 +106,7 @@ package final class PCITransport: DeviceTransport {
       write(offset: UInt64(access.offset), width: access.width, value: UInt64(pci.function.window.data))
     }
     guard pci.function != old else { return }
+    if old.isMaster, !pci.function.isMaster { stopMastering(from: old) }
     let range = pci.function.memory
     if let decoder, range != old.memory {
       decoder.decode(range, of: self) { state?.save(pci) }
@@ -114,6 +115,17 @@ package final class PCITransport: DeviceTransport {
     }
     decoded.store(range?.lowerBound ?? 0, ordering: .relaxed)
     interrupts.apply(pci)
+  }
+
+  /// The driver forbids the function to reach memory, as Linux does before it starts another kernel by kexec: its queues are gone when the
+  /// access is answered, as after a reset. One that never had the right is served all the same: not all firmware gives it.
+  private func stopMastering(from old: PCIFunction) {
+    guard !currentStatus.isEmpty else { return }
+    let new = pci.function
+    // Until that is done it is not said to be: the next process finds the access not answered, and does it.
+    pci.function = old
+    reset()
+    pci.function = new
   }
 
   // MARK: The BAR
