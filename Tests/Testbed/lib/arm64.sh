@@ -202,7 +202,7 @@ build_arm64_images() {
   for tool in xl xenstored xenconsoled xenconsole xen-init-dom0 libxl-save-helper; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/lib/xen-$XEN_VERSION/bin/$tool" "/usr/lib/xen-$XEN_VERSION/bin/$tool"
   done
-  for tool in xenstore-ls xenstore-read xenstore-write xenstore-rm xenstore-list xenstore-exists xenstore-watch setpriv iperf3; do
+  for tool in xenstore-ls xenstore-read xenstore-write xenstore-rm xenstore-list xenstore-exists xenstore-watch setpriv iperf3 qemu-storage-daemon qemu-img; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"
   done
   ln -s "../lib/xen-$XEN_VERSION/bin/xl" "$image/sbin/xl"
