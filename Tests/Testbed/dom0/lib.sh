@@ -202,7 +202,17 @@ virtio_line() {
   echo ' ]'
 }
 
-# A PV or PVH guest whose disks come over Xenbus.
+# What a PV or PVH guest boots from, in lines of its configuration. Guests on Arm have no type.
+direct_boot() { # TYPE RAMDISK
+  if [ "$ARCHITECTURE" = amd64 ]; then
+    printf 'type = "%s"\nkernel = "/guest/vmlinux"\nramdisk = "%s"\ntsc_mode = "%s"\n' "$1" "$2" "${GUEST_TSC:-native}"
+  else
+    [ -e "$2" ] || set -- "$1" "$2.gz"
+    printf 'kernel = "/guest/Image"\nramdisk = "%s"\n' "$2"
+  fi
+}
+
+# A PV or PVH guest, or one on Arm, whose devices come over Xenbus.
 write_direct_config() { # TYPE NAME KERNEL_WORDS DISK...
   type=$1 name=$2 words=$3
   shift 3
@@ -210,13 +220,10 @@ write_direct_config() { # TYPE NAME KERNEL_WORDS DISK...
   for entry in "$@"; do disks="$disks${disks:+, }$entry"; done
   cat >"/root/$name.cfg" <<CONFIG
 name = "$name"
-type = "$type"
-kernel = "/guest/vmlinux"
-ramdisk = "/guest/guest.cpio"
+$(direct_boot "$type" /guest/guest.cpio)
 extra = "console=hvc0 rdinit=/init loglevel=4 vx.bus=xenbus vx.seed=$DELAY $words"
 memory = ${GUEST_MEMORY:-220}
 vcpus = ${GUEST_VCPUS:-1}
-tsc_mode = "${GUEST_TSC:-native}"
 on_poweroff = "destroy"
 on_reboot = "restart"
 on_crash = "destroy"
@@ -232,13 +239,10 @@ driver_disk() { # VDEV TARGET [ACCESS] : a disk from the driver domain
 write_driver_config() { # TYPE RAMDISK WORDS MEMORY ON_REBOOT
   cat >/root/driver.cfg <<CONFIG
 name = "driver"
-type = "$1"
-kernel = "/guest/vmlinux"
-ramdisk = "$2"
+$(direct_boot "$1" "$2")
 extra = "console=hvc0 rdinit=/init loglevel=4 $3"
 memory = $4
 vcpus = 1
-tsc_mode = "${GUEST_TSC:-native}"
 driver_domain = 1
 max_event_channels = 2047
 on_poweroff = "destroy"
@@ -320,6 +324,11 @@ memory_is_at_most() { test "$(memory_of "$1")" -le "$2"; }
 memory_is_at_least() { test "$(memory_of "$1")" -ge "$2"; }
 rounds_of() { grep -c 'GUEST ROUND' "$(console_of "$1")"; }
 has_rounds() { test "$(rounds_of "$1")" -ge "$2"; }
+rounds_more() { # NAME COUNT : so many rounds from now
+  wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + $2)) || { tail -n 20 "$(console_of "$1")"; return 1; }
+}
+# Of test_xenbus, whose rounds name their disks.
+last_round_has() { grep 'GUEST ROUND' "$(console_of "$1")" | tail -n 1 | grep -q "$2"; }
 
 # Down from 240 MiB and up again, with rounds of I/O at both sizes; ends early when the guest finds its data corrupt. The balloon
 # stops before what it is told, since the guest is busy with its memory: SMALL is what counts as down, in MiB.

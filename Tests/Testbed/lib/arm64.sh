@@ -131,8 +131,56 @@ fetch_arm64_fio() { # sets FIO
   rm -rf "$folder/source"
 }
 
+# Headers of the guests' kernel, to build modules with the compiler of this machine's release. What a build runs of them is amd64's of the same
+# version, with the C library that it wants. Sets ARM64_HEADERS.
+fetch_arm64_headers() {
+  local version common folder deb name
+  version=$(find "$PACKAGES_ROOT/boot" -name "vmlinuz-$LINUX_VERSION*" -printf '%f' | sed 's/^vmlinuz-//')
+  common=${version%-arm64}
+  folder=$CACHE/headers-arm64-$version
+  ARM64_HEADERS=$folder/usr/src/linux-headers-$version
+  [ -e "$folder/complete" ] && return
+  say "downloading the headers of Linux $version"
+  rm -rf "$CACHE"/headers-arm64-*
+  mkdir -p "$folder/debs" "$folder"/usr/lib64
+  ln -s usr/lib64 "$folder/lib64"
+  own_apt "$CACHE/apt-arm64" trixie deb arm64
+  # shellcheck disable=SC2086
+  (cd "$folder/debs" && apt-get $APT download "linux-headers-$version" "linux-headers-$common-common") >"$folder/apt.log" 2>&1 ||
+    die "the headers of Linux $version cannot be downloaded: $(grep -m 1 '^E:' "$folder/apt.log")"
+  own_apt "$CACHE/apt-trixie" trixie deb
+  # shellcheck disable=SC2086
+  (cd "$folder/debs" && apt-get $APT download "linux-kbuild-$common" libc6) >"$folder/apt.log" 2>&1 ||
+    die "what builds modules of Linux $version cannot be downloaded: $(grep -m 1 '^E:' "$folder/apt.log")"
+  for deb in "$folder"/debs/*.deb; do dpkg -x "$deb" "$folder" || die "cannot unpack $deb (is the disk full?)"; done
+  rm -rf "$folder/debs"
+  # The headers find their common part by its place in the system.
+  sed -i "s,/usr/src,$folder/usr/src," "$ARM64_HEADERS/Makefile"
+  # The kernel's compiler, GCC 14, can align every function; older ones leave out those that are marked cold, for which the kernel has another way.
+  sed -i '/CONFIG_CC_HAS_\(MIN\|SANE\)_FUNCTION_ALIGNMENT/d' "$ARM64_HEADERS"/include/config/auto.conf "$ARM64_HEADERS"/include/generated/autoconf.h
+  name=$folder/usr/lib/linux-kbuild-$common/scripts/mod/modpost
+  printf '#!/bin/sh\nexec %s --library-path %s %s "$@"\n' "$folder/usr/lib64/ld-linux-x86-64.so.2" "$folder/usr/lib/x86_64-linux-gnu" "$name.real-lsb-64" >"$name"
+  touch "$folder/complete"
+}
+
+# As build_guest_module. Sets MODULE.
+build_arm64_module() {
+  local folder
+  fetch_arm64_headers
+  folder=$(mktemp -d)
+  cp "$REPO"/deploy/guest-module/* "$folder/"
+  # Without the description of its types, which would want pahole.
+  make -C "$ARM64_HEADERS" CC=aarch64-linux-gnu-gcc CONFIG_DEBUG_INFO_BTF_MODULES= M="$folder" modules >"$IMAGES/module.log" 2>&1 ||
+    die "the guest module does not build for arm64: $(grep -m 3 -i error "$IMAGES/module.log")"
+  ! grep -i -A 3 'warning:' "$IMAGES/module.log" || die "the guest module builds with warnings for arm64"
+  MODULE=$IMAGES/virtio_xenbus.ko
+  aarch64-linux-gnu-strip --strip-debug -o "$MODULE" "$folder/virtio_xenbus.ko"
+  rm -rf "$folder"
+}
+
 build_arm64_images() {
   local image tool
+  build_arm64_module
   cp "$ARM64_XEN" "$IMAGES/xen"
   cp "$PACKAGES_ROOT"/boot/vmlinuz-"$LINUX_VERSION"* "$IMAGES/vmlinuz"
   image=$(mktemp -d)
@@ -143,6 +191,7 @@ build_arm64_images() {
     crc32c_generic libcrc32c ext4 failover net_failover virtio_net virtio_console virtio-rng garp mrp llc stp 8021q
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/iperf3" /bin/iperf3
   copy_with_libraries "$image" "$PACKAGES_ROOT/usr/sbin/qemu-ga" /bin/qemu-ga
+  cp "$MODULE" "$image/modules/"
   cp "$TESTBED"/guest/* "$image/"
   mv "$image/mke2fs.conf" "$image/etc/"
   chmod 755 "$image/init"
@@ -153,7 +202,7 @@ build_arm64_images() {
   for tool in xl xenstored xenconsoled xenconsole xen-init-dom0 libxl-save-helper; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/lib/xen-$XEN_VERSION/bin/$tool" "/usr/lib/xen-$XEN_VERSION/bin/$tool"
   done
-  for tool in xenstore-ls xenstore-read xenstore-write xenstore-rm xenstore-list xenstore-exists xenstore-watch setpriv iperf3; do
+  for tool in xenstore-ls xenstore-read xenstore-write xenstore-rm xenstore-list xenstore-exists xenstore-watch setpriv iperf3 qemu-storage-daemon qemu-img; do
     copy_with_libraries "$image" "$PACKAGES_ROOT/usr/bin/$tool" "/bin/$tool"
   done
   ln -s "../lib/xen-$XEN_VERSION/bin/xl" "$image/sbin/xl"
@@ -163,6 +212,12 @@ build_arm64_images() {
   gzip -1 -n -c "$IMAGES/guest.cpio" >"$image/guest/guest.cpio.gz"
   install -m 755 "$TESTBED/dom0/init" "$image/init"
   pack "$image" "$IMAGES/dom0.cpio"
+  rm -rf "$image"
+  # For scenarios that say "# needs: xenbus". What guests boot from is dom0's in any case.
+  image=$(mktemp -d)
+  mkdir "$image/guest"
+  build_driver_image "$image/guest/driver.cpio"
+  pack "$image" "$IMAGES/xenbus.cpio"
   rm -rf "$image"
 }
 

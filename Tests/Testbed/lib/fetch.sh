@@ -23,7 +23,7 @@ choose_release() { # NAME : sets RELEASE, XEN_VERSION, LINUX_VERSION, RELEASE_PA
       fetch_arm64_xen
       LINUX_VERSION=6.12
       RELEASE_PACKAGES="xen-utils-4.20 xenstore-utils busybox-static e2fsprogs util-linux iperf3 qemu-guest-agent libgcc-s1 libaio1t64 libjson-c5
-        libsystemd0 libstdc++6"
+        libsystemd0 libstdc++6 qemu-utils qemu-system-common"
       return
       ;;
     *) die "the testbed knows no Debian release '$RELEASE': bookworm, trixie, and arm64" ;;

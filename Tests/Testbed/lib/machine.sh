@@ -23,7 +23,7 @@ overlay() { # FOLDER SCENARIO_FILE : what changes from run to run: vxd, vxctl, t
   ! needs_stock "$2" || add_stock "$folder"
   ! needs_appliance "$2" || add_appliance "$folder"
   ! needs_spice "$2" || add_spice "$folder"
-  needs_xenbus "$2" && [ "$RELEASE" != arm64 ] || return 0
+  needs_xenbus "$2" || return 0
   mkdir -p "$folder/guest" "$folder/driver"
   add_vxd "$folder/driver"
   pack "$folder/driver" "$folder/guest/vxd.cpio"
@@ -94,7 +94,7 @@ prepare_initrd() { # SCENARIO_FILE FOLDER : sets INITRD
   rm -rf "$folder"
   INITRD=$2/initrd
   cat "$IMAGES/dom0.cpio" "$2/overlay.cpio" >"$INITRD"
-  ! needs_xenbus "$1" || [ "$RELEASE" = arm64 ] || cat "$IMAGES/xenbus.cpio" >>"$INITRD"
+  ! needs_xenbus "$1" || cat "$IMAGES/xenbus.cpio" >>"$INITRD"
   ! needs_compare "$1" || cat "$IMAGES/compare.cpio" >>"$INITRD"
   ! needs_stock "$1" || cat "$STOCK/net.cpio" >>"$INITRD"
 }

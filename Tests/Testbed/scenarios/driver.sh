@@ -4,11 +4,7 @@
 # processors: 5
 # dom0 with the toolstack alone, an unprivileged driver domain with vxd, a PVH and a PV guest with disks from it over Xenbus.
 no_errors() { ! grep -E "GUEST (ERRORS|CORRUPT|FAIL)|Oops|BUG:|hung task" "$(console_of "$1")"; }
-rounds_more() { # NAME COUNT : so many rounds from now
-  wait_until 200 has_rounds "$1" $(($(rounds_of "$1") + $2)) || { tail -n 20 "$(console_of "$1")"; return 1; }
-}
 no_corruption() { ! grep -E "GUEST (CORRUPT|FAIL)|Oops|BUG:" "$(console_of "$1")"; }
-last_round_has() { grep 'GUEST ROUND' "$(console_of "$1")" | tail -n 1 | grep -q "$2"; }
 
 step "a driver domain: an ordinary PVH guest with driver_domain=1"
 check "it comes up with vxd" create_driver_domain pvh

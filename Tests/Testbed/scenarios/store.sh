@@ -1,5 +1,6 @@
 # takes: 65 s
 # limit: 900 s
+# also on: arm64
 # What lies behind a disk: a qcow2 image on an NBD server that dies and comes back, a file that grows, a store that runs full.
 make_disk /disks/grows.img 32
 mkdir -p /small
