@@ -5,9 +5,13 @@ SHELL := /bin/bash
 PREFIX_MAP := -Xswiftc -file-prefix-map -Xswiftc $(CURDIR)=. -Xcc -ffile-prefix-map=$(CURDIR)=.
 # The build id is a digest of the debug information too, which is not shipped and not the same each time.
 SWIFT_RELEASE := -c release --static-swift-stdlib $(PREFIX_MAP) -Xlinker --build-id=none
+# The Debian release that 'make deb' builds for; others than this machine's in a tree of that release, in folders of their own.
+RELEASE ?= bookworm
+VXD_BUILD ?= .build$(if $(filter-out bookworm,$(RELEASE)),/$(RELEASE))
+VXD_DEB ?= build/deb$(if $(filter-out bookworm,$(RELEASE)),-$(RELEASE))
 TESTBED := Tests/Testbed/testbed
 
-.PHONY: help deps arm64 test-arm64 test-long test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb appliance
+.PHONY: help deps arm64 test-arm64 test-long test-all api man build unit asan tsan fuzz profile testbed shell test demo bench compare format lint clean install install-files deb deb-programs deb-files appliance
 
 help:
 	@echo 'make demo     boot Xen under QEMU, serve a disk to a guest, show it'
@@ -22,7 +26,7 @@ help:
 	@echo 'make compare  vxd beside blkback and netback under emulated Xen, by instructions (PART=block, network or hvm)'
 	@echo 'make build    release binaries in .build/release'
 	@echo 'make arm64    vxd and vxctl for arm64 in .build/arm64, cross-built from packages'
-	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb'
+	@echo 'make deb      Debian packages vxd and virtio-xenbus-dkms, in build/deb; RELEASE=trixie those for Debian 13, in build/deb-trixie'
 	@echo 'make appliance  a driver domain without a disk, as one kernel and one initial RAM disk, in build/appliance'
 	@echo 'make install  the same files below DESTDIR (default /)'
 
@@ -108,14 +112,16 @@ compare: build
 	Benchmarks/compare/run $(PART)
 
 DESTDIR ?= /
+# Debian 12's debhelper looks for units in /lib; from Debian 13 on, packages have nothing there.
+UNITS ?= $(if $(filter bookworm,$(RELEASE)),/lib,/usr/lib)/systemd/system
 install: build install-files
 
 install-files:
-	install -D -s -m 755 .build/release/vxd $(DESTDIR)/usr/sbin/vxd
-	install -D -s -m 755 .build/release/vxctl $(DESTDIR)/usr/bin/vxctl
+	install -D -s -m 755 $(VXD_BUILD)/release/vxd $(DESTDIR)/usr/sbin/vxd
+	install -D -s -m 755 $(VXD_BUILD)/release/vxctl $(DESTDIR)/usr/bin/vxctl
 	deploy/build/clear-digests $(DESTDIR)/usr/sbin/vxd $(DESTDIR)/usr/bin/vxctl
-	install -D -m 644 deploy/vxd.service $(DESTDIR)/lib/systemd/system/vxd.service
-	install -D -m 644 deploy/vxd.socket $(DESTDIR)/lib/systemd/system/vxd.socket
+	install -D -m 644 deploy/vxd.service $(DESTDIR)$(UNITS)/vxd.service
+	install -D -m 644 deploy/vxd.socket $(DESTDIR)$(UNITS)/vxd.socket
 	install -D -m 644 deploy/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vxd.conf
 	install -D -m 644 deploy/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vxd.conf
 	install -D -m 644 deploy/sysctl.conf $(DESTDIR)/usr/lib/sysctl.d/50-vxd.conf
@@ -130,9 +136,9 @@ install-files:
 	install -D -m 644 deploy/control-api.json $(DESTDIR)/usr/share/vxd/control-api.json
 	install -d $(DESTDIR)/usr/share/bash-completion/completions $(DESTDIR)/usr/share/zsh/vendor-completions \
 	  $(DESTDIR)/usr/share/fish/vendor_completions.d
-	.build/release/vxctl --generate-completion-script bash | sed '1{/^#!/d}' > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
-	.build/release/vxctl --generate-completion-script zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_vxctl
-	.build/release/vxctl --generate-completion-script fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/vxctl.fish
+	$(VXD_BUILD)/release/vxctl --generate-completion-script bash | sed '1{/^#!/d}' > $(DESTDIR)/usr/share/bash-completion/completions/vxctl
+	$(VXD_BUILD)/release/vxctl --generate-completion-script zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_vxctl
+	$(VXD_BUILD)/release/vxctl --generate-completion-script fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/vxctl.fish
 	install -D -m 644 deploy/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/vxd.conf
 	install -D -m 644 deploy/acpi/slots.aml $(DESTDIR)/usr/share/vxd/slots.aml
 	install -D -m 644 deploy/acpi/slots.asl $(DESTDIR)/usr/share/vxd/slots.asl
@@ -141,10 +147,25 @@ install-files:
 	install -D -m 644 deploy/profiles.example.json $(DESTDIR)/usr/share/vxd/profiles.example.json
 
 # Packs, checks with lintian; Tests/check-packages tries the packages in a chroot.
+ifeq ($(RELEASE),bookworm)
 deb: build
 	@deploy/build/install-dependencies debhelper dh-dkms lintian
-	deploy/debian/build
-	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file build/deb/*.deb
+	$(MAKE) deb-files
+else
+deb: deps
+	swift package --scratch-path $(VXD_BUILD) resolve
+	deploy/build/check-dependencies $(VXD_BUILD)
+	deploy/build/in-release $(RELEASE) $(MAKE) deb-programs deb-files RELEASE=$(RELEASE)
+endif
+
+# The two halves, where the compiler and the libraries of the release are: in its tree, for another release than this machine's.
+deb-programs:
+	swift build --scratch-path $(VXD_BUILD) --disable-automatic-resolution $(SWIFT_RELEASE) --product vxd
+	swift build --scratch-path $(VXD_BUILD) --disable-automatic-resolution $(SWIFT_RELEASE) --product vxctl
+
+deb-files:
+	RELEASE=$(RELEASE) VXD_BUILD=$(VXD_BUILD) VXD_DEB=$(VXD_DEB) deploy/debian/build
+	lintian --fail-on error --suppress-tags bad-distribution-in-changes-file $(VXD_DEB)/*.deb
 
 # A driver domain that is all in memory (docs/appliance.md). Of what 'make build' has made, and Debian's kernel.
 appliance: build

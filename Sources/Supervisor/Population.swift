@@ -92,6 +92,10 @@ final class Population {
   /// Brings one device in line with its entry. May be called at any time, for the same device again and again.
   func reconcile(_ key: DeviceKey, for supervisor: Supervisor) {
     unreached.remove(key)
+    // Before anything is made of the entry, which may be another device's than the one that the guest is known by.
+    if let guest = table.guests[key.domain], guest.uuid == nil, let uuid = reader.uuid(key) {
+      identify(guest, uuid, for: supervisor)
+    }
     let known = table.known(key)
     let nodes: [String: String]?
     let hasFrontend: Bool
@@ -114,7 +118,6 @@ final class Population {
           isEnding: guest.machine[key]?.isEnding ?? true,
           description: Reconciler.Entry.description(device.nodes))
       }, style(of: key, nodes ?? [:]))
-    if let guest = known?.0, guest.uuid == nil, let uuid = reader.uuid(key) { identify(guest, uuid, for: supervisor) }
     if action != .open, known == nil, table.guests[key.domain]?.machine.moving.contains(key) == true {
       table.handle(.absent(key), of: key.domain, for: supervisor)
     }
@@ -147,7 +150,7 @@ final class Population {
     let guest = table.guests[key.domain]
     return entries.wish(
       key, nodes, guest: guest?.profileName ?? reader.name(key.domain) ?? "",
-      uuid: guest?.uuid ?? reader.uuid(key.domain), else: facts.transport)
+      uuid: guest?.uuid ?? reader.uuid(key.domain) ?? reader.writtenUUID(key.domain), else: facts.transport)
   }
 
   private func tell(_ key: DeviceKey, _ event: DeviceEvent, _ supervisor: Supervisor) {
@@ -159,7 +162,7 @@ final class Population {
       let facts = facts(key.domain)
       let wish = wish(key, nodes, facts)
       guard settings.bus(facts, wish) != nil else { throw GuestBuses.isNotServed(facts, wish) }
-      let guest = try guest(key.domain, key, supervisor)
+      let guest = try guest(key.domain, supervisor)
       try add(key, nodes, .toolstack, to: guest, for: supervisor)
     } catch {
       unreached.insert(key)
@@ -232,16 +235,14 @@ final class Population {
   }
 
   /// The guest of a domain, made when its first device appears.
-  ///
-  /// - Parameter key: a device of it, if it has an entry.
-  private func guest(_ domain: DomainID, _ key: DeviceKey? = nil, _ supervisor: Supervisor) throws(XenError) -> Guest {
+  private func guest(_ domain: DomainID, _ supervisor: Supervisor) throws(XenError) -> Guest {
     if let known = table.guests[domain] { return known }
     let host = BusHost(
       hypervisor: hypervisor, settings: settings, grantBudget: grantBudget,
       report: { report in supervisor.onLoop { $0.heard(report) } })
     let facts = facts(domain)
     let buses = try GuestBuses(facts, host)
-    let uuid = reader.uuid(domain) ?? key.flatMap(reader.uuid)
+    let uuid = reader.uuid(domain) ?? reader.writtenUUID(domain)
     let saved = settings.stateFolder?.guest(domain).flatMap { $0.isOf(uuid: uuid, started: facts.started) ? $0 : nil }
     let lost: [(DeviceKey, String)]
     do throws(XenError) {
@@ -308,7 +309,7 @@ final class Population {
     let found = Reconciler.guests(domains: domains, known: table.guests.keys.map { ($0, false) })
     for domain in found.appear {
       do throws(XenError) {
-        _ = try guest(domain, nil, supervisor)
+        _ = try guest(domain, supervisor)
       } catch {
         log.error("guest \(reader.name(domain) ?? "\(domain)"): its declared devices cannot be served: \(error)")
       }
@@ -336,7 +337,7 @@ final class Population {
     var kept = Set(unreached.map(\.domain))
     for domain in folder.contents.guests where table.guests[domain] == nil && !kept.contains(domain) {
       do throws(XenError) {
-        _ = try guest(domain, nil, supervisor)
+        _ = try guest(domain, supervisor)
         guard reader.name(domain) != nil else {
           log.notice("domain \(domain): an earlier vxd left an ioreq server of a guest that is gone")
           table.handle(.domainGone, of: domain, for: supervisor)

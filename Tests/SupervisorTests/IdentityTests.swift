@@ -61,6 +61,35 @@ import Xen
     #expect(eventually { world.device("domain-5", "xvdf")["queues"] == 3 })
   }
 
+  private static let threeQueues = #"{"version": 1, "disks": [{"guest": "\#(uuid)", "queues": 3}]}"#
+
+  /// `vxctl attach` for a guest that has a disk of its xl configuration, which nobody has said whose it is.
+  @Test func uuidThatComesWithAnotherDeviceHoldsForThatDeviceAtOnce() throws {
+    let world = try world(Self.threeQueues)
+    defer { world.end() }
+    try world.toolstack.attach(disk: "xvdf", image: world.image("other.img"), to: 5, changes: ["vx-uuid": Self.uuid])
+    #expect(eventually { world.state("domain-5", "xvdf") == "ready" })
+    #expect(world.device("domain-5", "xvdf")["queues"] == 3)
+    #expect(world.call("guest.list").arrayValue?.first?["uuid"]?.stringValue == Self.uuid)
+  }
+
+  /// vxd starts after dom0 wrote the UUID into one of the entries, and not the first.
+  @Test func uuidOfAnyEntryIsWhoTheGuestIs() throws {
+    let world = try World()
+    defer { world.end() }
+    let xenstore = try XenStore(socketPath: world.server.path)
+    try xenstore.write("/local/domain/0/domid", "3")
+    _ = try world.domain(5, name: "web1", type: "pvh")
+    for node in ["name", "vm"] { try xenstore.remove("/local/domain/5/\(node)") }
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    try world.toolstack.attach(disk: "xvdf", image: world.image("other.img"), to: 5, changes: ["vx-uuid": Self.uuid])
+    try world.start(profiles: Self.threeQueues)
+    for disk in ["xvde", "xvdf"] {
+      #expect(eventually { world.state("domain-5", disk) == "ready" })
+      #expect(world.device("domain-5", disk)["queues"] == 3)
+    }
+  }
+
   /// What dom0 writes, as `vxctl attach` and `vxctl identify` do.
   @Test func toolstackWritesTheUUIDWhereTheBackendReadsIt() throws {
     let world = try World()

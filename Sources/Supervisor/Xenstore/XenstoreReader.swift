@@ -218,6 +218,17 @@ final class XenstoreReader {
     return text
   }
 
+  /// What dom0 wrote into any of a guest's entries: one says whose all of them are.
+  func writtenUUID(_ domain: DomainID) -> String? {
+    guard isDriverDomain else { return nil }
+    for kind in DeviceKey.Kind.watched {
+      for key in keys(kind, of: domain).sorted(by: { $0.device < $1.device }) {
+        if let uuid = uuid(key) { return uuid }
+      }
+    }
+    return nil
+  }
+
   var domains: [DomainID] {
     (connection?.list("/local/domain") ?? []).compactMap { DomainID($0) }.filter { $0 != 0 }
   }

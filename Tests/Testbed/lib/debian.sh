@@ -2,8 +2,8 @@
 # disk, and vxd comes as its packages. The disk is made once and cached; a machine sees a snapshot of it, which is gone at its end.
 
 # Debian without anything that is not needed, as an archive. Tests/check-packages starts from it too.
-debian_base() { # ARCHIVE : unless it is there
-  local root mirror
+debian_base() { # ARCHIVE [RELEASE] : unless it is there
+  local root mirror release=${2:-bookworm}
   [ ! -e "$1" ] || return 0
   need_command debootstrap debootstrap
   mkdir -p "$(dirname "$1")"
@@ -12,8 +12,8 @@ debian_base() { # ARCHIVE : unless it is there
   say "making a Debian to start from (once)"
   # Not in /tmp, which may be mounted without devices or programs.
   root=$(mktemp -d -p "$(dirname "$1")")
-  debootstrap --variant=minbase bookworm "$root" "$mirror" >"$(dirname "$1")/debootstrap.log" 2>&1 ||
-    { drop_tree "$root"; die "debootstrap: $(tail -n 3 "$(dirname "$1")/debootstrap.log")"; }
+  debootstrap --variant=minbase "$release" "$root" "$mirror" >"${1%.tar}.log" 2>&1 ||
+    { drop_tree "$root"; die "debootstrap: $(tail -n 3 "${1%.tar}.log")"; }
   tar -C "$root" -cf "$1.$$" . && mv "$1.$$" "$1" || { drop_tree "$root"; die "cannot write $1 (is the disk full?)"; }
   drop_tree "$root"
 }
@@ -25,13 +25,14 @@ drop_tree() { # ROOT : with what is mounted in it
 
 # How this machine reaches its archives is how the tree does. Security updates too: Debian's Xen libraries come from there.
 use_apt_of_this_machine() { # ROOT
-  local security
+  local security release
+  release=$(. "$1/etc/os-release" && echo "$VERSION_CODENAME")
   cp /etc/resolv.conf "$1/etc/resolv.conf"
   # Settings, not hooks: those call programs that are not in there.
   apt-config dump | grep '^Acquire::' >"$1/etc/apt/apt.conf.d/99host"
   security=$(archive security)
   [ -z "$security" ] || grep -q security "$1/etc/apt/sources.list" ||
-    echo "deb $security bookworm-security main" >>"$1/etc/apt/sources.list"
+    echo "deb $security $release-security main" >>"$1/etc/apt/sources.list"
 }
 
 DEBIAN_PACKAGES="systemd-sysv udev dbus kmod procps iproute2 bridge-utils iputils-ping xen-utils-4.17 xen-utils-common xenstore-utils qemu-system-xen
