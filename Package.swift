@@ -142,9 +142,9 @@ if Context.environment["VXD_FUZZ"] != nil {
       name: "vxd-fuzz",
       dependencies: [
         "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
-        "ControlAPI", "TestSupport",
+        "ControlAPI", "Lifecycle", "TestSupport",
       ],
-      path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))
+      path: "Tests/Fuzz", exclude: ["run", "coverage", "corpus"], swiftSettings: house))
 }
 
 // Under ThreadSanitizer the programs that tests start have to know the standard library's locks, as the tests do: see Tests/run-unit-tests.
