@@ -145,7 +145,7 @@ if Context.environment["VXD_FUZZ"] != nil {
         "DeviceHost", "Devices", "Engines", "Transport", "Virtqueue", "EventLoop", "Xen", "SimulatedXen", "Supervisor",
         "ControlAPI", "Lifecycle", "TestSupport",
       ],
-      path: "Tests/Fuzz", exclude: ["run", "corpus"], swiftSettings: house))
+      path: "Tests/Fuzz", exclude: ["run", "coverage", "corpus"], swiftSettings: house))
 }
 
 // Under ThreadSanitizer the programs that tests start have to know the standard library's locks, as the tests do: see Tests/run-unit-tests.

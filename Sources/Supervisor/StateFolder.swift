@@ -117,8 +117,12 @@ package struct StateFolder: Sendable {
     guard raw >= 0 else { throw Errno.last }
     let descriptor = OwnedDescriptor(adopting: raw)
     var bytes = Array(text.utf8)
-    guard Glibc.write(descriptor.raw, &bytes, bytes.count) == bytes.count, rename(temporary, path) == 0 else {
-      throw Errno.last
+    let count = Glibc.write(descriptor.raw, &bytes, bytes.count)
+    guard count == bytes.count, rename(temporary, path) == 0 else {
+      // A part of it that was written is no error to the kernel: the file system is full.
+      let failure = count >= 0 && count < bytes.count ? Errno(ENOSPC) : Errno.last
+      unlink(temporary)
+      throw failure
     }
   }
 

@@ -12,11 +12,14 @@ enum BlockTarget {
 
   static let run: @Sendable (UnsafeBufferPointer<UInt8>) -> Void = { bytes in
     var input = Input(bytes)
-    let engine = MemoryEngine(failures: input.byte())
+    let failures = input.byte()
+    let choice = input.byte()
+    // Into the guest's memory itself, as buffered I/O goes, or by bounce buffers.
+    let engine = MemoryEngine(failures: failures, isDirect: choice & 0x40 != 0)
     var settings = BlockPumpSettings()
     settings.bounceBytes = 1 << 16
     settings.pollsWhenIdle = false
-    settings.cache = BlockCacheMode.allCases[Int(input.byte()) % 3]
+    settings.cache = BlockCacheMode.allCases[Int(choice) % 3]
     settings.errors.retryPause = 0
     settings.errors.onError = [.report, .retry(milliseconds: 0), .hold][Int(input.byte()) % 3]
     do {
@@ -82,13 +85,15 @@ private final class MemoryEngine: BlockEngine {
   private var bytes = [UInt8](repeating: 0, count: 1 << 16)
   private var done: [EngineCompletion] = []
 
-  init(failures: UInt8) { self.failures = failures }
+  init(failures: UInt8, isDirect: Bool) {
+    (self.failures, reachesGuestMemory, movesDataInSubmit) = (failures, isDirect, isDirect)
+  }
 
   let geometry = BlockGeometry(
     capacity: 1 << 16, canDiscard: true, canSecureErase: true,
     lifetime: BlockLifetime(preEndOfLife: 1, typicalA: 2, typicalB: 3))
-  let reachesGuestMemory = false
-  let movesDataInSubmit = false
+  let reachesGuestMemory: Bool
+  let movesDataInSubmit: Bool
   let memoryAlignment = 1
   private var time: UInt64 = 1
   var now: UInt64 {

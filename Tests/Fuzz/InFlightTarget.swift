@@ -60,7 +60,7 @@ enum InFlightTarget {
         model.answer(ticket.head)
       case 2:
         queue.disableNotifications()
-        _ = queue.enableNotifications()
+        consume(queue.enableNotifications(behind: queue.hasPending() ? queue.pendingCount() : 0))
       default:
         let head = UInt16(action >> 3) & 7
         let ring = fixture.domain.memory.pointer(layout.driverArea)

@@ -38,12 +38,13 @@ enum RingTarget {
       var kept: [ChainTicket] = []
       for step in 0..<48 {
         guard try queue.next(memory: &view, into: &chain) else { break }
-        check(chain)
+        check(chain, &view)
         switch uses >> UInt64(step % 32) & 3 {
         case 0: kept.append(chain.ticket)
         case 1:
           queue.putBack(chain.ticket)
-          _ = queue.enableNotifications()
+          precondition(queue.hasPending(), "a chain that was put back does not wait")
+          consume(queue.enableNotifications(behind: queue.pendingCount()))
           return
         default: queue.pushUsed(chain.ticket, length: UInt32(truncatingIfNeeded: uses))
         }
@@ -58,7 +59,7 @@ enum RingTarget {
     }
   }
 
-  private static func check(_ chain: DescriptorChain) {
+  private static func check(_ chain: DescriptorChain, _ view: inout GuestMemoryView) {
     precondition(chain.readableCount + chain.writableCount <= 32)
     var cursor = ChainCursor(chain.buffers, count: chain.readableCount)
     var bytes: UInt64 = 0
@@ -67,6 +68,13 @@ enum RingTarget {
       guard bytes < 1 << 24 else { return }
     }
     precondition(bytes == chain.readableBytes)
+    // A header behind a few bytes, as pumps read it, wherever the driver says that it lies.
+    cursor = ChainCursor(chain.buffers, count: chain.readableCount)
+    cursor.skip(3)
+    let got = withUnsafeTemporaryAllocation(byteCount: 64, alignment: 1) { place in
+      place.baseAddress.flatMap { try? cursor.read(&view, to: $0, count: 64) }
+    }
+    if let got { precondition(got == min(64, max(3, bytes) - 3), "not all that there was") }
   }
 
   /// Descriptors first, then the driver's area, then what indirect tables may be.

@@ -1,3 +1,4 @@
+import Lifecycle
 import Supervisor
 import Transport
 import Virtqueue
@@ -52,6 +53,10 @@ enum SetupTarget {
         precondition(layout.driverArea + UInt64(layout.driverBytes(packed: false)) <= writable)
       }
     }
-    _ = FrontendText.bytes(Substring(String(decoding: bytes, as: UTF8.self)))
+    let text = String(decoding: bytes, as: UTF8.self)
+    consume(FrontendText.bytes(Substring(text)))
+    consume(FrontendView.Setup(text))
+    consume(FrontendView.ConfigurationWrite(text))
+    consume(FrontendText.epoch(offer: text))
   }
 }

@@ -22,11 +22,13 @@ enum EntryTarget {
     for kind in [DeviceKey.Kind.disk, .generic] {
       let key = DeviceKey(kind: kind, domain: 5, device: 51776)
       guard let entry = try? DeviceEntry.parse(key, keys) else { continue }
-      _ = try? entry.slot(key, taken: [0, 1], count: 8)
+      consume(try? entry.slot(key, taken: [0, 1], count: 8))
     }
-    _ = try? NBDAddress(text)
-    if let number = try? DeviceEntry.number("x", text) { _ = DeviceEntry.diskIndex(UInt32(truncatingIfNeeded: number)) }
-    _ = FrontendText.key(.disk, path: text)
+    consume(try? NBDAddress(text))
+    if let number = try? DeviceEntry.number("x", text) {
+      consume(DeviceEntry.diskIndex(UInt32(truncatingIfNeeded: number)))
+    }
+    consume(FrontendText.key(.disk, path: text))
   }
 }
 
@@ -40,6 +42,6 @@ enum ControlTarget {
       // What is sent must be JSON again.
       precondition((try? JSONText.parse(Array(JSONText.text(answer).utf8))) != nil, "the answer is no JSON")
     }
-    if let value = try? JSONText.parse(message) { _ = try? Profiles(value) }
+    if let value = try? JSONText.parse(message) { consume(try? Profiles(value)) }
   }
 }

@@ -109,7 +109,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
     var threads: [LoopThread] = []
     do throws(Errno) {
       for index in 0..<count {
-        let thread = try LoopThread(name: index == 0 ? "vxd-\(name)" : "vxd-\(index)-\(name)")
+        let thread = try LoopThread(name: index == 0 ? "vxd-\(name)" : "vxd-\(index)-\(name)", work: .guests)
         thread.label(label)
         threads.append(thread)
       }

@@ -20,7 +20,7 @@ final class StorageWorker: Sendable {
     self.image = image
     self.descriptor = descriptor
     self.wakeUp = wakeUp
-    thread = try LoopThread(name: "vxd-storage")
+    thread = try LoopThread(name: "vxd-storage", work: .guests)
   }
 
   func stop() { thread.stopAndJoin() }

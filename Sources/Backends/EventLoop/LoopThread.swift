@@ -3,13 +3,26 @@ import Glibc
 
 /// A thread that runs one loop. Its owner joins it.
 package final class LoopThread: Sendable {
+  /// Who decides how much a thread has to do.
+  package enum Work: Sendable {
+    /// The daemon itself: the supervisor, operators, the toolstack.
+    case daemon
+    /// Guests. However many such threads they keep busy, those of the daemon get their turn: they have about three times the weight.
+    case guests
+  }
+
+  /// By how much the nice value of threads with guests' work is above that of the main thread.
+  package static let guestSteps = 5
+
   package let loop: EventLoop
   // Written once in `init`, before the value is shared.
   private nonisolated(unsafe) var thread = pthread_t()
 
   /// Starts the thread; it carries the loop's name.
-  package init(name: String) throws(Errno) {
+  package init(name: String, work: Work = .daemon) throws(Errno) {
     loop = try EventLoop(name: name)
+    // The first thing that the thread does.
+    if work == .guests { loop.enqueue { clinux_lower_thread(Int32(Self.guestSteps)) } }
     let context = Unmanaged.passRetained(loop)
     let result = pthread_create(
       &thread, nil,

@@ -50,6 +50,14 @@ package final class XenbusRegisters: RegisterAccess {
     backend = SimulatedToolstack.backendPath(domain.identifier, disk)
   }
 
+  /// A generic device, of any type (`SimulatedToolstack.attachGeneric`).
+  package init(server: XenstoreServer, domain: SimulatedDomain, generic device: Int) throws(XenError) {
+    xenstore = try XenStore(socketPath: server.path)
+    self.domain = domain
+    frontend = "/local/domain/\(domain.identifier)/device/virtio/\(device)"
+    backend = "/local/domain/0/backend/virtio/\(domain.identifier)/\(device)"
+  }
+
   /// Waits for a value of a node of the backend's; false when the time is over.
   @discardableResult
   package func wait(for value: String, of node: String = "state") -> Bool {

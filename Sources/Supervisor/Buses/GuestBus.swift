@@ -73,7 +73,7 @@ struct GuestThread: Sendable {
   var loop: EventLoop { thread.loop }
 
   init(_ domain: DomainID) throws(Errno) {
-    thread = try LoopThread(name: "vxd-guest-\(domain)")
+    thread = try LoopThread(name: "vxd-guest-\(domain)", work: .guests)
     thread.label("\(domain)")
   }
 

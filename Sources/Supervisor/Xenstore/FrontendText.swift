@@ -1,9 +1,9 @@
-import Lifecycle
+package import Lifecycle
 
 /// The texts that a Xenbus frontend writes. All of them are the guest's to choose.
 extension FrontendView.Setup {
   /// `SEQUENCE REFERENCE`.
-  init(_ text: String?) {
+  package init(_ text: String?) {
     guard let text else {
       self = .absent
       return
@@ -19,7 +19,7 @@ extension FrontendView.Setup {
 
 extension FrontendView.ConfigurationWrite {
   /// `NUMBER OFFSET BYTES-IN-HEX`; nil for anything else.
-  init?(_ text: String) {
+  package init?(_ text: String) {
     let words = text.split(separator: " ", omittingEmptySubsequences: false)
     guard words.count == 3, let number = UInt32(words[0]), let offset = Int(words[1]), (0...4096).contains(offset),
       let bytes = FrontendText.bytes(words[2]), bytes.count <= 8
@@ -49,7 +49,7 @@ package enum FrontendText {
   }
 
   /// The epoch that an offer names.
-  static func epoch(offer: String?) -> UInt32? {
+  package static func epoch(offer: String?) -> UInt32? {
     offer?.split(separator: " ").first { $0.hasPrefix("epoch=") }.flatMap { UInt32($0.dropFirst(6)) }
   }
 

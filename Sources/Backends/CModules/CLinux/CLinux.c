@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -94,6 +95,13 @@ void clinux_name_thread(const char *name) {
   char short_name[16] = {0};
   strncpy(short_name, name, sizeof short_name - 1);
   prctl(PR_SET_NAME, short_name);
+}
+
+void clinux_lower_thread(int steps) {
+  // Of the main thread: the caller's own is that of whoever started it, which may have been lowered already. Any value may be right, also -1.
+  errno = 0;
+  int main_thread = getpriority(PRIO_PROCESS, (id_t)getpid());
+  if (errno == 0) setpriority(PRIO_PROCESS, 0, main_thread + steps);
 }
 
 uint64_t clinux_thread_cpu_nanoseconds(void) {

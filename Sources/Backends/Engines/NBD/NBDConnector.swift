@@ -51,7 +51,7 @@ final class NBDConnector: Sendable {
     let plan: (loop: EventLoop, pause: UInt64)? = state.withLock { state in
       guard !state.isStopped else { return nil }
       state.isWanted = true
-      if state.thread == nil { state.thread = try? LoopThread(name: "vxd-nbd") }
+      if state.thread == nil { state.thread = try? LoopThread(name: "vxd-nbd", work: .guests) }
       guard let loop = state.thread?.loop else { return nil }
       guard EventLoop.now() &- state.connectedAt < Self.goodLife else {
         state.pause = Self.pauses.first

@@ -38,6 +38,9 @@ int clinux_peer_credentials(int fd, uint32_t *pid, uint32_t *uid, uint32_t *gid)
 int clinux_memfd(const char *name);
 /// Names the calling thread, 15 characters at most.
 void clinux_name_thread(const char *name);
+/// Sets the calling thread's nice value to that of the process's main thread and so many steps more: less weight beside other threads. Where
+/// the kernel refuses, nothing happens.
+void clinux_lower_thread(int steps);
 /// Says for whom the calling thread works, 63 characters at most: for the record of its death.
 void clinux_label_thread(const char *label);
 /// Where the death of this process by a fault is recorded: the signal (4 bytes), and the label of the thread that had it (64 bytes with
