@@ -101,6 +101,7 @@ extension DeviceMachine {
 
   /// The place is another's: the device is taken out of it, and fails until an operator or its entry says otherwise.
   private mutating func displace(_ reason: String) {
+    if isDisplaced { return }
     switch connection {
     case .inserting, .inserted:
       if isStopping {
@@ -112,13 +113,25 @@ extension DeviceMachine {
     case .absent, .leaveDue, .leaving, .xenbus: break
     }
     earlier = .nothing
-    // What is being opened is not put there, whatever comes first.
-    if case .starting = service { isEntryNewer = true }
+    dropWhatIsBeingOpened()
     if case .proving = spare { giveBack(reason) }
-    if isQuarantined { return }
+    if isQuarantined {
+      if case .waiting = service { effects.append(.forgetState) }
+      return
+    }
     refuse(reason)
     proceed(.rest(.displaced(reason)))
   }
+
+  private var isDisplaced: Bool {
+    switch service {
+    case .waiting(.rest(.displaced)), .starting(_, .next(.rest(.displaced))), .stopping(_, .rest(.displaced)): true
+    case .new, .waiting, .starting, .opened, .plugging, .serving, .stopping, .ended, .clearing, .released, .gone: false
+    }
+  }
+
+  /// It was started by what does not hold any more, and is not used, whatever comes before it is open.
+  private mutating func dropWhatIsBeingOpened() { if case .starting = service { isEntryNewer = true } }
 
   /// The backend ends; the guest's requests wait.
   private mutating func pause() {
@@ -169,6 +182,7 @@ extension DeviceMachine {
     if let limits { limit(limits, isNews: false) }
     spare = .proving(image)
     effects.append(.assign(image: image))
+    dropWhatIsBeingOpened()
     proceed(.again(.fill(image), after: 0))
   }
 
@@ -180,6 +194,7 @@ extension DeviceMachine {
       effects += [.watchDrain(number), .schedule(.drain(number), deadline)]
     case .proving:
       giveBack("detached before it was open")
+      dropWhatIsBeingOpened()
       proceed(.again(.empty("detached"), after: 0))
     case .empty, nil: break  // as it is to be
     }
@@ -234,6 +249,7 @@ extension DeviceMachine {
     drain = nil
     spare = .empty
     effects += [.empty, .forgetAssignment]
+    dropWhatIsBeingOpened()
     proceed(.again(.empty(words), after: 0))
   }
 

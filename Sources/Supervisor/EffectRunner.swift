@@ -122,9 +122,17 @@ final class EffectRunner {
   func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.discard(key)) }
 
   /// Lets a guest look through its PCI bus, without devices that are in places of QEMU's; nil as for `GuestBus.answerScan`.
-  func answerScan(of guest: Guest, without absent: [DeviceKey]?) {
+  func answerScan(of guest: Guest, without absent: [DeviceKey: String]?, for supervisor: Supervisor) {
     let buses = guest.buses.made
-    guest.buses.thread.run { here in for bus in buses { bus.answerScan(without: absent, here) } }
+    run(guest, supervisor) { here in
+      let kept = buses.reduce(into: Set<DeviceKey>()) {
+        $0.formUnion($1.answerScan(without: absent.map { Array($0.keys) }, here))
+      }
+      for (key, reason) in (absent ?? [:]).sorted(by: { $0.key.device < $1.key.device }) where !kept.contains(key) {
+        supervisor.post(.device(key, .command(.displace(reason))), of: key.domain)
+      }
+      return nil
+    }
   }
 
   /// Hands a job to the guest's thread; its machine is told what comes of it.
@@ -167,7 +175,9 @@ final class EffectRunner {
       if isNew { rules = [.rules(entry.settings.restart, entry.settings.limits, isNews: false)] }
       try device.bus.admit(device.key, entry)
     } catch {
-      return rules + [.startFailed(id, error.message, isFinal: true)]
+      let failed = DeviceEvent.startFailed(id, error.message, isFinal: true)
+      // What cannot stay where the guest finds it is taken out of there.
+      return rules + (device.transport == nil ? [failed] : [.command(.displace(error.message)), failed])
     }
     watchFrontend(device, guest)
     guard let source = device.bus.memory(of: device.key) else {
@@ -280,7 +290,8 @@ final class EffectRunner {
   private func stateMaker(
     _ device: Device, of guest: Guest
   ) -> @Sendable (DeviceState.Layout) throws(StartFault) -> DeviceState {
-    let known = device.state
+    // One of another place is not where a later daemon would have to put the device.
+    let known = device.state?.place == device.bus.place(of: device.key) ? device.state : nil
     let path = settings.stateFolder?.devicePath(device.key)
     let place = device.bus.place(of: device.key)
     let (logLine, guestName, deviceName) = (logLine, guest.name, device.name)

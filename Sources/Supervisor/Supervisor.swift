@@ -105,7 +105,7 @@ package actor Supervisor {
   func heard(_ report: BusReport) {
     if case .scan(let domain) = report, let guest = table.guests[domain], !askQEMU(of: guest) {
       guest.buses.learnNothing()
-      table.runner.answerScan(of: guest, without: nil)
+      table.runner.answerScan(of: guest, without: nil, for: self)
     }
     guard let event = table.event(for: report) else { return }
     handle(event.1, of: event.0)
@@ -203,14 +203,11 @@ package actor Supervisor {
     // One that does not answer is asked again, but for a guest that waits.
     guard let found else {
       guest.buses.learnNothing()
-      return table.runner.answerScan(of: guest, without: nil)
+      return table.runner.answerScan(of: guest, without: nil, for: self)
     }
     let refused = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
-    table.runner.answerScan(of: guest, without: Array(refused.keys))
+    table.runner.answerScan(of: guest, without: refused, for: self)
     table.updateBoard(guest)
-    for (key, reason) in refused.sorted(by: { $0.key.device < $1.key.device }) {
-      handle(.device(key, .command(.displace(reason))), of: domain)
-    }
   }
 
   /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.

@@ -62,7 +62,7 @@ private let displaced: [DeviceEffect] = [
       .stopped(id(1)), .waiting(.rest(.displaced("QEMU's"))), .leaving, [.join(id(1)), .remove, .forgetState], "failed"),
     Row(
       "makes way in quarantine", .after([.begin(after: 0, fuse: "crashes")], earlier: .adoptable(.absent)),
-      .command(.displace("QEMU's")), .waiting(.rest(.quarantined("crashes"))), .leaving, [.remove],
+      .command(.displace("QEMU's")), .waiting(.rest(.quarantined("crashes"))), .leaving, [.remove, .forgetState],
       "quarantined"),
     Row(
       "is put there again once it has made way",

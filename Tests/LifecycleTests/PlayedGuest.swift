@@ -56,6 +56,9 @@ struct PlayedGuest: Hashable {
     var gone = 0
     /// An image was assigned, and no backend has opened it so far.
     var isFilling = false
+    /// What a spare disk has, and what its backend was started with.
+    var image: String?
+    var openedImage: String?
     /// It was opened before its place was known to be another's.
     var isDisplaced = false
     var limits = RateLimits()
@@ -187,6 +190,7 @@ struct PlayedGuest: Hashable {
       device.unjoined += 1
       device.isCorrected = false
       device.isDisplaced = false
+      device.openedImage = device.image
     case .stop(let id):
       expect(key, id, .open, effect)
       device.backends[id] = .stopAsked
@@ -202,12 +206,14 @@ struct PlayedGuest: Hashable {
     case .insert(let id, _):
       expect(key, id, .open, effect)
       require(!device.isInserted, "inserted twice")
+      require(device.openedImage == device.image, "\(effect) of a backend of another image")
       require(
         !device.isFilling && !device.isDisplaced, "\(effect) of an image that nobody has seen, or in another's place")
       queue.append(.insert(key, id))
     case .claim: queue.append(.claim(key))
     case .plug(let id):
       expect(key, id, .open, effect)
+      require(device.openedImage == device.image, "\(effect) of a backend of another image")
       require(!device.isFilling, "\(effect) of an image that nobody has seen")
       queue.append(.plug(key, id))
     case .remove: queue.append(.remove(key))
@@ -233,8 +239,12 @@ struct PlayedGuest: Hashable {
       device.gone += 1
       require(device.gone == 1, "gone again")
     case .limit(let limits, _): device.limits = limits
-    case .assign: device.isFilling = true
-    case .empty: device.isFilling = false
+    case .assign(let image):
+      device.isFilling = true
+      device.image = image
+    case .empty:
+      device.isFilling = false
+      device.image = nil
     case .forgetState: require(device.backends.isEmpty, "forgotten with \(device.backends)")
     case .removeTraces:
       require(device.backends.isEmpty && !device.isMapped, "traces are removed while there is \(device)")

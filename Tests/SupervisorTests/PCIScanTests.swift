@@ -144,6 +144,39 @@ import Xen
     #expect(eventually { world.state("web1", "xvdf") == "failed" })
   }
 
+  private static let plain = #"{"version": 1, "guests": [{"guest": "web*", "transport": "pci"}]}"#
+
+  /// One that was in QEMU's place gets another when it is tried again, and has it with the next daemon; others go around what QEMU has, also
+  /// before that has been asked for once more.
+  @Test func devicesGoAroundWhatQEMUHas() throws {
+    let world = try World()
+    defer { world.end() }
+    try start(world, by: Self.plain)
+    let domain = try world.domain(5, name: "web1")
+    func attach(_ disk: String) throws {
+      try world.toolstack.attach(disk: disk, image: world.image(disk), to: 5)
+      #expect(world.toolstack.wait(for: "2", of: "state", disk: disk, domain: 5))
+    }
+    for disk in ["xvde", "xvdf"] { try attach(disk) }
+    let monitor = try MonitorOfQEMU(
+      path: world.folder.path + "/qmp-libxenstat-5",
+      devices: #"{"bus": 0, "slot": 17, "function": 0}, {"bus": 0, "slot": 19, "function": 0}"#)
+    #expect(identity(domain, Self.ours) == Self.block)
+    #expect(eventually { world.state("web1", "xvdf") == "failed" })
+    monitor.end()
+    unlink(world.folder.path + "/qmp-libxenstat-5")
+    #expect(world.call("device.restart", ["guest": "web1", "device": "xvdf"])["accepted"] == true)
+    #expect(eventually { world.state("web1", "xvdf") == "ready" })
+    for disk in ["xvdg", "xvdh"] { try attach(disk) }
+    #expect(eventually { ["xvdg", "xvdh"].allSatisfy { world.state("web1", $0) == "ready" } })
+    let places = [16, 18, 20, 21].map { PCIAddress(device: $0) }
+    #expect(domain.claimedFunctions == places)
+    world.stop()
+    try start(world, by: Self.plain)
+    #expect(eventually { ["xvde", "xvdf", "xvdg", "xvdh"].allSatisfy { world.state("web1", $0) == "ready" } })
+    #expect(domain.claimedFunctions == places)
+  }
+
   /// QEMU's device is detached, and the operator tries again.
   @Test func deviceComesBackWhenQEMUsIsGone() throws {
     let world = try World()

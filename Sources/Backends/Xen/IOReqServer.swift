@@ -149,12 +149,15 @@ package final class IOReqServer: EventSource {
   /// Answers accesses to configuration spaces from now on, those first that have waited.
   ///
   /// - Parameter absent: functions that are taken off the bus before, also where accesses were answered already; not those that a driver has found.
-  package func answerConfiguration(without absent: [PCIAddress] = []) {
-    for address in absent { functions.detachUnused(address) }
-    guard holdsConfiguration else { return }
+  /// - Returns: those.
+  @discardableResult
+  package func answerConfiguration(without absent: [PCIAddress] = []) -> [PCIAddress] {
+    let inUse = absent.filter { !functions.detachUnused($0) }
+    guard holdsConfiguration else { return inUse }
     holdsConfiguration = false
     onScan = nil
     for vcpu in ports.indices { serve(vcpu, begun: true) }
+    return inUse
   }
 
   // MARK: Events

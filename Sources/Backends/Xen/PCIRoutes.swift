@@ -53,8 +53,12 @@ final class PCIRoutes: PCIDecoder {
   }
 
   /// The same, unless a driver is at work with it.
-  func detachUnused(_ address: PCIAddress) {
-    if seats.first(where: { $0.address == address })?.transport.currentStatus.isEmpty == true { detach(address) }
+  ///
+  /// - Returns: whether it is not there.
+  func detachUnused(_ address: PCIAddress) -> Bool {
+    if seats.first(where: { $0.address == address })?.transport.currentStatus.isEmpty == false { return false }
+    detach(address)
+    return true
   }
 
   func removeAll() {

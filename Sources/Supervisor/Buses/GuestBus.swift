@@ -200,7 +200,8 @@ protocol GuestBus: AnyObject, Sendable {
   ///
   /// - Parameter absent: devices that it is not to find there, unless a driver has found them already. nil where nobody says what QEMU
   ///   has: only a guest that waits now is let look.
-  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread)
+  /// - Returns: those that a driver has found.
+  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) -> [DeviceKey]
 
   // MARK: Handshakes in Xenstore, where the bus has them
 
@@ -232,7 +233,7 @@ extension GuestBus {
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] { [:] }
   func learnNothing() {}
-  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {}
+  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) -> [DeviceKey] { [] }
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.

@@ -39,10 +39,16 @@ final class PCIBus: RegisterBus {
     case unknown
     /// The guest has not looked through its bus: until it does, QEMU may be given more (libxl passes devices through when QEMU runs).
     case early
-    case known(Set<PCIAddress>)
+    /// `isOld`: it may be another by now, and is asked for again.
+    case known(Set<PCIAddress>, isOld: Bool)
 
-    var functions: Set<PCIAddress>? { if case .known(let functions) = self { functions } else { nil } }
-    var isUnknown: Bool { if case .unknown = self { true } else { false } }
+    var functions: Set<PCIAddress>? { if case .known(let functions, _) = self { functions } else { nil } }
+    var asks: Bool {
+      switch self {
+      case .unknown, .known(_, isOld: true): true
+      case .early, .known(_, isOld: false): false
+      }
+    }
   }
 
   init(_ ground: GuestGround) throws(XenError) {
@@ -131,7 +137,9 @@ final class PCIBus: RegisterBus {
   private var known: Set<PCIAddress>? { knowledge.withLock { $0.functions } }
 
   /// What is known may be old: QEMU is asked once more, soon.
-  private func askAgain() { knowledge.withLock { if $0.functions != nil { $0 = .unknown } } }
+  private func askAgain() {
+    knowledge.withLock { if let functions = $0.functions { $0 = .known(functions, isOld: true) } }
+  }
 
   private func checkCollision(_ device: UInt8) throws(EntryFault) {
     guard known?.contains(where: { $0.device == device }) == true else { return }
@@ -161,10 +169,10 @@ final class PCIBus: RegisterBus {
   /// Whether a driver has found the device: it is then the guest's, whatever QEMU has in its place.
   private func isInUse(_ key: DeviceKey) -> Bool { seats.transport(of: key)?.currentStatus.isEmpty == false }
 
-  var asksQEMU: Bool { knowledge.withLock(\.isUnknown) }
+  var asksQEMU: Bool { knowledge.withLock(\.asks) }
 
   func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] {
-    knowledge.withLock { $0 = .known(functions) }
+    knowledge.withLock { $0 = .known(functions, isOld: false) }
     let theirs = Set(functions.map(\.device))
     return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.mapValues {
       "slot: " + Self.collision($0.device)
@@ -173,8 +181,12 @@ final class PCIBus: RegisterBus {
 
   func learnNothing() { knowledge.withLock { if case .early = $0 { $0 = .unknown } } }
 
-  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) {
-    server.answerScan(without: absent.map { $0.compactMap(seats.place) }, here)
+  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) -> [DeviceKey] {
+    let ours = absent.map { $0.filter { seats.place(of: $0) != nil } }
+    let kept = server.answerScan(without: ours.map { $0.compactMap(seats.place) }, here)
+    let inUse = (ours ?? []).filter { seats.place(of: $0).map(kept.contains) == true }
+    for key in ours ?? [] where !inUse.contains(key) { seats.leave(key) }
+    return inUse
   }
 
   /// The device number for a device; nil when all are taken.

@@ -46,8 +46,8 @@ extension RegisterBus {
   var unclaimed: [DeviceKey] { seats.unclaimed }
 
   func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
-    if let state = seats.claim(key) {
-      return (.adoptable(seats.transport(of: key).map { Driver($0.currentStatus) } ?? .absent), state)
+    if let state = seats.claim(key), let transport = seats.transport(of: key) {
+      return (.adoptable(Driver(transport.currentStatus)), state)
     }
     if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
       return (.lost("no saved state for a device in use: the guest must \(Self.remedy)"), nil)

@@ -222,8 +222,11 @@ final class RegisterServer: @unchecked Sendable {
   }
 
   /// - Parameter absent: functions that are not to be found on the bus, too late for a guest that has looked already; nil where nobody says.
-  func answerScan(without absent: [PCIAddress]?, _ here: OnGuestThread) {
-    if let absent { ioreq?.answerConfiguration(without: absent) } else { ioreq?.answerWaitingConfiguration() }
+  /// - Returns: those that a driver has found, and that stay.
+  func answerScan(without absent: [PCIAddress]?, _ here: OnGuestThread) -> [PCIAddress] {
+    if let absent { return ioreq?.answerConfiguration(without: absent) ?? [] }
+    ioreq?.answerWaitingConfiguration()
+    return []
   }
 
   // MARK: The end
