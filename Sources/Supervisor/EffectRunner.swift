@@ -173,11 +173,17 @@ final class EffectRunner {
       let isNew: Bool
       (entry, isNew) = try makeEntry(device, of: guest)
       if isNew { rules = [.rules(entry.settings.restart, entry.settings.limits, isNews: false)] }
+    } catch {
+      // A driver that is at work keeps the device, and waits for a better entry.
+      return [.startFailed(id, error.message, isFinal: true)]
+    }
+    do throws(EntryFault) {
       try device.bus.admit(device.key, entry)
     } catch {
       let failed = DeviceEvent.startFailed(id, error.message, isFinal: true)
-      // What cannot stay where the guest finds it is taken out of there.
-      return rules + (device.transport == nil ? [failed] : [.command(.displace(error.message)), failed])
+      // What no driver has found so far is taken out of a place that it cannot stay in.
+      let isFound = device.transport?.currentStatus.isEmpty != true
+      return rules + (isFound ? [failed] : [.command(.displace(error.message)), failed])
     }
     watchFrontend(device, guest)
     guard let source = device.bus.memory(of: device.key) else {

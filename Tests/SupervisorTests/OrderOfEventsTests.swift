@@ -90,6 +90,46 @@ import Xen
     #expect(threads("vxd-hang/xvde") == 0)
   }
 
+  /// A driver at work whose device's entry becomes wrong: its requests wait, and are answered when the entry is right again.
+  @Test(arguments: ["mmio", "pci", "xenbus"]) func driverWaitsWhileItsEntryIsWrong(transport: String) throws {
+    let world = try World()
+    defer { world.end() }
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    try world.start(profiles: #"{"version": 1, "guests": [{"transport": "\#(transport == "pci" ? "pci" : "mmio")"}]}"#)
+    {
+      $0.stateFolder = folder
+    }
+    let domain = try world.domain(5, name: "web1", type: transport == "xenbus" ? "pvh" : "hvm")
+    try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
+    #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    let guest: SimulatedBlockGuest
+    switch transport {
+    case "pci":
+      let registers = try PCIFunctionRegisters(domain: domain, function: PCIAddress(device: 16))
+      let driver = SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20)
+      try driver.start(wanted: [.eventIndex], queueSize: 64)
+      guest = SimulatedBlockGuest(domain: domain, driver: driver)
+    case "xenbus": guest = try world.bootXenbus(domain).guest
+    default: guest = try world.boot(domain)
+    }
+    #expect(try guest.write(block, sector: 0) == 0)
+    let image = world.image()
+    try world.toolstack.set("params", "relative.img", disk: "xvde", of: 5)
+    _ = world.call("device.restart", ["guest": "web1", "device": "xvde"])
+    #expect(eventually { world.state("web1", "xvde") == "failed" })
+    world.settle()
+    guest.putHeader(at: guest.dataAddress + 8192, type: 4, sector: 0)
+    let flush: [SimulatedDriver.Buffer] = [
+      .init(guest.dataAddress + 8192, 16, writable: false), .init(guest.dataAddress + 8208, 1, writable: true),
+    ]
+    #expect(guest.driver.add(flush) != nil)
+    guest.driver.notify(queue: 0)
+    try world.toolstack.set("params", image, disk: "xvde", of: 5)
+    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    _ = try guest.waitForUsed()
+    #expect(try guest.write(block, sector: 8) == 0)
+  }
+
   /// A device that cannot be put into its place: it is failed, says why, and comes with a correction or by itself.
   @Test(arguments: [true, false]) func deviceThatCannotBeInsertedIsServedLater(corrects: Bool) throws {
     let world = try World()
