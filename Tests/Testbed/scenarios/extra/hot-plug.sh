@@ -1,7 +1,7 @@
 # takes: 90 s
 # limit: 700 s
 # needs: xenbus
-# in the gate: no
+# in the gate: turn 3
 # also on: arm64
 # A guest that boots without a device, and an unprivileged driver domain with vxd: disks come and go over Xenbus while the guest runs.
 step "a driver domain"
