@@ -143,7 +143,7 @@ package final class IOReqServer: EventSource {
     onScan = onFirst
   }
 
-  /// Answers whoever waits for a configuration space, and everybody from then on; nothing happens where nobody waits.
+  /// Answers the accesses to configuration spaces that wait, and all later ones at once. Does nothing while none waits.
   package func answerWaitingConfiguration() { if onScan == nil { answerConfiguration() } }
 
   /// Answers accesses to configuration spaces from now on, those first that have waited.

@@ -150,7 +150,7 @@ final class PCIBus: RegisterBus {
 
   private static func collision(_ device: UInt8) -> String {
     "QEMU has PCI device \(device) (\(PCIAddress(device: device))) too, and the guest finds only one of them; give this one another with the "
-      + "option \"slot\", or move QEMU's: look for pci= with '@' and for addr= in the guest's configuration; then 'vxctl device restart'"
+      + "option \"slot\", or move QEMU's: look for pci= with '@' and for addr= in the guest's configuration; then 'vxctl restart GUEST/DEVICE'"
   }
 
   // MARK: QEMU
