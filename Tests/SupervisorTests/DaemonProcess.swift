@@ -45,6 +45,18 @@ final class DaemonProcess: @unchecked Sendable {
 
   var descriptorCount: Int { TemporaryFolder.names("/proc/\(child?.pid ?? 0)/fd").count }
 
+  /// What its descriptors lead to: paths, and kinds such as "socket" and "anon_inode:[eventfd]" without their inode.
+  var descriptors: [String] {
+    let folder = "/proc/\(child?.pid ?? 0)/fd"
+    return TemporaryFolder.names(folder).compactMap { name in
+      var target = [UInt8](repeating: 0, count: 4096)
+      let count = readlink("\(folder)/\(name)", &target, target.count)
+      guard count > 0 else { return nil }
+      let text = String(decoding: target[..<count], as: UTF8.self)
+      return ["socket", "pipe"].first { text.hasPrefix("\($0):") } ?? text
+    }
+  }
+
   /// Memory that is in use, in KiB, with what it has mapped of its guests; 0 when it has ended.
   var residentKilobytes: Int { kilobytes(of: ["VmRSS:"]) }
 
