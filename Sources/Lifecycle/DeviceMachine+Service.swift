@@ -324,19 +324,19 @@ extension DeviceMachine {
 
   /// What comes when there is no backend.
   private mutating func perform(_ next: Next) {
-    if connection == .leaveDue, !next.isEnd {
-      connection = .leaving
-      effects.append(.remove)
-    }
+    if owesForgetting { forgetPlace() }
     switch next {
     case .again(let occasion, let pause): startLater(occasion, after: pause)
     case .bus(let occasion): service = .waiting(.bus(occasion))
-    case .rest(let rest):
-      // It is not where a later daemon would put it.
-      if case .displaced = rest { effects.append(.forgetState) }
-      service = .waiting(.rest(rest))
+    case .rest(let rest): service = .waiting(.rest(rest))
     case .end(let departure): service = .ended(departure)
     }
+  }
+
+  /// Its place is another's, and there is no backend any more: no later daemon puts it there.
+  mutating func forgetPlace() {
+    owesForgetting = false
+    effects.append(.forgetState)
   }
 
   // MARK: The bus

@@ -103,20 +103,18 @@ extension DeviceMachine {
   private mutating func displace(_ reason: String) {
     if isDisplaced { return }
     switch connection {
+    // At once, also while a backend is being stopped: no driver has found the device, so nothing is written to the guest's memory.
     case .inserting, .inserted:
-      if isStopping {
-        connection = .leaveDue
-      } else {
-        connection = .leaving
-        effects.append(.remove)
-      }
+      connection = .leaving
+      effects.append(.remove)
     case .absent, .leaveDue, .leaving, .xenbus: break
     }
     earlier = .nothing
+    owesForgetting = true
     dropWhatIsBeingOpened()
     if case .proving = spare { giveBack(reason) }
     if isQuarantined {
-      if case .waiting = service { effects.append(.forgetState) }
+      if case .waiting = service { forgetPlace() }
       return
     }
     refuse(reason)

@@ -53,7 +53,12 @@ final class EffectRunner {
     case .claim: run(guest, supervisor) { [wish = device.wish] in bus.claim(key, wish, $0) }
     case .plug(let id):
       if let backend = device.backend { run(guest, supervisor) { bus.plug(key, id, backend, $0) } }
-    case .remove: run(guest, supervisor) { bus.remove(key, $0) }
+    case .remove:
+      let job = bus.remove(key)
+      run(guest, supervisor) { here in
+        job(here)
+        return .device(key, .removed)
+      }
     case .leave: run(guest, supervisor) { bus.leave(key, $0) }
     case .connect(let sequence, let reference, let adopts):
       run(guest, supervisor) { bus.connect(key, sequence: sequence, reference: reference, adopts: adopts, $0) }
@@ -119,19 +124,15 @@ final class EffectRunner {
   }
 
   /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
-  func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.discard(key)) }
+  func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.remove(key)) }
 
   /// Lets a guest look through its PCI bus, without devices that are in places of QEMU's; nil as for `GuestBus.answerScan`.
-  func answerScan(of guest: Guest, without absent: [DeviceKey: String]?, for supervisor: Supervisor) {
+  func answerScan(of guest: Guest, without absent: [Displacement]?, for supervisor: Supervisor) {
     let buses = guest.buses.made
-    run(guest, supervisor) { here in
-      let kept = buses.reduce(into: Set<DeviceKey>()) {
-        $0.formUnion($1.answerScan(without: absent.map { Array($0.keys) }, here))
-      }
-      for (key, reason) in (absent ?? [:]).sorted(by: { $0.key.device < $1.key.device }) where !kept.contains(key) {
-        supervisor.post(.device(key, .command(.displace(reason))), of: key.domain)
-      }
-      return nil
+    guest.buses.thread.run { here in
+      let gone = buses.flatMap { $0.answerScan(without: absent, here) }
+      guard !gone.isEmpty else { return }
+      supervisor.onLoop { supervisor in for device in gone { supervisor.displace(device) } }
     }
   }
 
@@ -296,8 +297,9 @@ final class EffectRunner {
   private func stateMaker(
     _ device: Device, of guest: Guest
   ) -> @Sendable (DeviceState.Layout) throws(StartFault) -> DeviceState {
-    // One of another place is not where a later daemon would have to put the device.
-    let known = device.state?.place == device.bus.place(of: device.key) ? device.state : nil
+    // Unless the device is in its place, a state of another one is not where a later daemon would have to put it.
+    let isPresent = device.bus.transport(of: device.key) != nil
+    let known = isPresent || device.state?.place == device.bus.place(of: device.key) ? device.state : nil
     let path = settings.stateFolder?.devicePath(device.key)
     let place = device.bus.place(of: device.key)
     let (logLine, guestName, deviceName) = (logLine, guest.name, device.name)

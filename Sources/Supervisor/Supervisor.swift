@@ -188,7 +188,10 @@ package actor Supervisor {
     let domain = guest.domain
     guard !asked.contains(domain) else { return true }
     let folder = settings.qemuFolder
-    guard QEMUMonitor.isThere(of: domain, folder: folder) else { return false }
+    guard QEMUMonitor.isThere(of: domain, folder: folder) else {
+      guest.buses.learnNothing()
+      return false
+    }
     let isAsked = table.runner.aside("vxd-qemu-\(domain)", for: self) { [self] in
       let found = QEMUMonitor.functions(of: domain, folder: folder)
       onLoop { $0.learned(domain, found) }
@@ -205,9 +208,19 @@ package actor Supervisor {
       guest.buses.learnNothing()
       return table.runner.answerScan(of: guest, without: nil, for: self)
     }
-    let refused = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
-    table.runner.answerScan(of: guest, without: refused, for: self)
+    let disputed = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
+    // What is not in its place yet never gets there: it is stopped before the guest is let look.
+    for device in disputed where !device.isPresent { displace(device) }
+    // For the others their guest decides, on its thread: what a driver has found by then stays.
+    table.runner.answerScan(of: guest, without: disputed.filter(\.isPresent), for: self)
     table.updateBoard(guest)
+  }
+
+  /// A device is not in its place, which is QEMU's; unless it has another by now.
+  func displace(_ device: Displacement) {
+    guard let known = table.known(device.key)?.1, known.bus.place(of: device.key) == .pci(device: device.place.device)
+    else { return }
+    handle(.device(device.key, .command(.displace(device.reason))), of: device.key.domain)
   }
 
   /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.

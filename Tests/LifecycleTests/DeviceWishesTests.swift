@@ -59,7 +59,32 @@ private let displaced: [DeviceEffect] = [
     Row(
       "makes way once it is stopped",
       .after(DeviceMachine.served + [.command(.restart), .command(.displace("QEMU's"))]),
-      .stopped(id(1)), .waiting(.rest(.displaced("QEMU's"))), .leaving, [.join(id(1)), .remove, .forgetState], "failed"),
+      .stopped(id(1)), .waiting(.rest(.displaced("QEMU's"))), .leaving, [.join(id(1)), .forgetState], "failed"),
+    Row(
+      "makes way at once while it is being stopped", .after(DeviceMachine.served + [.command(.restart)]),
+      .command(.displace("QEMU's")), .stopping(id(1), .rest(.displaced("QEMU's"))), .leaving,
+      [.remove] + displaced, "failed"),
+    Row(
+      "has another place when it is restarted before it has stopped",
+      .after(DeviceMachine.served + [.command(.displace("QEMU's")), .command(.restart)]), .stopped(id(1)),
+      .starting(id(2), .use(.restart("restarted by an operator"))), .leaving,
+      [.join(id(1)), .forgetState, .start(id(2))], "restarting"),
+    Row(
+      "has another place when it is restarted before it was open",
+      .after([DeviceMachine.begin, .command(.displace("QEMU's")), .command(.restart)]),
+      .startFailed(id(1), "no image", isFinal: false), .starting(id(2), .use(.first)), .absent,
+      [.join(id(1)), .forgetState, .start(id(2))], "opening"),
+    Row(
+      "is not left in another's place to the next daemon",
+      .after(DeviceMachine.served + [.command(.displace("QEMU's")), .command(.end(.handedOver))]), .stopped(id(1)),
+      .ended(.handedOver), .leaving, [.join(id(1)), .forgetState], "closing"),
+    Row(
+      "is not left in another's place when it goes into quarantine meanwhile",
+      .after(
+        DeviceMachine.served + Array(repeating: .report(id(1), .fault("ring")), count: 3)
+          + [.command(.displace("QEMU's"))]),
+      .stopped(id(1)), .waiting(.rest(.quarantined("ring; that was fault 3 within 600 s"))), .leaving,
+      [.join(id(1)), .forgetState], "quarantined"),
     Row(
       "makes way in quarantine", .after([.begin(after: 0, fuse: "crashes")], earlier: .adoptable(.absent)),
       .command(.displace("QEMU's")), .waiting(.rest(.quarantined("crashes"))), .leaving, [.remove, .forgetState],

@@ -134,8 +134,11 @@ extension PlayedGuest {
     case .again(let key): if let old = devices[key] { add(key, .toolstack, old.style, hasWindow: old.hasWindow) }
     case .absent(let key): handle(.absent(key))
     case .command(let key, let command):
-      if case .displace = command, let device = devices[key], !device.backends.isEmpty, !device.isInserted {
-        devices[key]?.isDisplaced = true
+      if case .displace = command, let device = devices[key], machine[key]?.isEnding == false {
+        if !device.backends.isEmpty, !device.isInserted { devices[key]?.isDisplaced = true }
+        let isBeingInserted = queue.contains { if case .insert(key, _) = $0 { true } else { false } }
+        devices[key]?.hasLostState = device.hasState
+        if isBeingInserted || device.isInserted && device.style == .registers { devices[key]?.isInOthersPlace = true }
       }
       tell(key, .command(command))
     case .domainGone: handle(.domainGone)

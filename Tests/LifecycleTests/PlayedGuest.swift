@@ -61,6 +61,12 @@ struct PlayedGuest: Hashable {
     var openedImage: String?
     /// It was opened before its place was known to be another's.
     var isDisplaced = false
+    /// A backend has been started that saves state, or one of an earlier daemon has.
+    var hasState = false
+    /// It speaks of a place that is another's.
+    var hasLostState = false
+    /// It is in a place that is another's.
+    var isInOthersPlace = false
     var limits = RateLimits()
     /// Started and not joined yet.
     var unjoined = 0
@@ -102,6 +108,7 @@ struct PlayedGuest: Hashable {
     rules.restart.mode = mode
     var device = Device(style: style, isSpare: origin == .profile, isInserted: isInserted)
     device.hasWindow = hasWindow
+    device.hasState = earlier != .nothing
     switch earlier {
     case .adoptable, .lost: device.frontend = FrontendView(state: .connected, setup: .page(sequence: 2, reference: 9))
     case .nothing, .offered: break
@@ -186,10 +193,12 @@ struct PlayedGuest: Hashable {
     switch effect {
     case .start(let id):
       require(device.backends.isEmpty, "\(id) is started beside \(device.backends)")
+      require(!device.hasLostState, "\(id) is started with the state of a place that is another's")
       device.backends[id] = .opening
       device.unjoined += 1
       device.isCorrected = false
       device.isDisplaced = false
+      device.hasState = true
       device.openedImage = device.image
     case .stop(let id):
       expect(key, id, .open, effect)
@@ -245,7 +254,9 @@ struct PlayedGuest: Hashable {
     case .empty:
       device.isFilling = false
       device.image = nil
-    case .forgetState: require(device.backends.isEmpty, "forgotten with \(device.backends)")
+    case .forgetState:
+      require(device.backends.isEmpty, "forgotten with \(device.backends)")
+      (device.hasState, device.hasLostState) = (false, false)
     case .removeTraces:
       require(device.backends.isEmpty && !device.isMapped, "traces are removed while there is \(device)")
       queue.append(.removeTraces(key))
@@ -295,7 +306,11 @@ struct PlayedGuest: Hashable {
       require(!hasServer, "a second server")
       hasServer = outcome == .good
       handle(outcome == .good ? .serverStarted : .serverFailed("no server"))
-    case .leaveServer: hasServer = false
+    case .leaveServer:
+      hasServer = false
+      for (key, device) in devices {
+        require(!device.isInOthersPlace, "the guest finds \(key) in a place that is another's")
+      }
     case .claim(let key):
       if outcome == .good, hasServer { devices[key]?.isClaimed = true }
       tell(key, .claimed(outcome == .good && hasServer ? nil : "no room"))
@@ -308,6 +323,8 @@ struct PlayedGuest: Hashable {
     case .removeTraces(let key): tell(key, .cleared)
     case .closeServer:
       for (key, device) in devices {
+        require(
+          !isHandedOver || !device.hasLostState, "\(key) is left to the next daemon in a place that is another's")
         require(device.backends.isEmpty, "memory is withdrawn while \(key) has \(device.backends)")
         require(!device.isMapped, "\(key) is mapped when the guest's memory goes")
         require(isHandedOver || !device.isInserted, "\(key) is in its place when the server goes")
@@ -336,9 +353,11 @@ struct PlayedGuest: Hashable {
       require(stage == .stopAsked, "\(id) is unplugged as \(stage, default: "nobody")")
       devices[key]?.backends[id] = .closing
     case .remove(let key):
-      withdraw(key, isReset: true)
+      // No driver has found a device that makes way for another.
+      if devices[key]?.isInOthersPlace == false { withdraw(key, isReset: true) }
       devices[key]?.behindTransport = nil
       devices[key]?.isInserted = false
+      devices[key]?.isInOthersPlace = false
       devices[key]?.isMapped = false
       tell(key, .removed)
     case .leave(let key):

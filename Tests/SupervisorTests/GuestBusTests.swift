@@ -98,10 +98,11 @@ import Xen
       return .device(key, .plugged(id, Driver(wire.currentStatus)))
     }
 
-    func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
-      thread.loop.checkIsolated()
-      wires.withLock { $0[key] }?.remove()
-      return .device(key, .removed)
+    func remove(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
+      { [self] _ in
+        thread.loop.checkIsolated()
+        wires.withLock { $0[key] }?.remove()
+      }
     }
   }
 

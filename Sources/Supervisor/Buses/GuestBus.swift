@@ -152,10 +152,6 @@ protocol GuestBus: AnyObject, Sendable {
   func restore(_ key: DeviceKey, _ state: DeviceState)
   /// Devices that were restored and nobody has asked for with `earlier` so far.
   var unclaimed: [DeviceKey] { get }
-  /// Forgets one of those, which nobody asked for.
-  ///
-  /// - Returns: what takes it out of its place.
-  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void
 
   // MARK: Places
 
@@ -183,8 +179,10 @@ protocol GuestBus: AnyObject, Sendable {
   func insert(
     _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
   ) -> BusEvent
-  /// Takes a device away from the guest; what is behind its transport is reset first.
-  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent
+  /// Gives a device's place up; also that of a restored device that nobody asked for. From now on it has none, and may be given another.
+  ///
+  /// - Returns: what takes it away from the guest; what is behind its transport is reset first.
+  func remove(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void
 
   // MARK: QEMU, where the guest's devices stand beside its own
 
@@ -192,16 +190,16 @@ protocol GuestBus: AnyObject, Sendable {
   var asksQEMU: Bool { get }
   /// What it answered.
   ///
-  /// - Returns: devices whose places QEMU has too and that no driver has found, which are not to be served; and why.
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String]
-  /// It has not answered a guest that looks now.
+  /// - Returns: devices that are not to be served, since QEMU has their places too and no driver has found them so far.
+  func learn(_ functions: Set<PCIAddress>) -> [Displacement]
+  /// It has not answered, or is not there any more: what it said before holds no longer.
   func learnNothing()
   /// Lets the guest look through its bus.
   ///
   /// - Parameter absent: devices that it is not to find there, unless a driver has found them already. nil where nobody says what QEMU
   ///   has: only a guest that waits now is let look.
-  /// - Returns: those that a driver has found.
-  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) -> [DeviceKey]
+  /// - Returns: those of them that it does not find.
+  func answerScan(without absent: [Displacement]?, _ here: OnGuestThread) -> [Displacement]
 
   // MARK: Handshakes in Xenstore, where the bus has them
 
@@ -229,11 +227,10 @@ extension GuestBus {
   var facts: [Fact] { [] }
   func restore(_ key: DeviceKey, _ state: DeviceState) {}
   var unclaimed: [DeviceKey] { [] }
-  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void { { _ in } }
   var asksQEMU: Bool { false }
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] { [:] }
+  func learn(_ functions: Set<PCIAddress>) -> [Displacement] { [] }
   func learnNothing() {}
-  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) -> [DeviceKey] { [] }
+  func answerScan(without absent: [Displacement]?, _ here: OnGuestThread) -> [Displacement] { [] }
 }
 
 /// Buses without a handshake are never asked for one: their machines' style says so.
@@ -257,6 +254,16 @@ extension GuestBus {
 
   /// Takes the backend from behind a device's transport; the driver's requests wait for the next.
   func unplug(_ key: DeviceKey, _ here: OnGuestThread) { transport(of: key)?.unplug() }
+}
+
+/// A device whose place QEMU has too.
+struct Displacement: Sendable {
+  let key: DeviceKey
+  let place: PCIAddress
+  /// For operators.
+  let reason: String
+  /// It is in its place, where a driver may find it at any moment; otherwise it is not there yet.
+  let isPresent: Bool
 }
 
 /// What operators of a guest should know.

@@ -112,9 +112,7 @@ final class GuestBuses {
   /// Notes what QEMU has.
   ///
   /// - Returns: devices that are in a place of QEMU's.
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] {
-    made.reduce(into: [:]) { all, bus in all.merge(bus.learn(functions)) { first, _ in first } }
-  }
+  func learn(_ functions: Set<PCIAddress>) -> [Displacement] { made.flatMap { $0.learn(functions) } }
   func learnNothing() { for bus in made { bus.learnNothing() } }
 
   // MARK: For the status board

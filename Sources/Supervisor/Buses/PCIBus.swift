@@ -171,22 +171,32 @@ final class PCIBus: RegisterBus {
 
   var asksQEMU: Bool { knowledge.withLock(\.asks) }
 
-  func learn(_ functions: Set<PCIAddress>) -> [DeviceKey: String] {
+  func learn(_ functions: Set<PCIAddress>) -> [Displacement] {
     knowledge.withLock { $0 = .known(functions, isOld: false) }
     let theirs = Set(functions.map(\.device))
-    return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.mapValues {
-      "slot: " + Self.collision($0.device)
+    return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.map { key, place in
+      Displacement(
+        key: key, place: place, reason: "slot: " + Self.collision(place.device),
+        isPresent: seats.transport(of: key) != nil)
     }
   }
 
-  func learnNothing() { knowledge.withLock { if case .early = $0 { $0 = .unknown } } }
+  func learnNothing() {
+    knowledge.withLock { knowledge in
+      switch knowledge {
+      case .early, .known(_, isOld: true): knowledge = .unknown
+      case .unknown, .known(_, isOld: false): break
+      }
+    }
+  }
 
-  func answerScan(without absent: [DeviceKey]?, _ here: OnGuestThread) -> [DeviceKey] {
-    let ours = absent.map { $0.filter { seats.place(of: $0) != nil } }
-    let kept = server.answerScan(without: ours.map { $0.compactMap(seats.place) }, here)
-    let inUse = (ours ?? []).filter { seats.place(of: $0).map(kept.contains) == true }
-    for key in ours ?? [] where !inUse.contains(key) { seats.leave(key) }
-    return inUse
+  func answerScan(without absent: [Displacement]?, _ here: OnGuestThread) -> [Displacement] {
+    let kept = Set(server.answerScan(without: absent?.map(\.place), here))
+    let hasServer = (try? server.server(here)) != nil
+    // One that has another place by now, or none, has left this one by itself.
+    let gone = (absent ?? []).filter { seats.place(of: $0.key) == $0.place && !kept.contains($0.place) }
+    for device in gone { if hasServer { seats.leave(device.key) } else { seats.leaveLater(device.key) } }
+    return gone
   }
 
   /// The device number for a device; nil when all are taken.
@@ -202,7 +212,8 @@ final class PCIBus: RegisterBus {
   }
 
   func place(of key: DeviceKey) -> DevicePlace {
-    .pci(device: seats.place(of: key)?.device ?? Self.devices.lowerBound)
+    // Device 0 is QEMU's host bridge, where none of ours can be.
+    .pci(device: seats.place(of: key)?.device ?? 0)
   }
 
   func facts(of key: DeviceKey) -> DeviceFacts {

@@ -46,8 +46,11 @@ extension RegisterBus {
   var unclaimed: [DeviceKey] { seats.unclaimed }
 
   func earlier(_ key: DeviceKey, _ nodes: [String: String], frontend: XenbusState?) -> (Earlier, DeviceState?) {
-    if let state = seats.claim(key), let transport = seats.transport(of: key) {
-      return (.adoptable(Driver(transport.currentStatus)), state)
+    if let state = seats.claim(key) {
+      if let transport = seats.transport(of: key) { return (.adoptable(Driver(transport.currentStatus)), state) }
+      // It has been taken out of its place, before a driver found it there.
+      host.settings.stateFolder?.forget(key)
+      return (.nothing, nil)
     }
     if host.settings.stateFolder != nil, nodes["state"] == XenbusState.connected.rawValue {
       return (.lost("no saved state for a device in use: the guest must \(Self.remedy)"), nil)
@@ -89,21 +92,14 @@ extension RegisterBus {
     return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
-  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
-    empty(seats.place(of: key), key, here)
-    return .device(key, .removed)
-  }
-
-  func discard(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
+  func remove(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
     let place = seats.place(of: key)
     forget(key)
-    return { [self] here in empty(place, key, here) }
-  }
-
-  private func empty(_ place: Place?, _ key: DeviceKey, _ here: OnGuestThread) {
-    guard let server = try? server.server(here) else { return seats.leaveLater(key) }
-    seats.leave(key)
-    if let place { detach(place, server) }
+    return { [self] here in
+      guard let server = try? server.server(here) else { return seats.leaveLater(key) }
+      seats.leave(key)
+      if let place { detach(place, server) }
+    }
   }
 }
 

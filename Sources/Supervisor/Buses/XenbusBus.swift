@@ -162,10 +162,7 @@ final class XenbusBus: GuestBus {
     return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
-  func remove(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
-    reset(key)
-    return .device(key, .removed)
-  }
+  func remove(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void { { [self] _ in reset(key) } }
 
   func leave(_ key: DeviceKey, _ here: OnGuestThread) -> BusEvent {
     let seat = seat(of: key)
