@@ -11,13 +11,13 @@ import Xen
 
 /// What a guest finds that looks through its PCI bus before vxd has asked QEMU what it has there.
 @Suite struct PCIScanTests {
-  private static let (ours, disputed) = (PCIAddress(device: 16), PCIAddress(device: 5))
-  private static let block: UInt64 = 0x1042_1af4
-  private static let profile =
+  static let (ours, disputed) = (PCIAddress(device: 16), PCIAddress(device: 5))
+  static let block: UInt64 = 0x1042_1af4
+  static let profile =
     #"{"version": 1, "disks": [{"guest": "web*", "device": "xvdf", "slot": 5}], "guests": [{"guest": "web*", "transport": "pci"}]}"#
 
   /// A supervisor that asks nobody by itself, and a guest with two disks, of which one is in the disputed place.
-  private func start(_ world: World, tick: UInt64 = 600_000) throws -> SimulatedDomain {
+  func start(_ world: World, tick: UInt64 = 600_000) throws -> SimulatedDomain {
     try start(world, by: Self.profile, tick: tick)
     let domain = try world.domain(5, name: "web1")
     for disk in ["xvde", "xvdf"] {
@@ -29,7 +29,7 @@ import Xen
     return domain
   }
 
-  private func start(_ world: World, by profile: String, tick: UInt64 = 600_000) throws {
+  func start(_ world: World, by profile: String, tick: UInt64 = 600_000) throws {
     let folder = world.folder.path
     let state = try StateFolder(path: folder + "/state")
     try world.start(profiles: profile) {
@@ -39,13 +39,13 @@ import Xen
     }
   }
 
-  private func monitor(_ world: World, slot: Int?) throws -> MonitorOfQEMU {
+  func monitor(_ world: World, slot: Int?) throws -> MonitorOfQEMU {
     try MonitorOfQEMU(
       path: world.folder.path + "/qmp-libxenstat-5",
       devices: slot.map { #"{"bus": 0, "slot": 1, "function": 0}, {"bus": 0, "slot": \#($0), "function": 0}"# })
   }
 
-  private func identity(_ domain: SimulatedDomain, _ function: PCIAddress) -> UInt64 {
+  func identity(_ domain: SimulatedDomain, _ function: PCIAddress) -> UInt64 {
     domain.configurationAccess(vcpu: 0, function, register: 0, size: 4) & 0xffff_ffff
   }
 

@@ -101,6 +101,12 @@ final class World: @unchecked Sendable {
     }
   }
 
+  /// Runs `body` on the supervisor's loop.
+  func withSupervisor(_ body: @escaping @Sendable (isolated Supervisor) -> Void) {
+    guard let thread, let supervisor else { return }
+    thread.perform { supervisor.assumeIsolated { body($0) } }
+  }
+
   /// Runs `body` while the supervisor does nothing: it finds all that happens in it at once.
   func whileTheSupervisorWaits(_ body: () throws -> Void) rethrows {
     let (waits, goesOn) = (Latch(), Latch())

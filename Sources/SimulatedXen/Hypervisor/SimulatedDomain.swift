@@ -36,6 +36,8 @@ package final class SimulatedDomain: @unchecked Sendable {
 
   struct State {
     var servers: [UInt16: Server] = [:]
+    /// Claims of functions of the PCI bus so far.
+    var functionClaims = 0
     var levels: [UInt32: Bool] = [:]
     /// How often each message was sent, and those that nobody has waited for yet.
     var messages: [MSIMessage: UInt64] = [:]
@@ -175,6 +177,9 @@ package final class SimulatedDomain: @unchecked Sendable {
         .compactMap { if case .configuration(let function) = $0 { function } else { nil } }.sorted()
     }
   }
+
+  /// How often a function has been claimed so far.
+  package var functionClaims: Int { state.withLock { $0.functionClaims } }
 
   // MARK: Messages
 

@@ -160,6 +160,7 @@ final class SimulatedGuestHandle: GuestHandle, @unchecked Sendable {
       guard let found = state.servers[server] else { return .failure(Errno(EINVAL)) }
       guard !found.ranges.contains(where: { $0.overlaps(range) }) else { return .failure(Errno(EEXIST)) }
       state.servers[server]?.ranges.append(range)
+      if case .configuration = range { state.functionClaims += 1 }
       return .success(0)
     }
   }
