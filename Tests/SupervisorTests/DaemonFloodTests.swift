@@ -162,7 +162,8 @@ import Xen
     let goal = load.flood.answered + 5 * enough
     #expect(eventually(seconds: 60) { load.flood.answered > goal }, "\(stage.daemon.report)")
     let after = (stage.daemon.residentKilobytes, stage.daemon.threads.count, stage.daemon.descriptorCount)
-    #expect(after.0 <= before.0 + 1024, "\(before.0) KiB have become \(after.0) KiB")
+    // Sanitizers keep what was freed, and shadows of it.
+    #expect(testsAreSlow || after.0 <= before.0 + 1024, "\(before.0) KiB have become \(after.0) KiB")
     #expect(after.1 == before.1 && after.2 == before.2, "\(before) \(after)")
 
     // Limits, ballooning, reset.

@@ -9,9 +9,7 @@ struct ProgramRun {
   var status: Int32 = -1
 
   /// A program of this build.
-  static func path(_ program: String) -> String {
-    "/" + #filePath.split(separator: "/").dropLast(3).joined(separator: "/") + "/.build/debug/" + program
-  }
+  static func path(_ program: String) -> String { "\(ChildProcess.products)/\(program)" }
 
   static func vxctl(_ arguments: String...) -> ProgramRun { ProgramRun(path("vxctl"), arguments) }
 
