@@ -2,6 +2,7 @@
 # limit: 700 s
 # needs: xenbus
 # processors: 5
+# also on: arm64
 # A network device from an unprivileged driver domain, with the bridge in there, for a PVH guest whose console is dom0's.
 start_vxd
 remember_resources
@@ -23,11 +24,12 @@ in_driver "vxctl list" | sed 's/^/| /'
 
 step "traffic"
 for size in 0 1472 30000; do check "ping, $size bytes" in_driver "ping -c 2 -W 5 -s $size 10.8.0.2"; done
-# By the amount rather than by time: how much a second of the emulated clock carries depends on what is measured.
+# By the amount rather than by time: how much a second of the emulated clock carries depends on what is measured. With -i 0, trixie's iperf3 (3.18)
+# never sees that the amount is reached.
 iperf() { # WHAT ARGUMENT...
   title=$1
   shift
-  in_guest one "iperf3 -i 0 -c 10.8.0.1 $*" >/tmp/iperf.out 2>&1
+  in_guest one "iperf3 -i 1 -c 10.8.0.1 $*" >/tmp/iperf.out 2>&1
   code=$?
   check "$title: $(sed -n 's/.* \([0-9.]* [MGK]bits\/sec\).*receiver.*/\1/p' /tmp/iperf.out | tail -n 1)" ran $code
 }
