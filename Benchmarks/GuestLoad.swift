@@ -81,7 +81,7 @@ final class GuestLoad {
   func run(_ pattern: Pattern, seconds: Double) -> Result {
     var random = pattern.random
     let (mapCalls, notifications, interrupts) = (
-      pool.statistics.mapCalls, driver.notifications, transport.interrupts.raised.load(ordering: .relaxed)
+      pool.statistics.mapCalls, driver.notifications, transport.interrupts.raised.value
     )
     var slotOfHead = [Int](repeating: 0, count: 256)
     var chain: [SimulatedDriver.Buffer] = []
@@ -134,7 +134,7 @@ final class GuestLoad {
       requestsPerSecond: Double(done) / elapsed,
       mapCallsPerRequest: Double(pool.statistics.mapCalls - mapCalls) / count,
       notificationsPerRequest: Double(driver.notifications - notifications) / count,
-      interruptsPerRequest: Double(transport.interrupts.raised.load(ordering: .relaxed) - interrupts) / count)
+      interruptsPerRequest: Double(transport.interrupts.raised.value - interrupts) / count)
   }
 
   func stop() {

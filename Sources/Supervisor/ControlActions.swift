@@ -45,6 +45,9 @@ extension SupervisorControl {
 
     func limitAll(_ change: @escaping LimitsChange) { supervisor.withLock { $0 }?.limitAll(change) }
 
+    /// Whether a guest has Xen drivers, as Xen says now: a question to Xen alone, by the thread that asks.
+    func hasXenDrivers(_ domain: DomainID) -> Bool? { supervisor.withLock { $0 }?.hypervisor.hasXenDrivers(domain) }
+
     // MARK: Profiles
 
     /// Why only role admin may have a guest use an image; nil when its profile lists it.

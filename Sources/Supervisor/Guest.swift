@@ -80,14 +80,12 @@ final class Guest {
     let machine = machine[device.key]
     let place = device.bus.facts(of: device.key)
     let (settings, transport) = (device.entry?.settings, device.transport)
-    var interrupts: @Sendable () -> UInt64 = { 0 }
-    if let transport { interrupts = { transport.interruptCount } }
     return StatusBoard.Device(
       key: device.key, name: device.name, guestName: self.name, phase: phase(of: device), slot: place.slot,
       type: device.type?.name ?? "unknown", path: settings?.image ?? device.nodes["params"],
       readOnly: settings?.readOnly ?? false, readings: device.backend?.readings,
-      driverStatus: transport?.currentStatus, interrupts: interrupts,
-      stuck: device.stuck, account: device.account, limits: machine?.rules.limits ?? RateLimits(),
+      driverStatus: transport?.currentStatus, interrupts: transport?.interruptGauge,
+      stuck: device.stuck, accounts: device.account.all, limits: machine?.rules.limits ?? RateLimits(),
       restarts: machine?.restarts.count ?? 0,
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
       isEmptySpare: machine?.spare == .empty, entryPath: device.nodes["params"],

@@ -112,12 +112,12 @@ package enum Metrics {
     gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
     gauge(
       "vxd_event_channels", "Event channels bound to ioreq servers and to queues of Xenbus devices.",
-      "\(guests.reduce(0) { $0 + $1.channels + $1.devices.reduce(0) { $0 + $1.channels() } })")
+      "\(guests.reduce(0) { $0 + $1.channels + $1.devices.reduce(0) { $0 + Int(clamping: $1.channels?.value ?? 0) } })")
     gauge(
       "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
     gauge(
       "vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
-    let granted = guests.flatMap(\.devices).compactMap { $0.grants?().statistics }
+    let granted = guests.flatMap(\.devices).compactMap { $0.grants?.pages.statistics }
     gauge(
       "vxd_grants", "Granted pages that are mapped; virtio-mmio uses none.",
       "\(granted.reduce(0) { $0 + $1.mappedPages })")
@@ -139,20 +139,20 @@ package enum Metrics {
     }
     put("vxd_guest_devices", "gauge", "Devices of a guest.") { "\($0.devices.count)" }
     put("vxd_guest_mapped_pages", "gauge", "Pages of a guest that are mapped.") {
-      $0.mappings.map { "\($0().mappedPages)" }
+      $0.mappings.map { "\($0.mappedPages.value)" }
     }
     put("vxd_guest_mapped_pages_limit", "gauge", "Pages that may be mapped.") {
-      $0.mappings.map { "\($0().budgetPages)" }
+      $0.mappings.map { "\($0.budgetPages.value)" }
     }
-    put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.mappings.map { "\($0().mapCalls)" } }
+    put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.mappings.map { "\($0.mapCalls.value)" } }
     put("vxd_guest_evictions", "counter", "Buckets unmapped to make room.") {
-      $0.mappings.map { "\($0().evictions)" }
+      $0.mappings.map { "\($0.evictions.value)" }
     }
     put("vxd_guest_accesses", "counter", "Register accesses.") {
-      $0.server.map { "\($0.counters.accesses.load(ordering: .relaxed))" }
+      $0.server.map { "\($0.counters.accesses.value)" }
     }
     put("vxd_guest_invalidations", "counter", "Invalidations after a guest gave pages back.") {
-      $0.server.map { "\($0.counters.invalidations.load(ordering: .relaxed))" }
+      $0.server.map { "\($0.counters.invalidations.value)" }
     }
   }
 
@@ -171,7 +171,7 @@ package enum Metrics {
         }
       })
     func sum(_ device: StatusBoard.Device, _ value: (QueueCounters) -> UInt64) -> UInt64 {
-      device.account.all.reduce(0) { $0 &+ value($1.counters) }
+      device.accounts.reduce(0) { $0 &+ value($1.counters) }
     }
     func put(_ name: String, _ type: String, _ help: String, _ value: (StatusBoard.Device) -> String?) {
       writer.put(
@@ -248,11 +248,10 @@ package enum Metrics {
   private static func writeLatencies(_ writer: inout Writer, _ devices: [StatusBoard.Device]) {
     var samples: [Sample] = []
     for device in devices {
-      let accounts = device.account.all
       for operation in QueueLatencies.Operation.allCases {
         for stage in QueueLatencies.Stage.allCases {
           var counts = LatencyCounts()
-          for account in accounts { counts += account.latencies.counts(operation, stage) }
+          for account in device.accounts { counts += account.latencies.counts(operation, stage) }
           let count = counts.count
           guard count > 0 else { continue }
           let names = labels(device) + [("operation", "\(operation)"), ("stage", "\(stage)")]

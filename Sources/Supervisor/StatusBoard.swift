@@ -5,8 +5,11 @@ import Synchronization
 import Transport
 import Xen
 
-/// What the supervisor publishes for others to read: the control socket answers from it without waiting for anybody. It holds values, and
-/// functions that read counters: nothing here can change a device.
+/// What the supervisor publishes for others to read: the control socket answers from it without waiting for anybody.
+///
+/// Invariant: it holds values, and where a number is read as it is at the moment, the object that counts it alone (`Gauge`, `PoolGauges`,
+/// `QueueCounters`, `QueueLatencies`, `IOReqServer.Counters`: atomic words, which refer to nothing else). No function, transport, pool, bus or backend is
+/// reached from here, so whoever reads can change no device, and keeps nothing alive of a guest that has gone. `StatusBoardTests` looks through a board.
 package final class StatusBoard: Sendable {
   struct Device: Sendable {
     var key: DeviceKey
@@ -22,10 +25,11 @@ package final class StatusBoard: Sendable {
     var readings: BackendReadings?
     /// The driver's status register; nil where the guest cannot find the device.
     var driverStatus: DeviceStatus?
-    /// How often the guest was interrupted.
-    var interrupts: @Sendable () -> UInt64 = { 0 }
+    /// How often the guest was interrupted; nil where nothing could.
+    var interrupts: Gauge?
     var stuck: StuckRequest?
-    var account = DeviceAccount()
+    /// What each of its queues counted, over all its backends.
+    var accounts: [QueueAccount] = []
     var limits = RateLimits()
     var restarts = 0
     var faults = 0
@@ -38,13 +42,13 @@ package final class StatusBoard: Sendable {
     /// What the guest needs for its driver to find it.
     var guestNeeds = ""
     /// Granted pages of a Xenbus device.
-    var grants: (@Sendable () -> GrantReadings)?
+    var grants: GrantGauges?
     /// Its place, in words.
-    var facts: @Sendable () -> [Fact] = { [] }
+    var facts: [Fact] = []
     /// What is wrong with it although it works.
     var warning: String?
     /// Event channels that are bound for it alone.
-    var channels: @Sendable () -> Int = { 0 }
+    var channels: Gauge?
   }
 
   struct Guest: Sendable {
@@ -60,11 +64,11 @@ package final class StatusBoard: Sendable {
     var channels = 0
     var server: IOReqServerReport?
     /// Pages of the guest that are mapped; nil where they are granted for each device.
-    var mappings: (@Sendable () -> PoolStatistics)?
+    var mappings: PoolGauges?
     /// How the guest reaches its devices, in words.
     var facts: [Fact] = []
     var guestNeeds = ""
-    var notes: @Sendable () -> Set<GuestNote> = { [] }
+    var notes: Set<GuestNote> = []
     var limits = RateLimits()
     var devices: [Device]
   }

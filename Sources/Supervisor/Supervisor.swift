@@ -13,6 +13,7 @@ package import Xen
 package actor Supervisor {
   package nonisolated let loop: EventLoop
   package nonisolated let board: StatusBoard
+  nonisolated let hypervisor: any Hypervisor
   package nonisolated var unownedExecutor: UnownedSerialExecutor { loop.asUnownedSerialExecutor() }
 
   private let settings: SupervisorSettings
@@ -38,6 +39,7 @@ package actor Supervisor {
     self.settings = settings
     self.log = log
     self.board = board
+    self.hypervisor = hypervisor
     reader = XenstoreReader(socketPath: settings.xenstoreSocket)
     let writer = XenstoreWriter(reader, log: log)
     let herald = Herald(log: log, churn: ChurnBudget(settings.startRetry), announce: announce)

@@ -10,7 +10,7 @@ import Xen
 extension SupervisorControl {
   static func info(_ contents: StatusBoard.Contents, _ started: UInt64, _ isSimulated: Bool) -> JSONValue {
     let guests = contents.guests.values
-    let pools = guests.compactMap { $0.mappings?() }
+    let pools = guests.compactMap { $0.mappings }
     return [
       "version": .string(version), "hypervisor": .string(contents.hypervisor), "simulated": .bool(isSimulated),
       "pid": .count(getpid()), "uptimeSeconds": .count((EventLoop.now() - started) / 1_000_000_000),
@@ -18,15 +18,16 @@ extension SupervisorControl {
       "devicesInTrouble": .count(
         guests.reduce(0) { $0 + $1.devices.filter { $0.phase.reason != nil }.count }),
       "ioreqServers": .count(guests.filter { $0.server != nil }.count),
-      "mappedPages": .count(pools.reduce(0) { $0 + $1.mappedPages }),
+      "mappedPages": .count(pools.reduce(0) { $0 + $1.mappedPages.value }),
       "grantedPages": .count(
-        guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?().statistics.mappedPages ?? 0) }),
+        guests.flatMap(\.devices).reduce(0) { $0 + ($1.grants?.pages.mappedPages.value ?? 0) }),
       "xenstoreWatches": .count(contents.watches), "xenstoreConnected": .bool(contents.hasXenstore),
       "hostNodes": .array(contents.hostNodes.map { .string($0) }), "limits": contents.limits.json,
     ]
   }
 
-  static func describe(guest: StatusBoard.Guest) -> JSONValue {
+  /// - Parameter hasXenDrivers: whether it has, as Xen says now; nil where it does not.
+  static func describe(guest: StatusBoard.Guest, hasXenDrivers: (DomainID) -> Bool?) -> JSONValue {
     var members: [JSONValue.Member] = [
       .init(name: "domain", value: .count(guest.domain)), .init(name: "name", value: .string(guest.name)),
       .init(name: "uuid", value: guest.uuid.map(JSONValue.string) ?? .null),
@@ -36,12 +37,7 @@ extension SupervisorControl {
     members.append(.init(name: "limits", value: guest.limits.json))
     members.append(.init(name: "facts", value: describe(guest.facts)))
     members.append(.init(name: "guestNeeds", value: .string(guest.guestNeeds)))
-    for note in guest.notes() {
-      switch note {
-      case .note(let words): members.append(.init(name: "note", value: .string(words)))
-      case .warning(let words): members.append(.init(name: "warning", value: .string(words)))
-      }
-    }
+    members += guest.notes.map { describe($0, hasXenDrivers(guest.domain)) }
     if let reason = guest.reason { members.append(.init(name: "reason", value: .string(reason))) }
     if let server = guest.server {
       members.append(
@@ -49,16 +45,26 @@ extension SupervisorControl {
           name: "ioreqServer",
           value: [
             "id": .count(server.identifier),
-            "accesses": .count(server.counters.accesses.load(ordering: .relaxed)),
-            "invalidations": .count(server.counters.invalidations.load(ordering: .relaxed)),
-            "strays": .count(server.counters.strays.load(ordering: .relaxed)),
+            "accesses": .count(server.counters.accesses.value),
+            "invalidations": .count(server.counters.invalidations.value),
+            "strays": .count(server.counters.strays.value),
           ]))
     }
     return .object(members)
   }
 
+  private static func describe(_ note: GuestNote, _ hasXenDrivers: @autoclosure () -> Bool?) -> JSONValue.Member {
+    switch note {
+    case .note(let words): return .init(name: "note", value: .string(words))
+    case .warning(let words): return .init(name: "warning", value: .string(words))
+    case .byXenDrivers(let present, let absent, let unknown):
+      let answer = hasXenDrivers()
+      return describe(answer.map { $0 ? present : absent } ?? unknown, answer)
+    }
+  }
+
   private static func describe(_ facts: [Fact]) -> JSONValue {
-    .array(facts.map { ["name": .string($0.name), "value": .string($0.value)] })
+    .array(facts.map { ["name": .string($0.name), "value": .string($0.value.words)] })
   }
 
   static func describe(device: StatusBoard.Device, counters: Bool = false) -> JSONValue {
@@ -74,17 +80,17 @@ extension SupervisorControl {
     ]
     members.append(.init(name: "transport", value: .string(device.bus)))
     members.append(.init(name: "guestNeeds", value: .string(device.guestNeeds)))
-    members.append(.init(name: "facts", value: describe(device.facts())))
+    members.append(.init(name: "facts", value: describe(device.facts)))
     if let warning = device.warning { members.append(.init(name: "warning", value: .string(warning))) }
-    if counters, let grants = device.grants?() {
-      let statistics = grants.statistics
+    if counters, let grants = device.grants {
+      let statistics = grants.pages.statistics
       members.append(
         .init(
           name: "grants",
           value: [
-            "access": .string(grants.access), "mappedPages": .count(statistics.mappedPages),
+            "access": grants.access.json, "mappedPages": .count(statistics.mappedPages),
             "budgetPages": .count(statistics.budgetPages), "mapCalls": .count(statistics.mapCalls),
-            "unmapCalls": .count(statistics.unmapCalls), "copiedBytes": .count(grants.copiedBytes),
+            "unmapCalls": .count(statistics.unmapCalls), "copiedBytes": .count(grants.copiedBytes.value),
           ]))
     }
     if let slot = device.slot {
@@ -92,7 +98,7 @@ extension SupervisorControl {
       members.append(.init(name: "base", value: .string("0x" + String(slot.base, radix: 16))))
     }
     if let readings = device.readings {
-      members += readings.facts()
+      members += readings.facts.map(\.json)
       let all = readings.counters
       members.append(.init(name: "inFlight", value: .count(sum(all) { $0.inFlight.load(ordering: .relaxed) })))
       members.append(.init(name: "requests", value: .count(sum(all, requests))))
@@ -112,11 +118,11 @@ extension SupervisorControl {
     }
     members.append(.init(name: "restarts", value: .count(device.restarts)))
     if counters {
-      if device.type != "disk" { members.append(.init(name: "drops", value: drops(device.account))) }
+      if device.type != "disk" { members.append(.init(name: "drops", value: drops(device.accounts))) }
       members.append(.init(name: "faults", value: .count(device.faults)))
       members.append(.init(name: "restartPolicy", value: .string(device.policy.mode.rawValue)))
       members.append(.init(name: "limits", value: device.limits.json))
-      members.append(.init(name: "latencies", value: latencies(device.account)))
+      members.append(.init(name: "latencies", value: latencies(device.accounts)))
     }
     if let stuck = device.stuck {
       members.append(
@@ -133,8 +139,7 @@ extension SupervisorControl {
   }
 
   /// Quantiles of each operation and stage that occurred, in microseconds.
-  static func latencies(_ account: DeviceAccount) -> JSONValue {
-    let accounts = account.all
+  static func latencies(_ accounts: [QueueAccount]) -> JSONValue {
     var operations: [JSONValue.Member] = []
     for operation in QueueLatencies.Operation.allCases {
       var stages: [JSONValue.Member] = []
@@ -179,12 +184,12 @@ extension SupervisorControl {
       ("translationMisses", { $0.translationMisses.value }),
     ]
     var members = values.map { JSONValue.Member(name: $0.0, value: .count(sum(counters, $0.1))) }
-    members.append(.init(name: "interrupts", value: .count(device.interrupts())))
+    members.append(.init(name: "interrupts", value: .count(device.interrupts?.value ?? 0)))
     return .object(members)
   }
 
   static func describe(poolOf guest: StatusBoard.Guest) -> JSONValue? {
-    guard let statistics = guest.mappings?() else { return nil }
+    guard let statistics = guest.mappings?.statistics else { return nil }
     let counters = guest.devices.flatMap { $0.readings?.counters ?? [] }
     return [
       "guest": .string(guest.name), "domain": .count(guest.domain), "mappedPages": .count(statistics.mappedPages),

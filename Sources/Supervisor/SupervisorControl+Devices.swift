@@ -77,8 +77,8 @@ extension SupervisorControl {
   }
 
   /// What was dropped, by reason: packets of a network device, bytes of a console.
-  static func drops(_ account: DeviceAccount) -> JSONValue {
-    let counters = account.all.map(\.counters)
+  static func drops(_ accounts: [QueueAccount]) -> JSONValue {
+    let counters = accounts.map(\.counters)
     return .object(
       DropReason.allCases.map { reason in
         .init(name: "\(reason)", value: .count(counters.reduce(0) { $0 &+ $1.drops(reason).value }))

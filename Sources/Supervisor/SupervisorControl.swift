@@ -49,7 +49,8 @@ package enum SupervisorControl {
         return ["contentType": .string(Metrics.contentType), "text": .string(text)]
       },
       ControlMethod("guest.list", "The guests that have devices served here.", result: list) {
-        _ throws(ControlFault) in .array(sorted(board.current).map(describe(guest:)))
+        _ throws(ControlFault) in
+        .array(sorted(board.current).map { describe(guest: $0, hasXenDrivers: actions.hasXenDrivers) })
       },
       ControlMethod(
         "device.list", "The devices, of all guests or of one.",

@@ -71,10 +71,7 @@ import Xen
           counters: [counters]))
     }
 
-    override var facts: @Sendable () -> [JSONValue.Member] {
-      let brightness = settings.brightness
-      return { [.init(name: "brightness", value: .count(brightness))] }
-    }
+    override var facts: [Reading.Member] { [.init("brightness", .value(.count(settings.brightness)))] }
   }
 
   private static let types = DeviceTypes.all + [BeaconSettings.self]

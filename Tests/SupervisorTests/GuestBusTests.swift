@@ -17,7 +17,7 @@ import Xen
   final class Wire: DeviceTransport {
     private let status = Atomic<UInt32>(0)
     private let device = Mutex<(any VirtioDevice)?>(nil)
-    private let interrupts = Atomic<UInt64>(0)
+    let interruptGauge = Gauge()
     private let changed: @Sendable (DeviceStatus) -> Void
 
     init(_ device: any VirtioDevice, _ changed: @escaping @Sendable (DeviceStatus) -> Void) {
@@ -26,7 +26,6 @@ import Xen
     }
 
     var currentStatus: DeviceStatus { DeviceStatus(rawValue: status.load(ordering: .acquiring)) }
-    var interruptCount: UInt64 { interrupts.load(ordering: .relaxed) }
     var isPlugged: Bool { device.withLock { $0 != nil } }
 
     func plug(_ device: any VirtioDevice) -> Bool {
@@ -49,8 +48,8 @@ import Xen
       old?.reset()
     }
 
-    func interruptForUsedBuffers() { interrupts.wrappingAdd(1, ordering: .relaxed) }
-    func interruptForConfiguration() { interrupts.wrappingAdd(1, ordering: .relaxed) }
+    func interruptForUsedBuffers() { interruptGauge.add(1) }
+    func interruptForConfiguration() { interruptGauge.add(1) }
     func needReset() { status.bitwiseOr(DeviceStatus.needsReset.rawValue, ordering: .acquiringAndReleasing) }
   }
 

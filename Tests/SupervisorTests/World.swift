@@ -119,6 +119,23 @@ final class World: @unchecked Sendable {
     try body()
   }
 
+  /// Looks at the supervisor from its own thread.
+  func inside<Result: Sendable>(_ body: @escaping @Sendable (isolated Supervisor) -> Result?) -> Result? {
+    guard let thread, let supervisor else { return nil }
+    let found = Found<Result>()
+    thread.perform {
+      supervisor.assumeIsolated { supervisor in
+        let result = body(supervisor)
+        found.value.withLock { $0 = result }
+      }
+    }
+    return found.value.withLock { $0 }
+  }
+
+  private final class Found<Result: Sendable>: Sendable {
+    let value = Mutex<Result?>(nil)
+  }
+
   /// Ends the supervisor in good order.
   func stop(handsOver: Bool = true) {
     guard let thread, let supervisor else { return }

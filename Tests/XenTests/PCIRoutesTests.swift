@@ -44,7 +44,7 @@ import Virtqueue
     /// Accesses that were answered.
     var counted: UInt64 {
       let count = Atomic<UInt64>(0)
-      perform { count.store($0.counters.accesses.load(ordering: .relaxed), ordering: .relaxed) }
+      perform { count.store($0.counters.accesses.value, ordering: .relaxed) }
       return count.load(ordering: .relaxed)
     }
 

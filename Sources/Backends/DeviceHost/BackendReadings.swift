@@ -1,9 +1,8 @@
 package import Devices
 package import EventLoop
-package import JSON
 
-/// What operators see of a running backend: values of the moment at which they were asked for, and functions that read what its threads
-/// publish. They outlive the backend and cannot change it.
+/// What operators see of a running backend: values of the moment at which it was asked for them, and counters that its threads keep. They outlive the
+/// backend, keep nothing of it, and cannot change it.
 package struct BackendReadings: Sendable {
   /// How it is served, for people.
   package var mode: String
@@ -13,7 +12,7 @@ package struct BackendReadings: Sendable {
   /// The counters of each queue.
   package var counters: [QueueCounters]
   /// What is special of the type, as clients of the control socket get it.
-  package var facts: @Sendable () -> [JSONValue.Member]
+  package var facts: [Reading.Member]
   package var ports: [BackendPort]
   /// Bytes of a disk.
   package var capacity: UInt64?

@@ -1,6 +1,5 @@
 package import Devices
 package import EventLoop
-package import JSON
 package import Lifecycle
 import Synchronization
 package import Transport
@@ -171,8 +170,8 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   /// Requests that can be under way, in all queues together.
   package var requestLimit: Int { queueSizes.reduce(0) { $0 + Int($1) } }
 
-  /// What is special of the type, for operators; overridden where there is such a thing. May be called when the backend is gone.
-  package var facts: @Sendable () -> [JSONValue.Member] { { [] } }
+  /// What is special of the type, for operators; overridden where there is such a thing.
+  package var facts: [Reading.Member] { [] }
   /// Overridden by consoles.
   package var ports: [BackendPort] { [] }
   /// Bytes of a disk.

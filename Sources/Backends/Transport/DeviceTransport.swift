@@ -3,7 +3,7 @@ package protocol DeviceTransport: TransportSignals {
   /// The driver's status register, or what stands for it.
   var currentStatus: DeviceStatus { get }
   /// How often the guest was interrupted.
-  var interruptCount: UInt64 { get }
+  var interruptGauge: Gauge { get }
   /// Puts a backend behind the transport. A device that the driver has started goes on at once.
   ///
   /// - Returns: false when the backend cannot serve what was negotiated; the driver must reset then.

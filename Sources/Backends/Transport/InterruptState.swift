@@ -1,4 +1,4 @@
-package import Synchronization
+import Synchronization
 
 /// How a device reaches its guest's interrupt controller.
 package protocol InterruptLine: AnyObject, Sendable {
@@ -35,7 +35,7 @@ package final class InterruptState: Sendable {
   private let line: any InterruptLine
   private let isLevel: Bool
   /// How often the guest was interrupted.
-  package let raised = Atomic<UInt64>(0)
+  package let raised = Gauge()
 
   package init(line: any InterruptLine) {
     self.line = line
@@ -47,7 +47,7 @@ package final class InterruptState: Sendable {
 
   /// Adds a cause and interrupts the guest.
   package func raise(_ cause: InterruptCause) {
-    raised.wrappingAdd(1, ordering: .relaxed)
+    raised.add(1)
     // On an edge-triggered line new causes need an edge even when old ones are not acknowledged yet.
     word.bitwiseOr(isLevel ? cause.rawValue : cause.rawValue | Self.again, ordering: .acquiringAndReleasing)
     drive()

@@ -41,7 +41,7 @@ package final class MMIOTransport: DeviceTransport {
   }
 
   package var identity: DeviceIdentity { session.identity }
-  package var interruptCount: UInt64 { interrupts.raised.load(ordering: .relaxed) }
+  package var interruptGauge: Gauge { interrupts.raised }
   package var currentStatus: DeviceStatus { session.currentStatus }
 
   // MARK: Backends

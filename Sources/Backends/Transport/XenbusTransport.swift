@@ -11,13 +11,14 @@ package final class XenbusTransport: DeviceTransport {
   private let onConfiguration: @Sendable () -> Void
   /// Told, and not come to read yet: telling it again would only make it read the same twice.
   private let isTold = Atomic<Bool>(false)
-  private let interrupts = Atomic<UInt64>(0)
+  package let interruptGauge = Gauge()
   private let session: DriverSession
   /// Confined to the guest's thread, see the type's comment.
   nonisolated(unsafe) private var channels: [QueueSignals?] = [] {
-    didSet { bound.store(channels.count { $0 != nil }, ordering: .relaxed) }
+    didSet { boundChannels.set(UInt64(channels.count { $0 != nil })) }
   }
-  private let bound = Atomic<Int>(0)
+  /// Event channels that are bound.
+  package let boundChannels = Gauge()
 
   /// - Parameters:
   ///   - state: keeps what a later process must know.
@@ -33,9 +34,6 @@ package final class XenbusTransport: DeviceTransport {
 
   package var identity: DeviceIdentity { session.identity }
   package var currentStatus: DeviceStatus { session.currentStatus }
-  /// Event channels that are bound.
-  package var channelCount: Int { bound.load(ordering: .relaxed) }
-  package var interruptCount: UInt64 { interrupts.load(ordering: .relaxed) }
 
   /// The `vx-config` node: generation, status and configuration space of one moment.
   package var configurationText: String {
@@ -141,7 +139,7 @@ package final class XenbusTransport: DeviceTransport {
     var doorbell: (any QueueDoorbell)? { bell }
 
     func interruptForUsedBuffers() {
-      transport.interrupts.wrappingAdd(1, ordering: .relaxed)
+      transport.interruptGauge.add(1)
       bell.ring()
     }
 

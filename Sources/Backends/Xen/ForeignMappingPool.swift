@@ -63,7 +63,8 @@ package final class ForeignMappingPool: GuestMemorySource {
   /// Mappings that may wait to be withdrawn. Each is an area of the process's memory map, of which all guests share 65530
   /// (vm.max_map_count).
   package static let limboLimit = 2048
-  private let board = Mutex(PoolStatistics())
+  /// What others see of the state, without waiting for a call of the hypervisor, for which it is locked.
+  package let gauges = PoolGauges()
   private let state: Mutex<State>
 
   /// - Parameters:
@@ -83,8 +84,7 @@ package final class ForeignMappingPool: GuestMemorySource {
 
   deinit { close() }
 
-  /// Never waits for a call of the hypervisor, which `state` is locked for.
-  package var statistics: PoolStatistics { board.withLock { $0 } }
+  package var statistics: PoolStatistics { gauges.statistics }
 
   /// Works on the state, and shows what came of it.
   private func update<Result>(_ body: (inout State) -> Result) -> Result {
@@ -92,8 +92,7 @@ package final class ForeignMappingPool: GuestMemorySource {
       let result = body(&state)
       state.statistics.buckets = state.buckets.count
       state.statistics.budgetPages = budgetBuckets << (bucketShift - 12)
-      let statistics = state.statistics
-      board.withLock { $0 = statistics }
+      gauges.show(state.statistics)
       return result
     }
   }

@@ -23,7 +23,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   }
 
   /// How the guest's memory is reached.
-  package enum Mode: String, Sendable {
+  package enum Mode: String, CaseIterable, Sendable {
     case unattached
     /// All of it is mapped.
     case mapped
@@ -66,9 +66,8 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   package let generation = MappingGeneration()
   private let share: GrantShare
   private let state = Mutex(State())
-  /// What others see of the state: never locked for a call of the hypervisor.
-  private let board = Mutex((mode: Mode.unattached, statistics: PoolStatistics()))
-  private let copiedBytes = Atomic<UInt64>(0)
+  /// What others see of the state, without waiting for a call of the hypervisor, for which it is locked.
+  package let gauges = GrantGauges()
   /// A bit for each page of the arena; the rest of the bucket is no memory. Belongs to the pool for its whole life, so that a view
   /// that looks at it late reads zeros.
   private let valid: UnsafeMutablePointer<UInt64>
@@ -92,21 +91,21 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
     stamp.deallocate()
   }
 
-  package var mode: Mode { board.withLock { $0.mode } }
+  package var mode: Mode { Mode.allCases[Int(clamping: gauges.mode.value)] }
   /// Mappings stay until `detach`, which is called when no queue is to be served any more.
   package var isStable: Bool { mode == .mapped }
   /// Bytes that went by grant copy, for want of room.
-  package var copied: UInt64 { copiedBytes.load(ordering: .relaxed) }
+  package var copied: UInt64 { gauges.copiedBytes.value }
 
-  package var statistics: PoolStatistics { board.withLock { $0.statistics } }
+  package var statistics: PoolStatistics { gauges.pages.statistics }
 
   /// Works on the state, and shows what came of it.
   private func update<Result>(_ body: (inout State) -> Result) -> Result {
     state.withLock { state in
       let result = body(&state)
       state.statistics.budgetPages = share.limit
-      let shown = (state.mode, state.statistics)
-      board.withLock { $0 = shown }
+      gauges.pages.show(state.statistics)
+      gauges.mode.set(UInt64(Mode.allCases.firstIndex(of: state.mode) ?? 0))
       return result
     }
   }
@@ -309,6 +308,6 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
       guard isGood else { throw .unmapped(address: at) }
       done += step
     }
-    copiedBytes.wrappingAdd(UInt64(truncatingIfNeeded: count), ordering: .relaxed)
+    gauges.copiedBytes.add(UInt64(truncatingIfNeeded: count))
   }
 }

@@ -1,5 +1,4 @@
 package import EventLoop
-package import Synchronization
 package import Transport
 import Virtqueue
 
@@ -8,11 +7,11 @@ import Virtqueue
 /// Confined to the guest's ioreq thread, whose loop calls `ready` for event channels. A notification of a queue is handed to
 /// the device's thread before the slot is answered, so the vCPU goes on at once.
 package final class IOReqServer: EventSource {
-  /// What the server did, readable from any thread.
+  /// What the server did, readable from any thread: gauges alone, which outlive the server.
   package final class Counters: Sendable {
-    package let accesses = Atomic<UInt64>(0)
-    package let invalidations = Atomic<UInt64>(0)
-    package let strays = Atomic<UInt64>(0)
+    package let accesses = Gauge()
+    package let invalidations = Gauge()
+    package let strays = Gauge()
   }
 
   /// The server's number in Xen.
@@ -190,10 +189,10 @@ package final class IOReqServer: EventSource {
 
   /// - Returns: what goes into the slot's data field.
   private func perform(_ request: IOReq) -> UInt64 {
-    counters.accesses.wrappingAdd(1, ordering: .relaxed)
+    counters.accesses.add(1)
     switch request.kind {
     case .invalidate:
-      counters.invalidations.wrappingAdd(1, ordering: .relaxed)
+      counters.invalidations.add(1)
       if !ignoresInvalidations { pool.invalidate() }
       return request.data
     case .memory, .pciConfiguration:
@@ -207,7 +206,7 @@ package final class IOReqServer: EventSource {
       write(space, request.address, width, request.data)
       return request.data
     case .portIO, .timeOffset, nil:
-      counters.strays.wrappingAdd(1, ordering: .relaxed)
+      counters.strays.add(1)
       return request.isRead ? .max : request.data
     }
   }

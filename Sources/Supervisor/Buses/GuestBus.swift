@@ -141,8 +141,8 @@ protocol GuestBus: AnyObject, Sendable {
 
   /// What a guest needs for its drivers to find devices there: for operators whose guest has not.
   var guestNeeds: String { get }
-  /// What operators of such guests should know now; nil for nothing. Any thread.
-  func note() -> GuestNote?
+  /// What operators of such guests should know; nil for nothing.
+  var note: GuestNote? { get }
   /// What operators see of the bus as a whole.
   var facts: [Fact] { get }
 
@@ -223,7 +223,7 @@ extension GuestBus {
   static func restores(_ place: DevicePlace) -> Bool { false }
   static func hasWindow(_ device: DeviceWish) -> Bool { false }
   func claim(_ key: DeviceKey, _ wish: DeviceWish, _ here: OnGuestThread) -> BusEvent { .device(key, .claimed(nil)) }
-  func note() -> GuestNote? { nil }
+  var note: GuestNote? { nil }
   var facts: [Fact] { [] }
   func restore(_ key: DeviceKey, _ state: DeviceState) {}
   var unclaimed: [DeviceKey] { [] }
@@ -271,12 +271,15 @@ enum GuestNote: Hashable, Sendable {
   case note(String)
   /// It would cost them something.
   case warning(String)
+  /// Which of them it is depends on whether the guest has Xen drivers; unknown is for where nobody says. That is asked of Xen by who wants to
+  /// know: nobody tells of a guest that has loaded them.
+  indirect case byXenDrivers(present: GuestNote, absent: GuestNote, unknown: GuestNote)
 }
 
 /// One thing to know.
 struct Fact: Sendable {
   var name: String
-  var value: String
+  var value: Reading
 }
 
 /// What operators see of a guest's server.
@@ -287,33 +290,19 @@ struct ServerFacts: Sendable {
   /// Event channels that are bound for the guest, beside those of its devices.
   var channels = 0
   var server: StatusBoard.IOReqServerReport?
-  var mappings: (@Sendable () -> PoolStatistics)?
+  var mappings: PoolGauges?
 }
 
 /// What operators see of a device's place.
 struct DeviceFacts: Sendable {
   /// In words, for `vxctl explain`.
-  var rows: @Sendable () -> [Fact] = { [] }
+  var rows: [Fact] = []
   /// What is wrong with it although it works.
   var warning: String?
   var slot: DeviceSlot?
-  var grants: (@Sendable () -> GrantReadings)?
+  var grants: GrantGauges?
   /// Event channels that are bound for the device alone.
-  var channels: @Sendable () -> Int = { 0 }
-}
-
-/// Granted pages of one device.
-struct GrantReadings: Sendable {
-  /// How its memory is reached.
-  var access: String
-  var statistics: PoolStatistics
-  var copiedBytes: UInt64
-
-  init(_ pool: GrantPool) {
-    access = pool.mode.rawValue
-    statistics = pool.statistics
-    copiedBytes = pool.copied
-  }
+  var channels: Gauge?
 }
 
 extension Driver {

@@ -124,10 +124,8 @@ final class GuestBuses {
   }
 
   var guestNeeds: String { unique(made.map(\.guestNeeds)) ?? "" }
-  /// What operators should know, as it is when it is asked for, on any thread.
-  var notes: @Sendable () -> Set<GuestNote> {
-    { [made] in Set(made.compactMap { $0.note() }) }
-  }
+  /// What operators should know.
+  var notes: Set<GuestNote> { Set(made.compactMap(\.note)) }
 
   private func unique(_ texts: [String]) -> String? {
     var seen: Set<String> = []

@@ -20,7 +20,7 @@ final class MMIOBus: RegisterBus {
   }
 
   /// xl has no such commands for guests on Arm.
-  func note() -> GuestNote? { guest.isParavirtual ? nil : server.savingNote }
+  var note: GuestNote? { guest.isParavirtual ? nil : RegisterServer.savingNote }
 
   static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
     !guest.isDriverDomain && (device.base != 0 || !guest.isParavirtual)
@@ -105,9 +105,9 @@ final class MMIOBus: RegisterBus {
     let slot = seats.place(of: key)
     let row = slot.map { slot in
       let base = "0x\(String(slot.base, radix: 16))"
-      return slot.index.map { Fact(name: "slot", value: "\($0) at \(base)") } ?? Fact(name: "window", value: base)
+      return slot.index.map { Fact(name: "slot", value: "\($0) at \(base)") } ?? Fact(name: "window", value: "\(base)")
     }
-    return DeviceFacts(rows: { row.map { [$0] } ?? [] }, warning: server.warning(key), slot: slot)
+    return DeviceFacts(rows: row.map { [$0] } ?? [], warning: server.warning(key), slot: slot)
   }
 
   // MARK: The guest

@@ -14,7 +14,7 @@ final class PCIBus: RegisterBus {
   static let remedy = "look for its devices again"
 
   let guestNeeds = "virtio_pci and the device's driver"
-  func note() -> GuestNote? { server.savingNote }
+  var note: GuestNote? { RegisterServer.savingNote }
 
   static func serves(_ guest: GuestFacts, _ device: DeviceWish) -> Bool {
     device.transport == .pci && device.base == 0 && !guest.isParavirtual && !guest.isDriverDomain
@@ -223,19 +223,16 @@ final class PCIBus: RegisterBus {
     let collision =
       "QEMU has PCI device \(address.device) too: detach QEMU's before the guest looks through its PCI bus again (reboot, rescan, kexec), "
       + "which may find either"
+    var rows = [Fact(name: "function", value: "\(address)")]
+    if let transport {
+      let base = Reading.address(transport.base)
+      let enabled = Reading.choice(transport.claimed, [.text([base, ", which the guest may not use for it"]), base])
+      rows.append(Fact(name: "BAR", value: .choice(transport.base, ["not enabled", enabled])))
+      let sent = Reading.count(transport.interrupts.sent)
+      rows.append(Fact(name: "vectors", value: .text(["\(transport.vectorCount), ", sent, " sent"])))
+    }
     return DeviceFacts(
-      rows: {
-        var rows = [Fact(name: "function", value: "\(address)")]
-        guard let transport else { return rows }
-        let base = transport.base.map { "0x\(String($0, radix: 16))" }
-        rows.append(
-          Fact(
-            name: "BAR",
-            value: base.map { transport.isClaimed ? $0 : "\($0), which the guest may not use for it" } ?? "not enabled")
-        )
-        rows.append(Fact(name: "vectors", value: "\(transport.vectorCount), \(transport.interrupts.sentCount) sent"))
-        return rows
-      }, warning: isShared && isInUse(key) ? collision : server.warning(key))
+      rows: rows, warning: isShared && isInUse(key) ? collision : server.warning(key))
   }
 
   // MARK: The guest

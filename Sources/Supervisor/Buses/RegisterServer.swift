@@ -13,7 +13,6 @@ final class RegisterServer: @unchecked Sendable {
   let pool: ForeignMappingPool
   private let guest: GuestFacts
   private let settings: SupervisorSettings
-  private let hypervisor: any Hypervisor
   private let report: @Sendable (BusReport) -> Void
   private let loop: EventLoop
   private var domain: DomainID { guest.domain }
@@ -45,7 +44,6 @@ final class RegisterServer: @unchecked Sendable {
     self.guest = guest
     loop = thread.loop
     settings = host.settings
-    hypervisor = host.hypervisor
     report = host.report
     handle = try host.hypervisor.open(guest.domain)
     pool = ForeignMappingPool(guest: handle, bucketShift: settings.bucketShift, budgetBytes: settings.mappingBudget)
@@ -67,25 +65,20 @@ final class RegisterServer: @unchecked Sendable {
     let row = report.map { Fact(name: "ioreq server", value: "\($0.server.identifier), for \($0.vcpus) vCPUs") }
     return ServerFacts(
       rows: row.map { [$0] } ?? [], vcpus: report?.vcpus ?? 0, channels: report?.vcpus ?? 0, server: report?.server,
-      mappings: { [pool] in pool.statistics })
+      mappings: pool.gauges)
   }
 
   /// What becomes of the devices when xl saves the guest. Nobody carries their state, so all depends on whether the guest has reset them. xl migrates
-  /// a guest that runs, and nobody would tell it which pages of the guest's memory vxd writes to meanwhile. Any thread.
-  var savingNote: GuestNote {
-    switch hypervisor.hasXenDrivers(domain) {
-    case true:
-      .note("xl save and xl restore keep these devices; xl migrate corrupts the guest's memory: shut it down instead")
-    case false:
-      .warning(
-        "xl save and xl migrate lose the state of these devices: the guest has no Xen drivers, with which it would reset them first; shut it down instead"
-      )
-    case nil:
-      .note(
-        "xl save and xl restore keep these devices only if the guest has Xen drivers, as Linux has; xl migrate corrupts the guest's memory: shut it down instead"
-      )
-    }
-  }
+  /// a guest that runs, and nobody would tell it which pages of the guest's memory vxd writes to meanwhile.
+  static let savingNote = GuestNote.byXenDrivers(
+    present: .note(
+      "xl save and xl restore keep these devices; xl migrate corrupts the guest's memory: shut it down instead"),
+    absent: .warning(
+      "xl save and xl migrate lose the state of these devices: the guest has no Xen drivers, with which it would reset them first; shut it down instead"
+    ),
+    unknown: .note(
+      "xl save and xl restore keep these devices only if the guest has Xen drivers, as Linux has; xl migrate corrupts the guest's memory: shut it down instead"
+    ))
 
   /// Devices that an earlier daemon left files of; none when they are of another guest, whose domain number came again, or of another life of
   /// this one: rings of that time are not to be served.

@@ -135,17 +135,12 @@ final class XenbusBus: GuestBus {
   func transport(of key: DeviceKey) -> (any DeviceTransport)? { seat(of: key)?.transport }
   func facts(of key: DeviceKey) -> DeviceFacts {
     guard let seat = seat(of: key) else { return DeviceFacts() }
-    let (transport, pool) = (seat.transport, seat.pool)
-    return DeviceFacts(
-      rows: {
-        [
-          Fact(
-            name: "grants",
-            value:
-              "\(pool.mode.rawValue), \(pool.statistics.mappedPages) pages, \(transport?.channelCount ?? 0) event channels"
-          )
-        ]
-      }, grants: { GrantReadings(pool) }, channels: { transport?.channelCount ?? 0 })
+    let (gauges, channels) = (seat.pool.gauges, seat.transport?.boundChannels)
+    let row = Reading.text([
+      gauges.access, ", ", .count(gauges.pages.mappedPages), " pages, ", channels.map { .count($0) } ?? "0",
+      " event channels",
+    ])
+    return DeviceFacts(rows: [Fact(name: "grants", value: row)], grants: gauges, channels: channels)
   }
   func frontend(of key: DeviceKey) -> String? { seat(of: key)?.frontend }
 
@@ -253,4 +248,9 @@ final class XenbusBus: GuestBus {
       return text
     }
   }
+}
+
+extension GrantGauges {
+  /// How the guest's memory is reached.
+  var access: Reading { .choice(mode, GrantPool.Mode.allCases.map { "\($0.rawValue)" }) }
 }

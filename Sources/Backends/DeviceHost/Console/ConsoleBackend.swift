@@ -1,7 +1,6 @@
 package import Devices
 import Engines
 package import EventLoop
-package import JSON
 import Lifecycle
 import Synchronization
 import Transport
@@ -114,19 +113,16 @@ package final class ConsoleBackend: DeviceBackend, @unchecked Sendable {
     }
   }
 
-  package override var facts: @Sendable () -> [JSONValue.Member] {
-    let (ports, board) = (settings.ports, board)
-    return {
-      let values = ports.enumerated().map { index, port -> JSONValue in
-        [
-          "port": .count(index), "name": .string(port.name), "console": .bool(port.isConsole),
-          "guestOpen": .bool(board.isGuestOpen(index)), "hostOpen": .bool(board.isHostOpen(index)),
-          "overflow": .string(port.overflow.rawValue), "pty": port.pty.map { .string($0) } ?? .null,
-          "log": port.log.map { .string($0.path) } ?? .null,
-        ]
-      }
-      return [.init(name: "ports", value: .array(values))]
+  package override var facts: [Reading.Member] {
+    let ports = settings.ports.enumerated().map { index, port -> [Reading.Member] in
+      [
+        .init("port", .value(.count(index))), .init("name", .string(port.name)),
+        .init("console", .bool(port.isConsole)), .init("guestOpen", .flag(board.guest, bit: index)),
+        .init("hostOpen", .flag(board.host, bit: index)), .init("overflow", .string(port.overflow.rawValue)),
+        .init("pty", port.pty.map { .string($0) } ?? .null), .init("log", port.log.map { .string($0.path) } ?? .null),
+      ]
     }
+    return [.init("ports", .list(ports))]
   }
 
   package override func configurationWritten(offset: Int, bytes: [UInt8]) {

@@ -1,9 +1,7 @@
 package import Devices
 package import Engines
 package import EventLoop
-package import JSON
 package import Lifecycle
-import Synchronization
 package import Transport
 package import Virtqueue
 
@@ -22,7 +20,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   package let latencies: [QueueLatencies]
   private let queues: [DeviceWorker<BlockPump>]
   private let storage: BlockStorage
-  private let bytes: Atomic<UInt64>
+  private let bytes: Gauge
   private let writeback: WritebackSwitch
   private let flushFault: FlushFault
 
@@ -89,7 +87,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
     self.writeback = writeback
     self.flushFault = flushFault
     self.queues = queues
-    bytes = Atomic(geometry.capacity)
+    bytes = Gauge(geometry.capacity)
     latencies = accounts.map(\.latencies)
     try super.init(
       Components(
@@ -122,16 +120,11 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   // MARK: What others read
 
   /// Bytes of the disk as they are now.
-  package override var capacity: UInt64? { bytes.load(ordering: .relaxed) }
-  package override var facts: @Sendable () -> [JSONValue.Member] {
-    let (configuration, isDirect, cache) = (configuration, isDirect, settings.cache.rawValue)
-    let engine = engineName.map { [JSONValue.Member(name: "engine", value: .string($0))] } ?? []
-    return {
-      [
-        .init(name: "bytes", value: .count(BlockConfiguration.capacity(of: configuration.bytes))),
-        .init(name: "directIO", value: .bool(isDirect)),
-      ] + engine + [.init(name: "cache", value: .string(cache))]
-    }
+  package override var capacity: UInt64? { bytes.value }
+  package override var facts: [Reading.Member] {
+    let engine = engineName.map { [Reading.Member("engine", .string($0))] } ?? []
+    return [.init("bytes", .count(bytes)), .init("directIO", .bool(isDirect))] + engine
+      + [.init("cache", .string(settings.cache.rawValue))]
   }
   package override var objectionAsSpare: String? {
     geometry.logicalBlock <= 512
@@ -216,7 +209,7 @@ package final class BlockBackend: DeviceBackend, @unchecked Sendable {
   }
 
   private func announce(_ size: UInt64) {
-    bytes.store(size, ordering: .relaxed)
+    bytes.set(size)
     configuration.update { BlockConfiguration.set(capacity: size, in: &$0) }
     announceConfiguration()
   }

@@ -1,7 +1,6 @@
 import Devices
 package import Engines
 package import EventLoop
-package import JSON
 package import Lifecycle
 import Synchronization
 package import Transport
@@ -14,6 +13,8 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
   package let settings: NetSettings
   private let tap: TapDevice
   private let pairs: [DeviceWorker<NetPump>]
+  /// 1 while the link is up.
+  private let link: Gauge
 
   /// - Parameter openTap: another way to a tap: a pair of sockets in tests.
   package static func start(
@@ -103,6 +104,7 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     self.settings = settings
     self.tap = tap
     self.pairs = pairs
+    link = Gauge(isLinkUp ? 1 : 0)
     try super.init(
       Components(
         identity: identity, configuration: configuration, mode: "tap \(tap.name)", threads: threads, workers: pairs,
@@ -182,23 +184,14 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
   package var interface: String { tap.name }
   package var mtu: Int { tap.mtu }
 
-  package override var isLinkUp: Bool? { Self.isLinkUp(configuration) }
+  package override var isLinkUp: Bool? { link.value != 0 }
 
-  private static func isLinkUp(_ configuration: ConfigurationSpace) -> Bool {
-    NetConfiguration.status(configuration.bytes) & NetConfiguration.statusLinkUp != 0
-  }
-
-  package override var facts: @Sendable () -> [JSONValue.Member] {
-    let (configuration, settings, name) = (configuration, settings, tap.name)
-    return {
-      [
-        .init(name: "mac", value: .string(settings.mac.text)),
-        .init(name: "link", value: .string(Self.isLinkUp(configuration) ? "up" : "down")),
-        .init(name: "interface", value: .string(name)),
-        .init(name: "mtu", value: .count(TapDevice.mtu(of: name))),
-        .init(name: "queuePairs", value: .count(settings.pairs)),
-      ]
-    }
+  package override var facts: [Reading.Member] {
+    [
+      .init("mac", .string(settings.mac.text)), .init("link", .choice(link, ["down", "up"])),
+      .init("interface", .string(tap.name)), .init("mtu", .mtu(interface: tap.name)),
+      .init("queuePairs", .value(.count(settings.pairs))),
+    ]
   }
 
   package override func adjust(_ adjustment: Adjustment, completion: @escaping @Sendable (Adjustment.Outcome) -> Void) {
@@ -219,6 +212,7 @@ package final class NetBackend: DeviceBackend, @unchecked Sendable {
     Self.setStatus(configuration) {
       isLinkUp ? $0 | NetConfiguration.statusLinkUp : $0 & ~NetConfiguration.statusLinkUp
     }
+    link.set(isLinkUp ? 1 : 0)
     announceConfiguration()
   }
 

@@ -55,11 +55,6 @@ package enum BlockConfiguration {
     features.contains(.blockConfigureWriteback) && !features.contains(.blockFlush)
   }
 
-  /// The field `capacity` of a configuration space, in bytes.
-  package static func capacity(of bytes: [UInt8]) -> UInt64 {
-    bytes.prefix(8).enumerated().reduce(0) { $0 | UInt64($1.element) << UInt64(8 * $1.offset) } &* sectorSize
-  }
-
   /// The field `blk_size` of a configuration space; nil where it is none that a store can have.
   package static func logicalBlock(of bytes: [UInt8]) -> UInt32? {
     guard bytes.count >= 24 else { return nil }

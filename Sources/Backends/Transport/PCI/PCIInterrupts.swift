@@ -18,8 +18,8 @@ package final class PCIInterrupts: Sendable {
   private let assignments: [Assignment]
   private let isEnabled = Atomic<Bool>(false)
   /// How often the guest was interrupted, and how often by a message.
-  private let raised = Atomic<UInt64>(0)
-  private let sent = Atomic<UInt64>(0)
+  package let raised = Gauge()
+  package let sent = Gauge()
 
   private final class Assignment: Sendable {
     let vector = Atomic<UInt16>(PCILayout.noVector)
@@ -32,9 +32,6 @@ package final class PCIInterrupts: Sendable {
     assignments = (0...queues).map { _ in Assignment() }
   }
 
-  package var raisedCount: UInt64 { raised.load(ordering: .relaxed) }
-  package var sentCount: UInt64 { sent.load(ordering: .relaxed) }
-
   // MARK: Raising
 
   func raiseConfiguration() { raise(0, .configuration) }
@@ -43,7 +40,7 @@ package final class PCIInterrupts: Sendable {
   func raise(queue: Int) { raise(queue + 1, .usedBuffer) }
 
   private func raise(_ source: Int, _ cause: InterruptCause) {
-    raised.wrappingAdd(1, ordering: .relaxed)
+    raised.add(1)
     guard isEnabled.load(ordering: .acquiring) else { return line.raise(cause) }
     let number = Int(assignments[source].vector.load(ordering: .acquiring))
     // A source without a vector interrupts nobody: its driver polls.
@@ -57,7 +54,7 @@ package final class PCIInterrupts: Sendable {
   }
 
   private func send(_ message: MSIMessage) {
-    sent.wrappingAdd(1, ordering: .relaxed)
+    sent.add(1)
     sender.send(message)
   }
 

@@ -1,4 +1,3 @@
-import Synchronization
 import Virtqueue
 
 /// Who tells Xen which addresses a function claims.
@@ -26,9 +25,10 @@ package final class PCITransport: DeviceTransport {
   /// Told about each change of the status register, from the ioreq thread.
   let onStatus: @Sendable (DeviceStatus) -> Void
   let session: DriverSession
-  /// For anybody: the BAR's base while it is decoded, or 0; and whether accesses to it come here.
-  private let decoded = Atomic<UInt64>(0)
-  private let claimed = Atomic<Bool>(false)
+  /// The BAR's first address while it is decoded, or 0.
+  package let base = Gauge()
+  /// 1 where accesses to it come here, 0 where the addresses could not be claimed from Xen.
+  package let claimed = Gauge()
   // Confined to the ioreq thread, see the type's comment.
   nonisolated(unsafe) package internal(set) var pci: PCIRegisters
   /// Set when the function is put in its place, on the ioreq thread.
@@ -71,21 +71,16 @@ package final class PCITransport: DeviceTransport {
     // The earlier process may have left it high, which nothing here would know.
     line.set(false)
     interrupts.apply(pci)
-    decoded.store(pci.function.memory?.lowerBound ?? 0, ordering: .relaxed)
+    base.set(pci.function.memory?.lowerBound ?? 0)
   }
 
-  package var interruptCount: UInt64 { interrupts.raisedCount }
+  package var interruptGauge: Gauge { interrupts.raised }
   package var identity: DeviceIdentity { session.identity }
   package var currentStatus: DeviceStatus { session.currentStatus }
-  /// The first address of the BAR; nil while it is not decoded. From any thread.
-  package var base: UInt64? {
-    let base = decoded.load(ordering: .relaxed)
-    return base == 0 ? nil : base
-  }
   /// Whether the addresses that are decoded could be claimed from Xen. Set by the decoder.
   package var isClaimed: Bool {
-    get { claimed.load(ordering: .relaxed) }
-    set { claimed.store(newValue, ordering: .relaxed) }
+    get { claimed.value != 0 }
+    set { claimed.set(newValue ? 1 : 0) }
   }
   /// MSI-X vectors of the function.
   package var vectorCount: Int { PCIRegisters.vectors(identity) }
@@ -113,7 +108,7 @@ package final class PCITransport: DeviceTransport {
     } else {
       state?.save(pci)
     }
-    decoded.store(range?.lowerBound ?? 0, ordering: .relaxed)
+    base.set(range?.lowerBound ?? 0)
     interrupts.apply(pci)
   }
 
@@ -190,7 +185,7 @@ package final class PCITransport: DeviceTransport {
   package func remove() {
     session.remove()
     interrupts.clear()
-    decoded.store(0, ordering: .relaxed)
+    base.set(0)
   }
 
   // MARK: TransportSignals
