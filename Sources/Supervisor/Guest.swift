@@ -90,7 +90,7 @@ final class Guest {
       faults: machine?.faults.count ?? 0, policy: machine?.rules.restart ?? RestartPolicy(),
       isEmptySpare: machine?.spare == .empty, entryPath: device.nodes["params"],
       bus: type(of: device.bus).name, guestNeeds: device.bus.guestNeeds, grants: place.grants, facts: place.rows,
-      warning: place.warning, channels: place.channels)
+      addressBesideQEMU: place.addressBesideQEMU, warning: place.warning, channels: place.channels)
   }
 }
 

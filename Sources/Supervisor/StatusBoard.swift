@@ -45,6 +45,8 @@ package final class StatusBoard: Sendable {
     var grants: GrantGauges?
     /// Its place, in words.
     var facts: [Fact] = []
+    /// The address that it has beside QEMU's devices, see `DeviceFacts`.
+    var addressBesideQEMU: String?
     /// What is wrong with it although it works.
     var warning: String?
     /// Event channels that are bound for it alone.

@@ -81,6 +81,9 @@ extension SupervisorControl {
     members.append(.init(name: "transport", value: .string(device.bus)))
     members.append(.init(name: "guestNeeds", value: .string(device.guestNeeds)))
     members.append(.init(name: "facts", value: describe(device.facts)))
+    if let address = device.addressBesideQEMU {
+      members.append(.init(name: "addressBesideQEMU", value: .string(address)))
+    }
     if let warning = device.warning { members.append(.init(name: "warning", value: .string(warning))) }
     if counters, let grants = device.grants {
       let statistics = grants.pages.statistics

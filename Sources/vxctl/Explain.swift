@@ -186,15 +186,15 @@ struct Explain: ParsableCommand {
     }
   }
 
-  /// Looks whether QEMU has a device in the place of a function on the PCI bus.
+  /// Looks whether QEMU has a device in the place of one of ours, where it has devices beside them.
   private func checkCollision(_ name: String, _ device: JSONValue) throws(Wrong) {
-    let function = device["facts"]?.arrayValue?.first { $0["name"] == "function" }?["value"]?.stringValue
-    guard let function, let domain = device["domain"]?.integerValue.flatMap({ DomainID(exactly: $0) }),
+    guard let address = device["addressBesideQEMU"]?.stringValue,
+      let domain = device["domain"]?.integerValue.flatMap({ DomainID(exactly: $0) }),
       let others = QEMUMonitor.functions(of: domain, folder: qemuFolder),
-      others.contains(where: { "\(PCIAddress(device: $0.device, function: $0.function))" == function })
+      others.contains(where: { "\(PCIAddress(device: $0.device, function: $0.function))" == address })
     else { return }
     throw Wrong(
-      words: "\(name): QEMU has a device at PCI function \(function) too, and the guest finds only one of them",
+      words: "\(name): QEMU has a device at PCI function \(address) too, and the guest finds only one of them",
       remedy: "move QEMU's (pci= with '@', addr= in the guest's configuration), or vxd's with the option \"slot\"")
   }
 

@@ -29,6 +29,7 @@ import Xen
     let domain = try world.domain(5, name: "web1")
     try world.toolstack.attach(disk: "xvde", image: world.image(), to: 5)
     #expect(world.toolstack.wait(for: "2", of: "state", disk: "xvde", domain: 5))
+    #expect(world.device("web1", "xvde")["addressBesideQEMU"] == "00:10.0")
     let waiting = explain(world)
     #expect(waiting.status == 1 && waiting.output.contains("the guest's driver has not connected"), "\(waiting.output)")
     #expect(waiting.output.contains("It needs virtio_pci"), "\(waiting.output)")

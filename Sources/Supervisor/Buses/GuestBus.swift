@@ -297,6 +297,9 @@ struct ServerFacts: Sendable {
 struct DeviceFacts: Sendable {
   /// In words, for `vxctl explain`.
   var rows: [Fact] = []
+  /// The address of the device where QEMU has devices too, as QEMU's monitor names its own: the guest finds only one of two in the same place. nil
+  /// where QEMU has none.
+  var addressBesideQEMU: String?
   /// What is wrong with it although it works.
   var warning: String?
   var slot: DeviceSlot?

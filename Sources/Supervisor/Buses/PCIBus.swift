@@ -232,7 +232,8 @@ final class PCIBus: RegisterBus {
       rows.append(Fact(name: "vectors", value: .text(["\(transport.vectorCount), ", sent, " sent"])))
     }
     return DeviceFacts(
-      rows: rows, warning: isShared && isInUse(key) ? collision : server.warning(key))
+      rows: rows, addressBesideQEMU: "\(address)",
+      warning: isShared && isInUse(key) ? collision : server.warning(key))
   }
 
   // MARK: The guest
