@@ -127,8 +127,9 @@ struct EntryMaker {
   private func made(
     _ device: ProfileDevice, _ field: String, _ suffix: String, _ guest: Guest
   ) throws(EntryFault) -> any DeviceSettings {
+    let name = guest.profileName
     let owner = DeviceOwner(
-      guest: guest.name, uuid: guest.uuid, domain: guest.domain, device: device.name, suffix: suffix)
+      identity: guest.uuid ?? (name.isEmpty ? nil : name), domain: guest.domain, device: device.name, suffix: suffix)
     do throws(SettingFault) {
       return try device.settings(owner, field)
     } catch {

@@ -57,7 +57,7 @@ struct ProfileDevice: Sendable {
       )
     }
     // For a guest of no meaning, so that a mistake shows now and not when a guest comes.
-    _ = try settings(DeviceOwner(guest: "", uuid: nil, domain: 0, device: name, suffix: "0"), field)
+    _ = try settings(DeviceOwner(identity: "", domain: 0, device: name, suffix: "0"), field)
   }
 
   /// Of a device that the toolstack made, with the options that its entry carries.
