@@ -119,6 +119,8 @@ package struct ControlMethods: Sendable {
   private let audit: @Sendable (ControlAudit) -> Void
   /// Requests in one batch at most.
   private static let batchLimit = 64
+  /// Bytes of an id as it is written, its quotation marks included, at most.
+  private static let idLimit = 1024
   /// Bytes of the answers to one batch, from which on the rest of its requests is refused.
   private static let batchBytes = 4 << 20
 
@@ -151,8 +153,11 @@ package struct ControlMethods: Sendable {
     subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     let value: JSONValue
+    var ids = [String?](repeating: nil, count: 1)
     do throws(JSONText.Fault) {
-      value = try JSONText.parse(message)
+      value = try JSONText.parse(message) { text in
+        ids = (0..<Self.batchLimit).map(text.id(ofRequest:))
+      }
     } catch {
       let fault: ControlFault =
         switch error {
@@ -162,7 +167,7 @@ package struct ControlMethods: Sendable {
         }
       return Self.reply(error: fault, id: .null)
     }
-    guard case .array(let requests) = value else { return one(value, caller, subscribe) }
+    guard case .array(let requests) = value else { return one(value, ids[0], caller, subscribe) }
     guard !requests.isEmpty, requests.count <= Self.batchLimit else {
       return Self.reply(
         error: .invalidRequest(
@@ -171,12 +176,12 @@ package struct ControlMethods: Sendable {
     }
     var answers: [JSONValue] = []
     var bytes = 0
-    for request in requests {
+    for (request, id) in zip(requests, ids) {
       let answer =
         bytes < Self.batchBytes
-        ? one(request, caller, subscribe)
+        ? one(request, id, caller, subscribe)
         : refuse(
-          request,
+          request, id,
           ControlFault(
             code: -32007,
             message: "the answers to the earlier requests of this batch have \(bytes) bytes; the rest is not done",
@@ -188,20 +193,33 @@ package struct ControlMethods: Sendable {
     return answers.isEmpty ? nil : .array(answers)
   }
 
+  /// - Parameter source: the text of its id, if that is no array or object.
   private func one(
-    _ request: JSONValue, _ caller: ControlCaller, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
+    _ request: JSONValue, _ source: String?, _ caller: ControlCaller,
+    _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     do throws(ControlFault) {
+      if let source, source.utf8.count > Self.idLimit {
+        throw .invalidRequest(
+          "'id' has \(source.utf8.count) bytes; expected at most \(Self.idLimit)", field: "id", remedy: "use a number")
+      }
       let result = try perform(request, caller, subscribe)
-      guard let id = request["id"] else { return nil }
+      guard let id = Self.id(request, source) else { return nil }
       return ["jsonrpc": "2.0", "result": result, "id": id]
     } catch {
-      return refuse(request, error)
+      return refuse(request, source, error)
     }
   }
 
-  private func refuse(_ request: JSONValue, _ fault: ControlFault) -> JSONValue? {
-    let id = request["id"]
+  /// The id of an answer: that of the request, as its sender wrote it.
+  private static func id(_ request: JSONValue, _ source: String?) -> JSONValue? {
+    guard let id = request["id"], let source else { return request["id"] }
+    guard source.utf8.count <= idLimit else { return .null }
+    return JSONText.text(id) == source ? id : .verbatim(source)
+  }
+
+  private func refuse(_ request: JSONValue, _ source: String?, _ fault: ControlFault) -> JSONValue? {
+    let id = Self.id(request, source)
     // A notification is a request without an id, whatever else is wrong with it (JSON-RPC 2.0, 4.1). Anything that is not a request at all
     // is answered.
     if id == nil, request["jsonrpc"]?.stringValue == "2.0", request["method"]?.stringValue != nil { return nil }
