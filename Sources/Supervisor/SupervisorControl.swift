@@ -103,8 +103,11 @@ package enum SupervisorControl {
   static func find(_ name: String, _ contents: StatusBoard.Contents) throws(ControlFault) -> StatusBoard.Guest {
     let guests = sorted(contents)
     let domains = guests.map { GuestName.Domain(number: UInt32($0.domain), name: $0.name) }
+    guard let guest = GuestName(argument: name) else {
+      throw .invalidParameters("'\(name)': expected \(GuestName.expected)", field: "guest")
+    }
     do throws(GuestName.Ambiguous) {
-      if let found = try GuestName(argument: name)?.find(in: domains), let index = domains.firstIndex(of: found) {
+      if let found = try guest.find(in: domains), let index = domains.firstIndex(of: found) {
         return guests[index]
       }
     } catch {

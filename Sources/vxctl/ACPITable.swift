@@ -8,15 +8,11 @@ struct ACPITable: ParsableCommand {
     commandName: "acpi-table", abstract: "Write the ACPI table of the virtio-mmio slots, for acpi_firmware= of xl.",
     discussion: "vxd must run with the same number of slots (vxd --slots).")
 
-  @Option(help: "Number of slots, 1 to \(SlotTable.maximumCount).")
+  @Option(help: "Number of slots, 1 to \(SlotTable.maximumCount).", transform: Value.number(1...SlotTable.maximumCount))
   var slots = SlotTable.defaultCount
 
-  @Argument(help: "The file to write.")
+  @Argument(help: "The file to write.", transform: Value.path)
   var file: String
-
-  func validate() throws {
-    try check("--slots", slots, 1...SlotTable.maximumCount)
-  }
 
   func run() throws {
     let table = SlotACPITable.compiled(slots: slots)

@@ -12,24 +12,29 @@ struct ApplianceConfig: ParsableCommand {
       'vxctl config check' checks them in full, also with --domain.
       """)
 
-  @Option(help: "Profiles of guests and devices, as in /etc/vxd/profiles.json.")
+  @Option(help: "Profiles of guests and devices, as in /etc/vxd/profiles.json.", transform: Value.path)
   var profiles: String?
   @Option(
     help:
-      "A bridge and its ports: br0=eth0 or br0=eth0,eth1; br1= has none. Without any, each network device gets a bridge (br0 for eth0)."
+      "A bridge and its ports: br0=eth0 or br0=eth0,eth1; br1= has none. Without any, each network device gets a bridge (br0 for eth0).",
+    transform: Setting.value
   )
   var bridge: [Setting] = []
-  @Option(help: "An address, for disks that come by NBD: br0=192.0.2.7/24.")
+  @Option(help: "An address, for disks that come by NBD: br0=192.0.2.7/24.", transform: Setting.value)
   var address: [Setting] = []
-  @Option(help: "The gateway: 192.0.2.1.")
+  @Option(help: "The gateway: 192.0.2.1.", transform: Value.text("an address such as 192.0.2.1"))
   var gateway: String?
-  @Option(help: "A file system (ext4) with images: xvdb=/srv; xvdb1=/srv,ro only to be read.")
+  @Option(help: "A file system (ext4) with images: xvdb=/srv; xvdb1=/srv,ro only to be read.", transform: Setting.value)
   var mount: [Setting] = []
-  @Argument(help: "Where the image is written; - for standard output.")
+  @Argument(
+    help: "Where the image is written; - for standard output.",
+    transform: Value.text("a path, or - for standard output"))
   var output: String
 
   /// NAME=VALUE.
-  struct Setting: ExpressibleByArgument, Equatable {
+  struct Setting: CommandValue, Equatable {
+    static let expected = "NAME=VALUE"
+
     let name: String
     let value: String
 

@@ -19,15 +19,18 @@ struct Console: ParsableCommand {
   var readOnly = false
   @Flag(help: "Take over the keyboard from another user.")
   var take = false
-  @Option(name: .customLong("console"), help: "Which console device; by default the guest's first.")
+  @Option(
+    name: .customLong("console"), help: "Which console device; by default the guest's first.",
+    transform: Value.text("the name of a console device, such as console0"))
   var device: String?
-  @Option(help: "For scripts: detach after this many seconds.", transform: Seconds.whole)
+  @Option(help: "For scripts: detach after this many seconds.", transform: Value.seconds)
   var seconds: Int?
-  @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
+  @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.", transform: WindowSize.value)
   var size: WindowSize?
-  @Argument(help: "Name or domain number of the guest.")
+  @Argument(help: "Name or domain number of the guest.", transform: GuestName.value)
   var guest: GuestName
-  @Argument(help: "Name or number of the port; by default the console.")
+  @Argument(
+    help: "Name or number of the port; by default the console.", transform: Value.text("the name or number of a port"))
   var port: String?
 
   func validate() throws {
@@ -66,7 +69,9 @@ struct Console: ParsableCommand {
 }
 
 /// Columns and rows.
-struct WindowSize: ExpressibleByArgument, Equatable {
+struct WindowSize: CommandValue, Equatable {
+  static let expected = "COLUMNSxROWS, each from 1 to 65535, for instance 80x24"
+
   let columns: UInt16
   let rows: UInt16
 

@@ -34,7 +34,7 @@ struct Config: ParsableCommand {
     static let configuration = CommandConfiguration(abstract: "Check a file of profiles, and report the first mistake.")
 
     @OptionGroup var connection: ConnectionOptions
-    @Argument(help: "The file; - for standard input.")
+    @Argument(help: "The file; - for standard input.", transform: Value.text("a path, or - for standard input"))
     var file = "/etc/vxd/profiles.json"
 
     func run() throws {
@@ -52,7 +52,7 @@ struct Config: ParsableCommand {
       abstract: "Show what a file of profiles would change for the running devices, once they are opened again.")
 
     @OptionGroup var connection: ConnectionOptions
-    @Argument(help: "The file; - for standard input.")
+    @Argument(help: "The file; - for standard input.", transform: Value.text("a path, or - for standard input"))
     var file = "/etc/vxd/profiles.json"
 
     func run() throws {
@@ -92,12 +92,17 @@ struct LogLevelVerb: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "The lowest level to log.")
-  var level: String
+  enum Level: String, CommandValue, CaseIterable {
+    case debug, info, notice, warning, error, critical
+  }
+
+  @Argument(
+    help: "The lowest level to log.", completion: .list(Level.allCases.map(\.rawValue)), transform: Level.value)
+  var level: Level
 
   func run() throws {
     try Outcome.change(
-      connection, "log.level", of: .daemon, options, [.init(name: "level", value: .string(level))])
+      connection, "log.level", of: .daemon, options, [.init(name: "level", value: .string(level.rawValue))])
   }
 }
 
@@ -122,7 +127,7 @@ struct MetricsVerb: ParsableCommand {
     commandName: "metrics", abstract: "Print the metrics, as OpenMetrics text.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "The daemon's metrics socket; not used with --domain or --json.")
+  @Option(help: "The daemon's metrics socket; not used with --domain or --json.", transform: Value.path)
   var metricsSocket = "/run/vxd/metrics.sock"
 
   func run() throws {

@@ -2,7 +2,10 @@ import ArgumentParser
 import ControlAPI
 
 /// A device as operators name it: GUEST/DEVICE.
-struct DeviceName: ExpressibleByArgument {
+struct DeviceName: CommandValue {
+  static let expected =
+    "GUEST/DEVICE, for instance web1/xvde (GUEST is a name, name:NAME, or id:N without leading zeros)"
+
   let guest: GuestName
   let device: String
 
@@ -37,7 +40,7 @@ struct Resume: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws { try Outcome.change(connection, "device.resume", of: .device(device), options) }
@@ -50,7 +53,7 @@ struct Pause: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws {
@@ -66,7 +69,7 @@ struct Restart: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws {
@@ -85,10 +88,11 @@ struct Resize: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
   @Argument(
-    help: "New size of a regular file in bytes, or with K, M, G or T; without it, the image's present size.")
+    help: "New size of a regular file in bytes, or with K, M, G or T; without it, the image's present size.",
+    transform: ByteCount.value)
   var size: ByteCount?
 
   func run() throws {
@@ -100,7 +104,9 @@ struct Resize: ParsableCommand {
 }
 
 /// A number of bytes with an optional binary unit.
-struct ByteCount: ExpressibleByArgument {
+struct ByteCount: CommandValue {
+  static let expected = "a number of bytes from 0 on, as it is or with K, M, G or T behind it"
+
   let bytes: Int64
 
   init?(argument: String) {

@@ -31,7 +31,7 @@ struct Doctor: ParsableCommand {
       }
     } catch {
       findings = HostFacts.current(nodes: nil).findings
-      findings.append(Finding(.bad, "vxd", error.message))
+      findings.append(Finding(.bad, "vxd", error.message, Trouble(error)))
     }
     if connection.json {
       Output.json(.array(findings.map(\.json)))
@@ -50,7 +50,7 @@ struct Doctor: ParsableCommand {
 }
 
 /// One line of a report.
-struct Finding: Equatable {
+struct Finding {
   enum Verdict: String {
     case good = "ok"
     case bad = "BAD"
@@ -61,11 +61,14 @@ struct Finding: Equatable {
   var verdict: Verdict
   var subject: String
   var text: String
+  /// Where a request to the daemon failed: what every other verb answers with.
+  var trouble: Trouble?
 
-  init(_ verdict: Verdict, _ subject: String, _ text: String) {
+  init(_ verdict: Verdict, _ subject: String, _ text: String, _ trouble: Trouble? = nil) {
     self.verdict = verdict
     self.subject = subject
     self.text = text
+    self.trouble = trouble
   }
 
   var line: String {
@@ -74,10 +77,13 @@ struct Finding: Equatable {
   }
 
   var json: JSONValue {
-    [
-      "ok": .bool(verdict != .bad), "verdict": .string(verdict.rawValue.lowercased()), "subject": .string(subject),
-      "text": .string(text),
+    var members: [JSONValue.Member] = [
+      .init(name: "ok", value: .bool(verdict != .bad)),
+      .init(name: "verdict", value: .string(verdict.rawValue.lowercased())),
+      .init(name: "subject", value: .string(subject)), .init(name: "text", value: .string(text)),
     ]
+    if let trouble { members.append(.init(name: "error", value: trouble.error)) }
+    return .object(members)
   }
 }
 

@@ -9,16 +9,31 @@ struct Explain: ParsableCommand {
     abstract:
       "Check every step from the Xenstore entry to the backing storage, and report the first problem and what to do.")
 
+  struct Target: CommandValue {
+    static let expected = "GUEST or GUEST/DEVICE (GUEST is a name, name:NAME, or id:N without leading zeros)"
+
+    let guest: GuestName
+    let device: DeviceName?
+
+    init?(argument: String) {
+      device = DeviceName(argument: argument)
+      guard let guest = device?.guest ?? GuestName(argument: argument) else { return nil }
+      self.guest = guest
+    }
+  }
+
   @OptionGroup var connection: ConnectionOptions
-  @Argument(help: "GUEST or GUEST/DEVICE.")
-  var target: String
-  @Option(help: .hidden)
+  @Argument(help: "GUEST or GUEST/DEVICE.", transform: Target.value)
+  var target: Target
+  @Option(help: .hidden, transform: Value.path)
   var qemuFolder = QEMUMonitor.folder
 
   /// The first problem.
   private struct Wrong: Error {
     var words: String
     var remedy: String
+    /// Where it is that a request to the daemon failed.
+    var trouble: Trouble?
   }
 
   /// What was found so far, for the end: an array of findings in JSON, or lines that were printed at once.
@@ -28,9 +43,9 @@ struct Explain: ParsableCommand {
 
     init(json: Bool) { asJSON = json }
 
-    func add(_ verdict: Finding.Verdict, _ text: String, remedy: String? = nil) {
+    func add(_ verdict: Finding.Verdict, _ text: String, remedy: String? = nil, _ trouble: Trouble? = nil) {
       guard !asJSON else {
-        return findings.append(Finding(verdict, remedy ?? "", text))
+        return findings.append(Finding(verdict, remedy ?? "", text, trouble))
       }
       Output.line("\(verdict.rawValue.padded(to: 4)) \(Output.printable(text))")
       if let remedy { Output.line("     \(Output.printable(remedy))") }
@@ -47,6 +62,7 @@ struct Explain: ParsableCommand {
               .init(name: "text", value: .string(finding.text)),
             ]
             if !finding.subject.isEmpty { members.append(.init(name: "remedy", value: .string(finding.subject))) }
+            if let trouble = finding.trouble { members.append(.init(name: "error", value: trouble.error)) }
             return .object(members)
           }))
     }
@@ -57,14 +73,10 @@ struct Explain: ParsableCommand {
       throw ValidationError(
         "--domain: explain looks at the domain that it runs in; 'vxctl list --domain' gives reasons too")
     }
-    guard GuestName(argument: target) != nil else {
-      throw ValidationError("'\(target)': expected GUEST or GUEST/DEVICE")
-    }
   }
 
   func run() throws {
-    let name = DeviceName(argument: target)
-    guard let guest = name?.guest ?? GuestName(argument: target) else { return }
+    let (guest, name) = (target.guest, target.device)
     let report = Report(json: connection.json)
     defer { report.end() }
     do throws(Wrong) {
@@ -98,7 +110,7 @@ struct Explain: ParsableCommand {
       }
       report.add(.good, "no problem found")
     } catch {
-      report.add(.bad, error.words, remedy: error.remedy)
+      report.add(.bad, error.words, remedy: error.remedy, error.trouble)
       throw ExitCode(1)
     }
   }
@@ -113,7 +125,8 @@ struct Explain: ParsableCommand {
       }
       return client
     } catch {
-      throw Wrong(words: error.message, remedy: "systemctl status vxd; journalctl -u vxd; vxctl doctor")
+      throw Wrong(
+        words: error.message, remedy: "systemctl status vxd; journalctl -u vxd; vxctl doctor", trouble: Trouble(error))
     }
   }
 
@@ -164,7 +177,7 @@ struct Explain: ParsableCommand {
       let guests = try client.call("guest.list").arrayValue ?? []
       return known.domain.flatMap { domain in guests.first { $0["domain"]?.integerValue == domain } }
     } catch {
-      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
+      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor", trouble: Trouble(error))
     }
   }
 
@@ -182,7 +195,7 @@ struct Explain: ParsableCommand {
     do throws(ControlClient.Failure) {
       return try client.call("device.list", ["guest": .string(guest.cell("name"))]).arrayValue ?? []
     } catch {
-      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
+      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor", trouble: Trouble(error))
     }
   }
 

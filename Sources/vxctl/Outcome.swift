@@ -7,7 +7,9 @@ struct ChangeOptions: ParsableArguments {
   @Flag(help: "Check everything and report what would be done; change nothing.")
   var dryRun = false
 
-  @Option(help: "A key for this change: repeating it with the same key has no further effect.")
+  @Option(
+    help: "A key for this change: repeating it with the same key has no further effect.",
+    transform: Value.text("a text of 1 to 128 bytes", upTo: 128))
   var idempotencyKey: String?
 
   var members: [JSONValue.Member] {

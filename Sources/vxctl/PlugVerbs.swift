@@ -4,17 +4,19 @@ import Xen
 
 /// Limits on the command line.
 struct LimitOptions: ParsableArguments {
-  @Option(help: "Reads per second; 0 for no limit.")
+  @Option(help: "Reads per second; 0 for no limit.", transform: Value.number(0...Int64.max))
   var readOps: Int64?
-  @Option(help: "Writes per second; 0 for no limit.")
+  @Option(help: "Writes per second; 0 for no limit.", transform: Value.number(0...Int64.max))
   var writeOps: Int64?
-  @Option(help: "Bytes read per second, also with K, M, G; 0 for no limit.")
+  @Option(help: "Bytes read per second, also with K, M, G; 0 for no limit.", transform: ByteCount.value)
   var readBytes: ByteCount?
-  @Option(help: "Bytes written per second, also with K, M, G; 0 for no limit.")
+  @Option(help: "Bytes written per second, also with K, M, G; 0 for no limit.", transform: ByteCount.value)
   var writeBytes: ByteCount?
-  @Option(help: "Burst: how many milliseconds of unused rate can accumulate.")
+  @Option(
+    help: "Burst: how many milliseconds of unused rate can accumulate.",
+    transform: Value.number(0...Int64.max, of: "milliseconds"))
   var burst: Int64?
-  @Option(help: "Requests in progress at a time; 0 for no limit.")
+  @Option(help: "Requests in progress at a time; 0 for no limit.", transform: Value.number(0...Int64.max))
   var inFlight: Int64?
 
   var members: [JSONValue.Member] {
@@ -31,25 +33,43 @@ struct Limit: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Change limits at run time (not persistent; use profiles), or show them.")
 
+  enum Target: CommandValue {
+    case daemon
+    case guest(GuestName)
+    case device(DeviceName)
+
+    static let expected = "GUEST/DEVICE, GUEST or daemon (GUEST is a name, name:NAME, or id:N without leading zeros)"
+
+    init?(argument: String) {
+      if argument == "daemon" {
+        self = .daemon
+      } else if let device = DeviceName(argument: argument) {
+        self = .device(device)
+      } else if let guest = GuestName(argument: argument) {
+        self = .guest(guest)
+      } else {
+        return nil
+      }
+    }
+  }
+
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @OptionGroup var limits: LimitOptions
-  @Argument(help: "GUEST/DEVICE, GUEST, or 'daemon' for all guests together.")
-  var target: String
+  @Argument(help: "GUEST/DEVICE, GUEST, or 'daemon' for all guests together.", transform: Target.value)
+  var target: Target
 
   func run() throws {
     let isQuestion = limits.members.isEmpty
-    let device = DeviceName(argument: target)
-    guard let guest = GuestName(argument: target) else {
-      throw ValidationError("'\(target)': expected GUEST/DEVICE, GUEST or daemon")
-    }
     try connection.run { client throws(ControlClient.Failure) in
       var parameters: [JSONValue.Member] = []
       var method = "daemon.limit"
-      if let device {
+      switch target {
+      case .daemon: break
+      case .device(let device):
         method = "device.limit"
         parameters = try device.parameters(client)
-      } else if target != "daemon" {
+      case .guest(let guest):
         method = "guest.limit"
         parameters.append(.init(name: "guest", value: .string(try guest.known(to: client).parameter)))
       }
@@ -85,7 +105,7 @@ struct Attach: ParsableCommand {
       """)
 
   /// A disk, or a device of libxl's generic kind.
-  struct Kind: ExpressibleByArgument {
+  struct Kind: CommandValue {
     /// What it is in Xenstore, when it is not a disk.
     let generic: VirtioType?
 
@@ -96,33 +116,40 @@ struct Attach: ParsableCommand {
 
     var name: String { (generic ?? .disk).name }
 
-    static var allValueStrings: [String] { [VirtioType.disk.name] + VirtioType.generic.map(\.name) }
+    static var names: [String] { [VirtioType.disk.name] + VirtioType.generic.map(\.name) }
+    static var expected: String { names.alternatives }
   }
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @OptionGroup var limits: LimitOptions
-  @Argument(help: "Name or domain number of the guest.")
+  @Argument(help: "Name or domain number of the guest.", transform: GuestName.value)
   var guest: GuestName
-  @Argument(help: "What to attach: disk; with --backend also network, console or entropy.")
+  @Argument(
+    help: "What to attach: disk; with --backend also network, console or entropy.", completion: .list(Kind.names),
+    transform: Kind.value)
   var kind: Kind
-  @Option(help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.")
+  @Option(
+    help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.",
+    transform: Value.text("a path or an NBD address"))
   var image: String?
   @Option(
     name: .customLong("options"),
     help:
-      "With --backend: options of a network, console or entropy device as in profiles, JSON: '{\"bridge\": \"br0\"}'.")
+      "With --backend: options of a network, console or entropy device as in profiles, JSON: '{\"bridge\": \"br0\"}'.",
+    transform: Value.text("a JSON object"))
   var deviceOptions: String?
   @Option(
     help:
-      "Which spare disk (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); by default the first free one."
+      "Which spare disk (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); by default the first free one.",
+    transform: Value.text("the name of a device")
   )
   var device: String?
-  @Option(help: "Name or number of the domain whose vxd serves the device, over Xenbus.")
+  @Option(help: "Name or number of the domain whose vxd serves the device, over Xenbus.", transform: GuestName.value)
   var backend: GuestName?
   @Flag(help: "With --backend: the guest may only read.")
   var readOnly = false
-  @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Seconds.whole)
+  @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Value.seconds)
   var wait = 30
 
   func run() throws {
@@ -153,9 +180,9 @@ struct Detach: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/spare0.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/spare0.", transform: DeviceName.value)
   var device: DeviceName
-  @Option(help: "Seconds to wait for requests in flight.", transform: Seconds.whole)
+  @Option(help: "Seconds to wait for requests in flight.", transform: Value.seconds)
   var deadline = 10
   @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false

@@ -9,20 +9,23 @@ struct Top: ParsableCommand {
     discussion:
       "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes immediately.")
 
-  enum Order: String, ExpressibleByArgument, CaseIterable {
+  enum Order: String, CommandValue, CaseIterable {
     case reads, writes, bytes, inflight, name
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between refreshes, 0.1 to 3600.", transform: Seconds.pause)
+  @Option(help: "Seconds between refreshes, 0.1 to 3600.", transform: Value.pause)
   var interval = 2.0
-  @Option(help: "What to sort by.")
+  @Option(
+    help: "What to sort by: \(Order.expected).", completion: .list(Order.allCases.map(\.rawValue)),
+    transform: Order.value)
   var sort = Order.bytes
-  @Option(help: "Number of refreshes (default: 1 if standard output is not a terminal).")
+  @Option(
+    help: "Number of refreshes (default: 1 if standard output is not a terminal).", transform: Value.number(1...Int.max)
+  )
   var count: Int?
 
   func validate() throws {
-    try check("--count", count, 1...Int.max)
     guard !connection.json else { throw ValidationError("--json: 'top' has no JSON form; use 'vxctl list --json'") }
   }
 

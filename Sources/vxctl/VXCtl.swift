@@ -29,21 +29,39 @@ struct VXCtl: ParsableCommand {
       try command.run()
     } catch {
       let isUsage = exitCode(for: error) == .validationFailure
-      guard isUsage, CommandLine.arguments.contains("--json") else { exit(withError: error) }
-      Trouble(.usage, message(for: error)).report(json: true)
+      let asJSON = CommandLine.arguments.contains("--json")
+      // The parser takes a verb that it does not know for an argument, and complains of the first option behind it.
+      let unknown = isUsage ? unknownVerb(Array(CommandLine.arguments.dropFirst())) : nil
+      guard isUsage, asJSON || unknown != nil else { exit(withError: error) }
+      Trouble(.usage, unknown ?? message(for: error)).report(json: asJSON)
       Glibc.exit(Trouble.Kind.usage.exitCode)
     }
+  }
+
+  /// What is wrong with the verb of a command line that is not understood; nil when the verb is known or missing.
+  private static func unknownVerb(_ arguments: [String]) -> String? {
+    var command: any ParsableCommand.Type = VXCtl.self
+    for word in arguments where !word.hasPrefix("-") {
+      let verbs = command.configuration.subcommands
+      guard !verbs.isEmpty, word != "help" else { return nil }
+      guard let next = verbs.first(where: { $0._commandName == word }) else {
+        return "unknown verb '\(word)': expected one of \(verbs.map { $0._commandName }.joined(separator: ", "))"
+      }
+      command = next
+    }
+    return nil
   }
 }
 
 /// Options that every verb on the socket has.
 struct ConnectionOptions: ParsableArguments {
-  @Option(name: .shortAndLong, help: "The daemon's control socket.")
+  @Option(name: .shortAndLong, help: "The daemon's control socket.", transform: Value.path)
   var socket = "/run/vxd/control.sock"
 
   @Option(
     help:
-      "In dom0: speak to the vxd of this driver domain (name or number) instead, through Xenstore; no network is needed."
+      "In dom0: speak to the vxd of this driver domain (name or number) instead, through Xenstore; no network is needed.",
+    transform: GuestName.value
   )
   var domain: GuestName?
 
@@ -64,10 +82,4 @@ struct ConnectionOptions: ParsableArguments {
       throw ExitCode(trouble.kind.exitCode)
     }
   }
-}
-
-/// Refuses a number outside its range, before anything is computed with it.
-func check<Number: Comparable>(_ option: String, _ value: Number?, _ range: ClosedRange<Number>) throws {
-  guard let value, !range.contains(value) else { return }
-  throw ValidationError("\(option): \(value): expected a number from \(range.lowerBound) to \(range.upperBound)")
 }

@@ -124,11 +124,11 @@ struct Reattach: ParsableCommand {
 
   @Flag(help: "Print the answer as JSON; errors too.")
   var json = false
-  @Option(help: "Name or number of the domain that serves the devices from now on.")
+  @Option(help: "Name or number of the domain that serves the devices from now on.", transform: GuestName.value)
   var backend: GuestName
-  @Option(help: "Seconds to wait for the guests' drivers.", transform: Seconds.whole)
+  @Option(help: "Seconds to wait for the guests' drivers.", transform: Value.seconds)
   var wait = 60
-  @Argument(help: "Only this guest's devices: its name or number.")
+  @Argument(help: "Only this guest's devices: its name or number.", transform: GuestName.value)
   var guest: GuestName?
 
   func run() throws {
@@ -166,7 +166,7 @@ struct Identify: ParsableCommand {
 
   @Flag(help: "Print the answer as JSON; errors too.")
   var json = false
-  @Argument(help: "Only this guest: its name or number.")
+  @Argument(help: "Only this guest: its name or number.", transform: GuestName.value)
   var guest: GuestName?
 
   func run() throws {

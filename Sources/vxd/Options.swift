@@ -123,6 +123,10 @@ struct Options {
         let shown = found.refused == 0 || word.hasPrefix("--") ? word : short ?? word
         if letter == ":" { throw OptionFault("\(shown): expected a value") }
         if found.refused >= first { throw OptionFault("\(word): this option takes no value") }
+        let near = word.hasPrefix("--") ? candidates(word) : []
+        guard near.count < 2 else {
+          throw OptionFault("'\(word)' is ambiguous: expected one of \(near.joined(separator: ", "))")
+        }
         throw OptionFault("unknown option '\(shown)' (see vxd --help)")
       }
       let known = found.value >= first ? names[Int(found.value - first)] : names.first { $0.letter == letter }
@@ -134,6 +138,12 @@ struct Options {
       throw OptionFault("unexpected argument '\(String(cString: word))' (see vxd --help)")
     }
     return result
+  }
+
+  /// The options whose names begin as a word does.
+  private static func candidates(_ word: String) -> [String] {
+    let beginning = word.prefix { $0 != "=" }
+    return Name.allCases.map { "--\($0.rawValue)" }.filter { $0.hasPrefix(beginning) }.sorted()
   }
 
   /// - Returns: nil when the options ask for nothing but a text, which is printed.

@@ -44,6 +44,20 @@ import Xen
     #expect(world.call("guest.list").arrayValue?.first?["uuid"]?.stringValue == Self.uuid)
   }
 
+  /// A domain number has one form, and what is none is no guest that might come.
+  @Test(arguments: ["id:05", "id:x", "id:", "id:+5", "name:", ""]) func wordThatCanBeNoGuestIsRefused(word: String)
+    throws
+  {
+    let world = try world(#"{"version": 1}"#)
+    defer { world.end() }
+    #expect(world.call("device.list", ["guest": "id:5"]).arrayValue?.count == 1)
+    let refused = world.call("device.list", ["guest": .string(word)])
+    #expect(refused["code"] == -32602)
+    #expect(refused["data"]?["field"] == "params.guest")
+    #expect(refused["message"]?.stringValue?.hasPrefix("'\(word)': expected a guest: ") == true)
+    #expect(world.call("device.list", ["guest": "05"])["code"] == -32001)
+  }
+
   /// Devices of an xl configuration are there before dom0 can say whose they are.
   @Test func guestThatIsIdentifiedLaterGetsItsProfile() throws {
     let world = try world(

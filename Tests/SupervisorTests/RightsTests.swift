@@ -164,7 +164,7 @@ import Xen
     #expect(name("web1") == 5)
     #expect(name("6") == 6)
     #expect(name("name:6") == -32001)
-    #expect(name("id:x") == -32001)
+    #expect(name("id:x") == -32602)
   }
 
   // MARK: Who asked
