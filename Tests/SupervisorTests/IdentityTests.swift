@@ -107,7 +107,8 @@ import Xen
   /// An address that is derived from the number would be another guest's after a reboot of the host.
   @Test func networkDeviceOfAGuestThatNobodyNamedNeedsAnAddress() throws {
     let world = try world(
-      #"{"version": 1, "guests": [{"guest": "*", "devices": [{"type": "network", "create": false, "tap": "vx-none"}]}]}"#)
+      #"{"version": 1, "guests": [{"guest": "*", "devices": [{"type": "network", "create": false, "tap": "vx-none"}]}]}"#
+    )
     defer { world.end() }
     func reason(_ device: String) -> String { world.device("domain-5", device)["reason"]?.stringValue ?? "" }
     // With its options from the profile, and from its entry.

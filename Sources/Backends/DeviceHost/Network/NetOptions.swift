@@ -18,7 +18,8 @@ extension NetSettings {
         "macvtap", "use this existing macvtap instead of creating a tap", default: "", { .macvtap($0) },
         { if case .macvtap(let name) = $0 { name } else { nil } }),
       OptionRow(
-        "mac", .text, "the guest's MAC address; unicast", default: "derived from the guest's UUID; required in a driver domain that does not know it",
+        "mac", .text, "the guest's MAC address; unicast",
+        default: "derived from the guest's UUID; required in a driver domain that does not know it",
         read: { $0.mac.text }
       ) { (settings: inout NetSettings, given) throws(SettingFault) in
         guard let mac = MACAddress(given.text), !mac.isGroup, mac.value != 0 else {
