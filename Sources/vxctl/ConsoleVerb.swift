@@ -8,29 +8,30 @@ import Glibc
 /// `vxctl console GUEST [PORT]`: the terminal of a guest.
 struct Console: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "console", abstract: "Attach this terminal to a guest's console, or to another port of it.",
+    commandName: "console",
+    abstract: "Attach this terminal to a guest's console, or to another console port of the guest.",
     discussion: """
-      Recent output (scrollback) is shown on attach. Many can watch; one has the keyboard. Ctrl-] detaches. The guest follows the terminal's \
-      size.
+      Recent output (scrollback) is shown first. Ctrl-] detaches. Any number of users can watch, but only one has the keyboard. The guest \
+      learns the size of the terminal.
       """)
 
   @OptionGroup var connection: ConnectionOptions
-  @Flag(help: "Only watch; leave the keyboard to others.")
+  @Flag(help: "Only watch; do not take the keyboard.")
   var readOnly = false
   @Flag(help: "Take over the keyboard from another user.")
   var take = false
   @Option(
-    name: .customLong("console"), help: "Which console device; by default the guest's first.",
+    name: .customLong("console"), help: "Name of the console device (default: the guest's first).",
     transform: Value.text("the name of a console device, such as console0"))
   var device: String?
   @Option(help: "For scripts: detach after this many seconds.", transform: Value.seconds)
   var seconds: Int?
-  @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.", transform: WindowSize.value)
+  @Option(help: "For scripts: the terminal size to tell the guest, as COLUMNSxROWS.", transform: WindowSize.value)
   var size: WindowSize?
   @Argument(help: "Name or domain number of the guest.", transform: GuestName.value)
   var guest: GuestName
   @Argument(
-    help: "Name or number of the port; by default the console.", transform: Value.text("the name or number of a port"))
+    help: "Name or number of the port (default: the console).", transform: Value.text("the name or number of a port"))
   var port: String?
 
   func validate() throws {

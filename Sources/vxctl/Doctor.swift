@@ -6,7 +6,7 @@ import Glibc
 /// `vxctl doctor`: what keeps this host, or a guest on it, from working.
 struct Doctor: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Check this host and the guests' configuration, and report what to do.")
+    abstract: "Check this host and the guests' configuration; report problems and how to fix them.")
 
   @OptionGroup var connection: ConnectionOptions
 

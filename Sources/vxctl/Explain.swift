@@ -7,7 +7,7 @@ import Xen
 struct Explain: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Check every step from the Xenstore entry to the backing storage, and report the first problem and what to do.")
+      "Check every step from the Xenstore entry to the backing storage; report the first problem and how to fix it.")
 
   struct Target: CommandValue {
     static let expected = "GUEST or GUEST/DEVICE (GUEST is a name, name:NAME, or id:N without leading zeros)"
@@ -23,7 +23,7 @@ struct Explain: ParsableCommand {
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Argument(help: "GUEST or GUEST/DEVICE.", transform: Target.value)
+  @Argument(help: "GUEST for all its devices, or GUEST/DEVICE.", transform: Target.value)
   var target: Target
   @Option(help: .hidden, transform: Value.path)
   var qemuFolder = QEMUMonitor.folder

@@ -9,7 +9,7 @@ struct Link: ParsableCommand {
   }
 
   static let configuration = CommandConfiguration(
-    abstract: "Set the link state of a network device; it persists until changed.")
+    abstract: "Set the link state of a network device; it persists until it is changed again.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions

@@ -8,12 +8,12 @@ struct LimitOptions: ParsableArguments {
   var readOps: Int64?
   @Option(help: "Writes per second; 0 for no limit.", transform: Value.number(0...Int64.max))
   var writeOps: Int64?
-  @Option(help: "Bytes read per second, also with K, M, G; 0 for no limit.", transform: ByteCount.value)
+  @Option(help: "Bytes read per second, also with K, M, G or T; 0 for no limit.", transform: ByteCount.value)
   var readBytes: ByteCount?
-  @Option(help: "Bytes written per second, also with K, M, G; 0 for no limit.", transform: ByteCount.value)
+  @Option(help: "Bytes written per second, also with K, M, G or T; 0 for no limit.", transform: ByteCount.value)
   var writeBytes: ByteCount?
   @Option(
-    help: "Burst: how many milliseconds of unused rate can accumulate.",
+    help: "Burst: how many milliseconds of unused rate can accumulate; 0 for the default, 100.",
     transform: Value.number(0...Int64.max, of: "milliseconds"))
   var burst: Int64?
   @Option(help: "Requests in progress at a time; 0 for no limit.", transform: Value.number(0...Int64.max))
@@ -31,7 +31,7 @@ struct LimitOptions: ParsableArguments {
 /// `vxctl limit WHAT --write-bytes 50M`: of a device, a guest, or all guests together.
 struct Limit: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Change limits at run time (not persistent; use profiles), or show them.")
+    abstract: "Change limits until vxd is restarted or reloads its profiles; without options, show them.")
 
   enum Target: CommandValue {
     case daemon
@@ -100,8 +100,8 @@ struct Attach: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Attach a disk, a network device, a console or an entropy device to a running guest.",
     discussion: """
-      HVM guests: fills one of the spare disks that the guest's profile declares. PV and PVH guests, in dom0: with --backend, writes the \
-      device to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it.
+      For an HVM guest, this fills one of the spare disks that the guest's profile declares. For a PV or PVH guest, run it in dom0 with \
+      --backend: it writes the device to Xenstore, for the vxd in that domain and the guest's virtio_xenbus module.
       """)
 
   /// A disk, or a device of libxl's generic kind.
@@ -136,20 +136,22 @@ struct Attach: ParsableCommand {
   @Option(
     name: .customLong("options"),
     help:
-      "With --backend: options of a network, console or entropy device as in profiles, JSON: '{\"bridge\": \"br0\"}'.",
+      "With --backend: options of a network, console or entropy device as in profiles, as a JSON object: '{\"bridge\": \"br0\"}'.",
     transform: Value.text("a JSON object"))
   var deviceOptions: String?
   @Option(
     help:
-      "Which spare disk (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); by default the first free one.",
+      "Name of the spare disk (spare0, spare1, ...), or with --backend of the new device (xvda to xvdp, net0, console0, rng0); default: the first free one.",
     transform: Value.text("the name of a device")
   )
   var device: String?
-  @Option(help: "Name or number of the domain whose vxd serves the device, over Xenbus.", transform: GuestName.value)
+  @Option(
+    help: "Attach over Xenbus: name or number of the domain whose vxd serves the device.", transform: GuestName.value)
   var backend: GuestName?
-  @Flag(help: "With --backend: the guest may only read.")
+  @Flag(help: "With --backend: make the disk read-only.")
   var readOnly = false
-  @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Value.seconds)
+  @Option(
+    help: "With --backend: seconds to wait for the guest's driver to connect (default: 30).", transform: Value.seconds)
   var wait = 30
 
   func run() throws {
@@ -173,18 +175,18 @@ struct Attach: ParsableCommand {
 struct Detach: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Detach a device: waits for its requests up to a deadline, then aborts them. Unmount it in the guest first.",
+      "Detach a device. Unmount it in the guest first: requests that have not ended by the deadline are aborted.",
     discussion:
-      "HVM guests: empties a spare disk. PV and PVH guests, in dom0: with --xenbus, removes a device of any backend domain."
+      "For an HVM guest, this empties a spare disk. For a PV or PVH guest, run it in dom0 with --xenbus: it removes the device, whatever its backend domain."
   )
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @Argument(help: "GUEST/DEVICE, for instance web1/spare0.", transform: DeviceName.value)
   var device: DeviceName
-  @Option(help: "Seconds to wait for requests in flight.", transform: Value.seconds)
+  @Option(help: "Seconds to wait for requests in flight (default: 10).", transform: Value.seconds)
   var deadline = 10
-  @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
+  @Flag(help: "The device is a Xenbus device (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false
 
   func run() throws {

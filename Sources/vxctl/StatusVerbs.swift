@@ -49,7 +49,7 @@ struct List: ParsableCommand {
   static let configuration = CommandConfiguration(abstract: "List the devices of all guests, or of one.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Argument(help: "Only this guest's: its name or domain number.", transform: GuestName.value)
+  @Argument(help: "List only the devices of this guest (name or domain number).", transform: GuestName.value)
   var guest: GuestName?
 
   func run() throws {
@@ -111,9 +111,9 @@ struct Events: ParsableCommand {
   static let configuration = CommandConfiguration(abstract: "Print events of guests and devices as they happen.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "End after this many events.", transform: Value.number(1...Int.max))
+  @Option(help: "Exit after this many events.", transform: Value.number(1...Int.max))
   var count: Int?
-  @Option(help: "First print the events after this number.", transform: Value.number(0...Int64.max))
+  @Option(help: "First print the past events after this event number.", transform: Value.number(0...Int64.max))
   var after: Int64?
   @Flag(name: .shortAndLong, help: "Accepted for compatibility; events are always followed.")
   var follow = false

@@ -5,23 +5,25 @@ import Glibc
 /// `vxctl top`: what the devices do, refreshed all the time, on the whole screen.
 struct Top: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Live view of what the devices do.",
+    abstract: "Show a live view of the activity of all devices.",
     discussion:
-      "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes immediately.")
+      "Keys: q quits; r, w, b, f and n sort by reads, writes, bytes, requests in flight and name; space refreshes immediately."
+  )
 
   enum Order: String, CommandValue, CaseIterable {
     case reads, writes, bytes, inflight, name
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between refreshes, 0.1 to 3600.", transform: Value.pause)
+  @Option(help: "Seconds between refreshes, 0.1 to 3600 (default: 2).", transform: Value.pause)
   var interval = 2.0
   @Option(
-    help: "What to sort by: \(Order.expected).", completion: .list(Order.allCases.map(\.rawValue)),
+    help: "What to sort by: \(Order.expected) (default: bytes).", completion: .list(Order.allCases.map(\.rawValue)),
     transform: Order.value)
   var sort = Order.bytes
   @Option(
-    help: "Number of refreshes (default: 1 if standard output is not a terminal).", transform: Value.number(1...Int.max)
+    help: "Exit after this many refreshes (default: 1 if standard output is not a terminal).",
+    transform: Value.number(1...Int.max)
   )
   var count: Int?
 

@@ -8,8 +8,8 @@ struct VXCtl: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "vxctl", abstract: "Inspect and control vxd, the virtio daemon for Xen guests.",
     discussion: """
-      GUEST is a name or a domain number; 'name:web1' or 'id:7' where it could be either. DEVICE is a name such as xvde or net0.
-      Exit status: 0 success; 1 vxd refused, or a problem was found; 2 vxd cannot be reached; 64 wrong usage.
+      GUEST is a name or a domain number; write 'name:web1' or 'id:7' if a word could mean either. DEVICE is a name such as xvde or net0.
+      Exit status: 0 success; 1 vxd refused the request, or a problem was found; 2 vxd cannot be reached; 64 wrong usage.
       With --json, errors are JSON too: {"error": {"kind": ..., "message": ..., "data": ...}} on standard output.
       Completions: vxctl --generate-completion-script bash (or zsh, fish).
       """,
@@ -55,17 +55,18 @@ struct VXCtl: ParsableCommand {
 
 /// Options that every verb on the socket has.
 struct ConnectionOptions: ParsableArguments {
-  @Option(name: .shortAndLong, help: "The daemon's control socket.", transform: Value.path)
+  @Option(
+    name: .shortAndLong, help: "The daemon's control socket (default: /run/vxd/control.sock).", transform: Value.path)
   var socket = "/run/vxd/control.sock"
 
   @Option(
     help:
-      "In dom0: speak to the vxd of this driver domain (name or number) instead, through Xenstore; no network is needed.",
+      "In dom0: talk to the vxd in this driver domain (name or number), through Xenstore, instead of to the socket.",
     transform: GuestName.value
   )
   var domain: GuestName?
 
-  @Flag(help: "Print the answer as JSON; errors too.")
+  @Flag(help: "Print the answer, and any error, as JSON.")
   var json = false
 
   /// Connects and runs `body`; failures are reported and become exit codes.
