@@ -15,7 +15,7 @@ package struct ControlFault: Error, Equatable {
   package static func parse(_ message: String, offset: Int) -> ControlFault {
     ControlFault(
       code: -32700, message: message,
-      data: ["field": "message", "offset": .count(offset), "remedy": "send one JSON-RPC 2.0 request a line"])
+      data: ["field": "message", "offset": .count(offset), "remedy": "send one JSON-RPC 2.0 request per line"])
   }
 
   package static func invalidRequest(_ message: String, field: String, remedy: String) -> ControlFault {

@@ -56,7 +56,7 @@ package struct ControlMethod: Sendable {
     self.parameters =
       parameters + [
         ControlParameter(
-          "dryRun", "boolean", required: false, "Check everything and report what would be done; change nothing."),
+          "dryRun", "boolean", required: false, "Check everything and report what would be done, without doing it."),
         ControlParameter(
           "idempotencyKey", "string", required: false,
           "A key for this change: repeating the request with the same key has no further effect."),
@@ -65,7 +65,7 @@ package struct ControlMethod: Sendable {
     body = { parameters, caller, accepted throws(ControlFault) in
       let change = try plan(parameters)
       if let reason = change.adminReason, caller.role < .admin {
-        throw .denied("\(reason); this requires role admin, you have \(caller.role.name)", .admin)
+        throw .denied("\(reason); this requires the role admin, and yours is \(caller.role.name)", .admin)
       }
       if parameters["dryRun"]?.boolValue == true { return ["dryRun": true, "would": .string(change.summary)] }
       accepted(change.summary)
@@ -137,7 +137,7 @@ package struct ControlMethods: Sendable {
     ]
     discovery = description
     let discover = ControlMethod(
-      "rpc.discover", "This description of the control socket, in the form of OpenRPC 1.2.",
+      "rpc.discover", "Returns this description of the control socket, in OpenRPC 1.2.",
       result: ["type": "object"]
     ) { _ throws(ControlFault) in description }
     methods[discover.name] = discover
@@ -163,7 +163,7 @@ package struct ControlMethods: Sendable {
         switch error {
         case .syntax(let words, let offset): .parse("not JSON: \(words), at byte \(offset)", offset: offset)
         case .tooDeep: .parse("the message is nested deeper than \(JSONText.depthLimit) levels", offset: 0)
-        case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request a line")
+        case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request per line")
         }
       return Self.reply(error: fault, id: .null)
     }
@@ -184,7 +184,8 @@ package struct ControlMethods: Sendable {
           request, id,
           ControlFault(
             code: -32007,
-            message: "the answers to the earlier requests of this batch have \(bytes) bytes; the rest is not done",
+            message:
+              "the answers to the earlier requests of this batch have \(bytes) bytes; the remaining requests are not executed",
             data: ["field": "message", "remedy": "send these requests one by one"]))
       guard let answer else { continue }
       bytes += JSONText.text(answer).utf8.count
@@ -236,7 +237,8 @@ package struct ControlMethods: Sendable {
       throw .invalidRequest("'jsonrpc' must be \"2.0\"", field: "jsonrpc", remedy: "add \"jsonrpc\": \"2.0\"")
     }
     guard let name = request["method"]?.stringValue else {
-      throw .invalidRequest("'method' must be a string", field: "method", remedy: "name a method of rpc.discover")
+      throw .invalidRequest(
+        "'method' must be a string", field: "method", remedy: "use a method that rpc.discover lists")
     }
     switch request["id"] {
     case .some(.array), .some(.object), .some(.bool):
@@ -271,7 +273,8 @@ package struct ControlMethods: Sendable {
     _ method: ControlMethod, _ parameters: JSONValue, _ caller: ControlCaller
   ) throws(ControlFault) -> JSONValue {
     guard caller.role >= method.role else {
-      throw .denied("'\(method.name)' requires role \(method.role.name); you have \(caller.role.name)", method.role)
+      throw .denied(
+        "'\(method.name)' requires the role \(method.role.name), and yours is \(caller.role.name)", method.role)
     }
     try method.check(parameters)
     func perform() throws(ControlFault) -> JSONValue {

@@ -58,7 +58,7 @@ struct Console: ParsableCommand {
       session = ConsoleSession(try UnixSocket.connect(path))
     } catch {
       Output.complain(
-        "cannot connect to '\(path)': \(error)", remedy: "run this as root, in the domain that vxd runs in")
+        "cannot connect to '\(path)': \(error)", remedy: "run this as root, in the domain where vxd runs")
       throw ExitCode(2)
     }
     let outcome = session.run(readOnly: readOnly, takes: take, seconds: seconds, size: size)

@@ -106,7 +106,8 @@ struct Explain: ParsableCommand {
       }
       if entries > devices.count(where: { ["virtio_disk", "virtio"].contains($0.cell("kind")) }) {
         throw Wrong(
-          words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
+          words: "Xenstore has \(entries) entries for the guest, but vxd serves fewer devices",
+          remedy: "look at vxd's log: journalctl -u vxd")
       }
       report.add(.good, "no problem found")
     } catch {
@@ -140,7 +141,7 @@ struct Explain: ParsableCommand {
       report.add(.good, "the guest runs as domain \(domain)")
       return domain
     } catch {
-      throw Wrong(words: error.message, remedy: "xl list; is it running?")
+      throw Wrong(words: error.message, remedy: "check with 'xl list' whether it is running")
     }
   }
 

@@ -148,7 +148,8 @@ struct EntryMaker {
     if let known, known.type != type {
       throw EntryFault(
         "type",
-        "this is of type \(type.type.name), and the profile has a \(known.type.type.name) device in its place")
+        "this is a device of type \(type.type.name), but the profile has a \(known.type.type.name) device at its place in the list"
+      )
     }
     var device = known ?? ProfileDevice(type, number: key.device, options: [])
     if let text = nodes["vx-options"] {
