@@ -67,7 +67,8 @@ import Xen
     _ = try world.domain(7, name: "plainer", type: "pvh")
     #expect(eventually { world.state("plainer", "rng0") == "failed" })
     let refused = vxctl(world, ["explain", "plainer"])
-    #expect(refused.status == 1 && refused.output.contains("on Arm add a line to its configuration"), "\(refused.output)")
+    #expect(
+      refused.status == 1 && refused.output.contains("on Arm add a line to its configuration"), "\(refused.output)")
   }
 
   /// A driver domain knows its guests by their numbers alone, and may not look at them.
