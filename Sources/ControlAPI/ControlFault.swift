@@ -48,7 +48,8 @@ package struct ControlFault: Error, Equatable {
       code: -32005, message: "permission denied: \(message)",
       data: [
         "field": "method",
-        "remedy": .string("run it as root, or as a member of a group of vxd's --\(role.name)-group"),
+        "remedy": .string(
+          "run it as root, or as a member of a group that vxd has been given with --\(role.name)-group"),
       ])
   }
 

@@ -213,7 +213,8 @@ private final class ConsoleSession {
         case .mode where frame.bytes.first == 0:
           Output.write(2, "vxctl: another user has the keyboard; --take takes it over\r\n")
         case .mode where frame.bytes.first == 2:
-          return "permission denied: run this as root, or as a member of a group of vxd's --operate-group"
+          return
+            "permission denied: run this as root, or as a member of a group that vxd has been given with --operate-group"
         default: break
         }
       }

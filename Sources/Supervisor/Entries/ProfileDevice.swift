@@ -53,7 +53,7 @@ struct ProfileDevice: Sendable {
       throw SettingFault(
         field: field,
         reason:
-          "\(other.name) would be the name of two devices, one of vxd's and one of the toolstack's; expected a name for one device only"
+          "\(other.name) would be the name of two devices, one created by vxd and one by the toolstack; expected different names"
       )
     }
     // For a guest of no meaning, so that a mistake shows now and not when a guest comes.
