@@ -127,7 +127,8 @@ struct Explain: ParsableCommand {
       return client
     } catch {
       throw Wrong(
-        words: error.message, remedy: "systemctl status vxd; journalctl -u vxd; vxctl doctor", trouble: Trouble(error))
+        words: error.message, remedy: "see 'systemctl status vxd', 'journalctl -u vxd' and 'vxctl doctor'",
+        trouble: Trouble(error))
     }
   }
 
@@ -178,7 +179,7 @@ struct Explain: ParsableCommand {
       let guests = try client.call("guest.list").arrayValue ?? []
       return known.domain.flatMap { domain in guests.first { $0["domain"]?.integerValue == domain } }
     } catch {
-      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor", trouble: Trouble(error))
+      throw Wrong(words: error.message, remedy: "see 'journalctl -u vxd' and 'vxctl doctor'", trouble: Trouble(error))
     }
   }
 
@@ -187,7 +188,8 @@ struct Explain: ParsableCommand {
   ) throws(Wrong) -> [JSONValue] {
     guard guest.cell("state") == "running" else {
       throw Wrong(
-        words: "the guest is \(guest.cell("state")): \(guest.cell("reason"))", remedy: "journalctl -u vxd; vxctl doctor"
+        words: "the guest is \(guest.cell("state")): \(guest.cell("reason"))",
+        remedy: "see 'journalctl -u vxd' and 'vxctl doctor'"
       )
     }
     for fact in guest["facts"]?.arrayValue ?? [] {
@@ -196,7 +198,7 @@ struct Explain: ParsableCommand {
     do throws(ControlClient.Failure) {
       return try client.call("device.list", ["guest": .string(guest.cell("name"))]).arrayValue ?? []
     } catch {
-      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor", trouble: Trouble(error))
+      throw Wrong(words: error.message, remedy: "see 'journalctl -u vxd' and 'vxctl doctor'", trouble: Trouble(error))
     }
   }
 
@@ -218,7 +220,7 @@ struct Explain: ParsableCommand {
     "held": "free space or fix the storage, then 'vxctl resume'",
     "quarantined": "fix the cause, then 'vxctl restart'",
     "paused": "'vxctl resume'", "restarting": "wait, and watch 'vxctl events'",
-    "opening": "the image takes long to open: does its storage or server answer?",
+    "opening": "opening the image takes long: check that its storage or server answers",
   ]
 
   private func explain(
@@ -242,7 +244,7 @@ struct Explain: ParsableCommand {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(
         words: "\(name): the guest's driver has not connected (driver status \(full.cell("driverStatus")))",
-        remedy: "is the guest up? It needs \(full["guestNeeds"]?.stringValue ?? guestNeeds)")
+        remedy: "check that the guest is running; it needs \(full["guestNeeds"]?.stringValue ?? guestNeeds)")
     }
     if let stuck = full["stuck"] {
       throw Wrong(

@@ -379,7 +379,7 @@ import Testing
     var facts = HostFacts()
     #expect(verdict(facts, "io_uring")?.0 == .good)
     for (failure, words) in [
-      (EPERM, "kernel.io_uring_disabled"), (ENOSYS, "this kernel has none"), (ENOMEM, "Cannot allocate memory"),
+      (EPERM, "kernel.io_uring_disabled"), (ENOSYS, "not supported by this kernel"), (ENOMEM, "Cannot allocate memory"),
     ] {
       facts.ring = failure
       #expect(verdict(facts, "io_uring")?.0 == .note)
