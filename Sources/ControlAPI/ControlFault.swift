@@ -15,7 +15,7 @@ package struct ControlFault: Error, Equatable {
   package static func parse(_ message: String, offset: Int) -> ControlFault {
     ControlFault(
       code: -32700, message: message,
-      data: ["field": "message", "offset": .count(offset), "remedy": "send one JSON-RPC 2.0 request a line"])
+      data: ["field": "message", "offset": .count(offset), "remedy": "send one JSON-RPC 2.0 request per line"])
   }
 
   package static func invalidRequest(_ message: String, field: String, remedy: String) -> ControlFault {
@@ -48,7 +48,8 @@ package struct ControlFault: Error, Equatable {
       code: -32005, message: "permission denied: \(message)",
       data: [
         "field": "method",
-        "remedy": .string("run it as root, or as a member of a group of vxd's --\(role.name)-group"),
+        "remedy": .string(
+          "run it as root, or as a member of a group that vxd has been given with --\(role.name)-group"),
       ])
   }
 

@@ -56,7 +56,7 @@ package struct ControlMethod: Sendable {
     self.parameters =
       parameters + [
         ControlParameter(
-          "dryRun", "boolean", required: false, "Check everything and report what would be done; change nothing."),
+          "dryRun", "boolean", required: false, "Check everything and report what would be done, without doing it."),
         ControlParameter(
           "idempotencyKey", "string", required: false,
           "A key for this change: repeating the request with the same key has no further effect."),
@@ -65,7 +65,7 @@ package struct ControlMethod: Sendable {
     body = { parameters, caller, accepted throws(ControlFault) in
       let change = try plan(parameters)
       if let reason = change.adminReason, caller.role < .admin {
-        throw .denied("\(reason); this requires role admin, you have \(caller.role.name)", .admin)
+        throw .denied("\(reason); this requires the role admin, and yours is \(caller.role.name)", .admin)
       }
       if parameters["dryRun"]?.boolValue == true { return ["dryRun": true, "would": .string(change.summary)] }
       accepted(change.summary)
@@ -119,6 +119,8 @@ package struct ControlMethods: Sendable {
   private let audit: @Sendable (ControlAudit) -> Void
   /// Requests in one batch at most.
   private static let batchLimit = 64
+  /// Bytes of an id as it is written, its quotation marks included, at most.
+  private static let idLimit = 1024
   /// Bytes of the answers to one batch, from which on the rest of its requests is refused.
   private static let batchBytes = 4 << 20
 
@@ -135,7 +137,7 @@ package struct ControlMethods: Sendable {
     ]
     discovery = description
     let discover = ControlMethod(
-      "rpc.discover", "This description of the control socket, in the form of OpenRPC 1.2.",
+      "rpc.discover", "Returns this description of the control socket, in OpenRPC 1.2.",
       result: ["type": "object"]
     ) { _ throws(ControlFault) in description }
     methods[discover.name] = discover
@@ -151,18 +153,21 @@ package struct ControlMethods: Sendable {
     subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     let value: JSONValue
+    var ids = [String?](repeating: nil, count: 1)
     do throws(JSONText.Fault) {
-      value = try JSONText.parse(message)
+      value = try JSONText.parse(message) { text in
+        ids = (0..<Self.batchLimit).map(text.id(ofRequest:))
+      }
     } catch {
       let fault: ControlFault =
         switch error {
         case .syntax(let words, let offset): .parse("not JSON: \(words), at byte \(offset)", offset: offset)
         case .tooDeep: .parse("the message is nested deeper than \(JSONText.depthLimit) levels", offset: 0)
-        case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request a line")
+        case .empty: .invalidRequest("the message is empty", field: "message", remedy: "send one request per line")
         }
       return Self.reply(error: fault, id: .null)
     }
-    guard case .array(let requests) = value else { return one(value, caller, subscribe) }
+    guard case .array(let requests) = value else { return one(value, ids[0], caller, subscribe) }
     guard !requests.isEmpty, requests.count <= Self.batchLimit else {
       return Self.reply(
         error: .invalidRequest(
@@ -171,15 +176,16 @@ package struct ControlMethods: Sendable {
     }
     var answers: [JSONValue] = []
     var bytes = 0
-    for request in requests {
+    for (request, id) in zip(requests, ids) {
       let answer =
         bytes < Self.batchBytes
-        ? one(request, caller, subscribe)
+        ? one(request, id, caller, subscribe)
         : refuse(
-          request,
+          request, id,
           ControlFault(
             code: -32007,
-            message: "the answers to the earlier requests of this batch have \(bytes) bytes; the rest is not done",
+            message:
+              "the answers to the earlier requests of this batch have \(bytes) bytes; the remaining requests are not executed",
             data: ["field": "message", "remedy": "send these requests one by one"]))
       guard let answer else { continue }
       bytes += JSONText.text(answer).utf8.count
@@ -188,20 +194,33 @@ package struct ControlMethods: Sendable {
     return answers.isEmpty ? nil : .array(answers)
   }
 
+  /// - Parameter source: the text of its id, if that is no array or object.
   private func one(
-    _ request: JSONValue, _ caller: ControlCaller, _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
+    _ request: JSONValue, _ source: String?, _ caller: ControlCaller,
+    _ subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     do throws(ControlFault) {
+      if let source, source.utf8.count > Self.idLimit {
+        throw .invalidRequest(
+          "'id' has \(source.utf8.count) bytes; expected at most \(Self.idLimit)", field: "id", remedy: "use a number")
+      }
       let result = try perform(request, caller, subscribe)
-      guard let id = request["id"] else { return nil }
+      guard let id = Self.id(request, source) else { return nil }
       return ["jsonrpc": "2.0", "result": result, "id": id]
     } catch {
-      return refuse(request, error)
+      return refuse(request, source, error)
     }
   }
 
-  private func refuse(_ request: JSONValue, _ fault: ControlFault) -> JSONValue? {
-    let id = request["id"]
+  /// The id of an answer: that of the request, as its sender wrote it.
+  private static func id(_ request: JSONValue, _ source: String?) -> JSONValue? {
+    guard let id = request["id"], let source else { return request["id"] }
+    guard source.utf8.count <= idLimit else { return .null }
+    return JSONText.text(id) == source ? id : .verbatim(source)
+  }
+
+  private func refuse(_ request: JSONValue, _ source: String?, _ fault: ControlFault) -> JSONValue? {
+    let id = Self.id(request, source)
     // A notification is a request without an id, whatever else is wrong with it (JSON-RPC 2.0, 4.1). Anything that is not a request at all
     // is answered.
     if id == nil, request["jsonrpc"]?.stringValue == "2.0", request["method"]?.stringValue != nil { return nil }
@@ -218,7 +237,8 @@ package struct ControlMethods: Sendable {
       throw .invalidRequest("'jsonrpc' must be \"2.0\"", field: "jsonrpc", remedy: "add \"jsonrpc\": \"2.0\"")
     }
     guard let name = request["method"]?.stringValue else {
-      throw .invalidRequest("'method' must be a string", field: "method", remedy: "name a method of rpc.discover")
+      throw .invalidRequest(
+        "'method' must be a string", field: "method", remedy: "use a method that rpc.discover lists")
     }
     switch request["id"] {
     case .some(.array), .some(.object), .some(.bool):
@@ -253,7 +273,8 @@ package struct ControlMethods: Sendable {
     _ method: ControlMethod, _ parameters: JSONValue, _ caller: ControlCaller
   ) throws(ControlFault) -> JSONValue {
     guard caller.role >= method.role else {
-      throw .denied("'\(method.name)' requires role \(method.role.name); you have \(caller.role.name)", method.role)
+      throw .denied(
+        "'\(method.name)' requires the role \(method.role.name), and yours is \(caller.role.name)", method.role)
     }
     try method.check(parameters)
     func perform() throws(ControlFault) -> JSONValue {

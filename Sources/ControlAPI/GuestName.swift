@@ -26,6 +26,9 @@ package struct GuestName: Equatable {
     package init(message: String) { self.message = message }
   }
 
+  /// What a word has to be, after "expected ...".
+  package static let expected = "a guest: a name, name:NAME, or id:N with a domain number without leading zeros"
+
   package let text: String
   package let meaning: Meaning
 
@@ -44,9 +47,9 @@ package struct GuestName: Equatable {
     }
   }
 
-  /// Without the sign that Swift's own initializer takes too.
+  /// In the one form that Xenstore and xl have: neither the sign that Swift's own initializer takes too, nor leading zeros.
   private static func number(_ text: some StringProtocol) -> UInt32? {
-    text.utf8.allSatisfy { (UInt8(ascii: "0")...UInt8(ascii: "9")).contains($0) } ? UInt32(text) : nil
+    UInt32(text).flatMap { "\($0)" == text ? $0 : nil }
   }
 
   /// What it is called in messages: without the prefix.

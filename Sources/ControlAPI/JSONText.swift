@@ -23,9 +23,15 @@ package enum JSONText {
   /// Reads one JSON value (RFC 8259).
   ///
   /// - Throws: for text that is not a JSON value, is followed by something else, is nested too deep, or is not UTF-8.
-  package static func parse(_ text: [UInt8]) throws(Fault) -> JSONValue {
+  package static func parse(_ text: [UInt8]) throws(Fault) -> JSONValue { try parse(text) { _ in } }
+
+  /// As above.
+  ///
+  /// - Parameter found: gets the text as it was looked at, once it is known to be JSON.
+  static func parse(_ text: [UInt8], _ found: (JSONScanner) -> Void) throws(Fault) -> JSONValue {
     guard text.contains(where: { $0 != 0x20 && $0 != 0x09 && $0 != 0x0d && $0 != 0x0a }) else { throw .empty }
-    let prepared = try JSONScanner.prepare(text)
+    let scanner = try JSONScanner(text)
+    let prepared = scanner.prepared
     guard let tokener = json_tokener_new_ex(depthLimit) else { throw .syntax("out of memory", offset: 0) }
     defer { json_tokener_free(tokener) }
     json_tokener_set_flags(tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8)
@@ -47,6 +53,7 @@ package enum JSONText {
     else {
       throw .syntax("something follows the value", offset: offset)
     }
+    found(scanner)
     return value(of: object)
   }
 
@@ -108,7 +115,8 @@ package enum JSONText {
     case .integer(let number): return json_object_new_int64(number)
     // The shortest text that means the number; json-c's own has 17 digits. JSON knows neither NaN nor infinity.
     case .number(let number): return number.isFinite ? json_object_new_double_s(number, "\(number)") : nil
-    case .exact(let text): return json_object_new_double_s(0, text)
+    // json-c writes the text that a double brings with it, whatever it is.
+    case .exact(let text), .verbatim(let text): return json_object_new_double_s(0, text)
     case .string(let text):
       var text = text
       return text.withUTF8 { bytes in

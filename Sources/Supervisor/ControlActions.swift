@@ -137,8 +137,8 @@ extension Profiles {
         ? !declared.isCreated && declared.number == device.key.device
         : declared.isCreated && declared.kind == device.key.kind && declared.number == device.key.device
     }
-    let owner = DeviceOwner(
-      guest: guest.name, uuid: guest.uuid, domain: guest.domain, device: device.name, suffix: "")
+    // What is derived for a guest is the same before and after, also where it is not known who that is.
+    let owner = DeviceOwner(identity: guest.uuid ?? guest.name, domain: guest.domain, device: device.name, suffix: "")
     // Checked when the profile was read.
     return (try? declared?.settings(owner, ""))?.optionTexts ?? []
   }

@@ -204,7 +204,7 @@ final class EffectRunner {
     let quota = Mutex(LineQuota())
     context.logLine = { line in
       guard case .say(let left) = quota.withLock({ $0.next(at: EventLoop.now()) }) else { return }
-      let more = left > 0 ? "(\(left) lines before this one are left out) " : ""
+      let more = left > 0 ? "(\(left) lines before this one were omitted) " : ""
       logLine(guestName, deviceName, more + line)
     }
     device.running = Device.Running(id: id)
@@ -309,7 +309,8 @@ final class EffectRunner {
         guard known.layout.slotCount == layout.slotCount,
           known.layout.identity.queueSizes == layout.identity.queueSizes
         else {
-          throw .state("the storage now gives \(layout.identity.queueSizes.count) queues, the guest uses others")
+          throw .state(
+            "the storage now supports \(layout.identity.queueSizes.count) queues, but the guest uses another number")
         }
         return known
       }
@@ -320,7 +321,7 @@ final class EffectRunner {
           // A disk that does not survive a restart of vxd is better than none.
           logLine(
             guestName, deviceName,
-            "cannot create \(path) (\(error)): this device must be reset by its guest when vxd is restarted")
+            "cannot create \(path) (\(error)): the guest will have to reset this device after a restart of vxd")
         }
       }
       do throws(Errno) {
@@ -361,7 +362,7 @@ final class EffectRunner {
     do throws(Errno) {
       try settings.stateFolder?.save(StateFolder.SpareAssignment(image: image, limits: limits), of: device.key)
     } catch {
-      logLine(guest.name, device.name, "what is attached cannot be saved: \(error)")
+      logLine(guest.name, device.name, "cannot save which image is attached: \(error)")
     }
   }
 

@@ -28,7 +28,8 @@ final class Herald {
       let key = device?.key ?? DeviceKey(kind: .generic, domain: guest.domain, device: .max)
       switch churn.verdict(for: key, at: .now) {
       case .say: break
-      case .sayLast: reason = (reason.map { "\($0); " } ?? "") + "more of this within a minute is not logged"
+      case .sayLast:
+        reason = (reason.map { "\($0); " } ?? "") + "further messages of this kind are not logged for a minute"
       case .silent: return
       }
     }

@@ -85,11 +85,11 @@ package enum Metrics {
       [Sample(labels: [], value: seconds(HostUsage.cpuTime))])
     for (name, help, value) in [
       ("process_open_fds", "Open file descriptors.", Optional(Double(HostUsage.descriptors))),
-      ("process_max_fds", "File descriptors that it may have.", Double(HostUsage.descriptorLimit)),
+      ("process_max_fds", "Maximum number of open file descriptors.", Double(HostUsage.descriptorLimit)),
       ("process_virtual_memory_bytes", "Size of the address space.", process.map { Double($0.virtualBytes) }),
       ("process_resident_memory_bytes", "Memory in use.", process.map { Double($0.residentBytes) }),
       ("process_threads", "Threads.", process.map { Double($0.threads) }),
-      ("process_start_time_seconds", "When it was started, in seconds since 1970.", process?.started),
+      ("process_start_time_seconds", "Start time of the process, in seconds since 1970.", process?.started),
     ] {
       writer.put(name, "gauge", help, value.map { [Sample(labels: [], value: "\(UInt64(max(0, $0)))")] } ?? [])
     }
@@ -109,19 +109,20 @@ package enum Metrics {
     gauge("vxd_xenstore_watches", "Watches in Xenstore.", "\(contents.watches)")
     gauge("vxd_guests", "Guests with devices of vxd.", "\(guests.count)")
     gauge("vxd_descriptors", "Open descriptors of the daemon.", "\(HostUsage.descriptors)")
-    gauge("vxd_descriptors_limit", "Descriptors that it may have.", "\(HostUsage.descriptorLimit)")
+    gauge("vxd_descriptors_limit", "Maximum number of open descriptors.", "\(HostUsage.descriptorLimit)")
     gauge(
       "vxd_event_channels", "Event channels bound to ioreq servers and to queues of Xenbus devices.",
       "\(guests.reduce(0) { $0 + $1.channels + $1.devices.reduce(0) { $0 + Int(clamping: $1.channels?.value ?? 0) } })")
     gauge(
-      "vxd_event_channels_limit", "Event channels that a domain may have (FIFO ABI).", "\(HostUsage.eventChannelLimit)")
+      "vxd_event_channels_limit", "Maximum number of event channels of a domain (FIFO ABI).",
+      "\(HostUsage.eventChannelLimit)")
     gauge(
       "vxd_ioreq_servers", "Ioreq servers in use, one for each guest.", "\(guests.filter { $0.server != nil }.count)")
     let granted = guests.flatMap(\.devices).compactMap { $0.grants?.pages.statistics }
     gauge(
       "vxd_grants", "Granted pages that are mapped; virtio-mmio uses none.",
       "\(granted.reduce(0) { $0 + $1.mappedPages })")
-    gauge("vxd_grants_limit", "Granted pages that may be mapped.", "\(granted.first?.budgetPages ?? 0)")
+    gauge("vxd_grants_limit", "Maximum number of granted pages that are mapped.", "\(granted.first?.budgetPages ?? 0)")
     gauge("vxd_cpu_seconds", "CPU time of the whole daemon.", seconds(HostUsage.cpuTime))
     writeProcess(&writer)
     writeGuests(&writer, guests)
@@ -141,7 +142,7 @@ package enum Metrics {
     put("vxd_guest_mapped_pages", "gauge", "Pages of a guest that are mapped.") {
       $0.mappings.map { "\($0.mappedPages.value)" }
     }
-    put("vxd_guest_mapped_pages_limit", "gauge", "Pages that may be mapped.") {
+    put("vxd_guest_mapped_pages_limit", "gauge", "Maximum number of mapped pages of a guest.") {
       $0.mappings.map { "\($0.budgetPages.value)" }
     }
     put("vxd_guest_map_calls", "counter", "Mapping calls to Xen.") { $0.mappings.map { "\($0.mapCalls.value)" } }
@@ -163,7 +164,7 @@ package enum Metrics {
   private static func writeDevices(_ writer: inout Writer, _ devices: [StatusBoard.Device]) {
     let phases = DevicePhase.names
     writer.put(
-      "vxd_device_state", "stateset", "The state that a device is in.",
+      "vxd_device_state", "stateset", "State of a device.",
       devices.flatMap { device in
         phases.map { phase in
           Sample(
@@ -200,14 +201,16 @@ package enum Metrics {
       "vxd_device_errors", "Requests that failed, by kind.", "kind",
       [("io", { $0.failed.value }), ("unsupported", { $0.unsupported.value })])
     split(
-      "vxd_device_retries", "Steps tried again after the storage had failed them.", "layer",
+      "vxd_device_retries", "Steps that were retried after the storage had failed them.", "layer",
       [("engine", { $0.retries.value })])
-    split("vxd_device_throttled", "Requests that waited for their rate.", "layer", [("budget", { $0.throttled.value })])
+    split(
+      "vxd_device_throttled", "Requests that were delayed by a limit.", "layer", [("budget", { $0.throttled.value })])
     split(
       "vxd_device_adopted", "Requests taken over from a backend that was stopped.", "layer",
       [("journal", { $0.adopted.value })])
     split(
-      "vxd_device_shortages", "Times that the saved state had no room for more requests at a time.", "layer",
+      "vxd_device_shortages", "How often a device could not accept more requests because the saved state had no room.",
+      "layer",
       [("journal", { $0.shortages.value })])
     split(
       "vxd_device_notifications", "Notifications of the driver.", "direction",
@@ -219,7 +222,8 @@ package enum Metrics {
       "vxd_device_interrupts", "Published batches, by whether the driver wanted an interrupt.", "outcome",
       [("sent", { $0.interrupts.value }), ("suppressed", { $0.interruptsSuppressed.value })])
     split(
-      "vxd_device_drops", "What was not delivered, by reason: packets of network devices, bytes of consoles.", "reason",
+      "vxd_device_drops", "Packets of network devices and bytes of consoles that were not delivered, by reason.",
+      "reason",
       DropReason.allCases.map { reason in ("\(reason)", { $0.drops(reason).value }) })
     put("vxd_device_link_up", "gauge", "Whether the link of a network device is up.") {
       $0.readings?.isLinkUp.map { $0 ? "1" : "0" }
@@ -227,7 +231,9 @@ package enum Metrics {
     put("vxd_device_in_flight", "gauge", "Requests under way.") {
       "\(sum($0) { $0.inFlight.load(ordering: .relaxed) })"
     }
-    put("vxd_device_slots", "gauge", "Requests that can be under way: ring occupancy is in_flight by this.") {
+    put(
+      "vxd_device_slots", "gauge", "Maximum number of requests in flight: ring occupancy is in_flight divided by this."
+    ) {
       $0.readings.map { "\($0.requestLimit)" }
     }
     put("vxd_device_capacity_bytes", "gauge", "Size of the disk.") { $0.readings?.capacity.map { "\($0)" } }
@@ -236,7 +242,7 @@ package enum Metrics {
     }
     put("vxd_device_restarts", "counter", "Restarts of the backend.") { "\($0.restarts)" }
     put("vxd_device_faults", "counter", "Faults of the guest's driver.") { "\($0.faults)" }
-    put("vxd_device_stuck_seconds", "gauge", "Age of a stuck request; 0 when there is none.") {
+    put("vxd_device_stuck_seconds", "gauge", "Age of a stuck request; 0 if there is none.") {
       "\(Double($0.stuck?.age ?? 0) / 1000)"
     }
     writeLatencies(&writer, devices)

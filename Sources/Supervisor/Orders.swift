@@ -28,7 +28,7 @@ final class Orders {
     table.runner.entries.profiles = profiles
     limitAll(profiles.daemonLimits, for: supervisor)
     for guest in table.guests.values { follow(profiles, guest, for: supervisor) }
-    log.info("profiles are loaded: limits and restart policies hold at once, running devices keep their other options")
+    log.info("profiles loaded: limits and restart policies apply at once; running devices keep their other options")
   }
 
   /// Has one guest follow them.

@@ -259,8 +259,8 @@ final class Population {
     if guest.profileName.isEmpty, guest.uuid == nil, entries.profiles.namesNumbers {
       log.warning(
         """
-        guest \(guest.name): profiles of 'domain-N' do not apply, since that is another guest after a reboot; use its UUID, which 'vxctl \
-        identify' in dom0 tells this domain
+        guest \(guest.name): profiles for 'domain-N' do not apply, because that number may belong to another guest after a reboot; use \
+        the guest's UUID, and run 'vxctl identify' in dom0
         """, metadata: ["GUEST": "\(guest.name)"])
     }
     table.insert(guest)
@@ -281,7 +281,7 @@ final class Population {
     let count = guest.buses.unclaimed.count
     guard count + lost.count > 0 else { return }
     log.notice(
-      "guest \(guest.name): an earlier vxd left \(count) devices, which are resumed",
+      "guest \(guest.name): \(count) devices of an earlier vxd are resumed",
       metadata: ["GUEST": "\(guest.name)"])
   }
 

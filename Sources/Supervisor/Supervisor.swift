@@ -167,7 +167,7 @@ package actor Supervisor {
     population.tryAgain(for: self)
     guard !reader.isAlive else { return }
     if reader.connection != nil {
-      log.error("xenstored does not answer any more: devices go on, new ones wait until it is back")
+      log.error("xenstored no longer answers: devices keep working, and new ones wait until it is back")
       board.update { $0.hasXenstore = false }
     }
     disconnect()

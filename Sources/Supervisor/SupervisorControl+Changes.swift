@@ -12,7 +12,7 @@ extension SupervisorControl {
     ControlFault(
       code: -32002,
       message: "'\(device.guestName)/\(device.name)' is \(device.phase.name)",
-      data: ["field": "params.device", "remedy": .string("the state must be \(wanted)")])
+      data: ["field": "params.device", "remedy": .string("required state: \(wanted)")])
   }
 
   /// What a request makes of limits; checked with those that there are now.
@@ -26,7 +26,10 @@ extension SupervisorControl {
     } catch {
       throw ControlFault(
         code: -32602, message: error.message,
-        data: ["field": .string("params.\(error.field)"), "remedy": "0 takes a limit away; others stay as they are"])
+        data: [
+          "field": .string("params.\(error.field)"),
+          "remedy": "0 removes a limit; limits that are not named do not change",
+        ])
     }
     let change: Actions.LimitsChange = { present in
       var limits = present
@@ -39,18 +42,19 @@ extension SupervisorControl {
 
   private static let limitsParameter = ControlParameter(
     "limits", "object", required: true,
-    "What to change of \(RateLimits.memberNames); rates by the second, 0 for no limit.")
+    "Limits to change, of \(RateLimits.memberNames); rates are per second, 0 removes a limit.")
 
   static func deviceChanges(_ board: StatusBoard, _ actions: Actions) -> [ControlMethod] {
     let one = [guestParameter, deviceParameter]
     return [
       ControlMethod(
-        change: "device.resume", "Resumes after a hold (what failed is tried again) or a pause.", parameters: one
+        change: "device.resume", "Resumes a device that is held or paused; its failed requests are executed again.",
+        parameters: one
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
         switch device.phase {
         case .held:
-          return ControlChange("the failed requests of \(device.name) are tried again") {
+          return ControlChange("the failed requests of \(device.name) are executed again") {
             actions.order(device, .resume)
           }
         case .paused:
@@ -74,21 +78,23 @@ extension SupervisorControl {
       },
       ControlMethod(
         change: "device.restart",
-        "Restarts a device's backend, with its restart budget whole: also the way out of quarantine. Requests wait meanwhile.",
+        "Restarts a device's backend, also out of quarantine, and resets its count of restarts. Requests wait meanwhile.",
         parameters: one
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
-        guard !["closing", "opening"].contains(device.phase.name) else { throw wrongState(device, "another one") }
-        return ControlChange("the backend of \(device.name) is stopped and started again") {
+        guard !["closing", "opening"].contains(device.phase.name) else {
+          throw wrongState(device, "any but closing and opening")
+        }
+        return ControlChange("the backend of \(device.name) is restarted") {
           actions.order(device, .restart)
         }
       },
       ControlMethod(
         change: "device.resize",
-        "Makes a disk follow its image's size, or grows a regular file first, which requires role admin unless 'spareImages' lists it; "
-          + "event device.resized or device.notResized tells the outcome.",
+        "Gives a disk the present size of its image; with 'bytes', first grows the image, a regular file, which requires the role admin unless "
+          + "'spareImages' lists it. The event device.resized or device.notResized tells the outcome.",
         parameters: one + [
-          ControlParameter("bytes", "integer", required: false, "Size that a regular file is to grow to.")
+          ControlParameter("bytes", "integer", required: false, "New size of the image, a regular file.")
         ]
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
@@ -115,7 +121,7 @@ extension SupervisorControl {
         }
       },
       ControlMethod(
-        change: "device.limit", "Changes a device's limits at once; profiles are what lasts.",
+        change: "device.limit", "Changes a device's limits until vxd is restarted or reloads its profiles.",
         parameters: one + [limitsParameter]
       ) { parameters throws(ControlFault) in
         let device = try find(parameters, board.current)
@@ -146,13 +152,14 @@ extension SupervisorControl {
   private static func attach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.attach",
-      "Attaches a disk to a running guest: fills a spare disk of its profile ('spareDisks'); the guest's driver sees its size change. "
-        + "Images that 'spareImages' of the profile does not list require role admin. Event device.attached or device.notAttached tells the outcome.",
+      "Attaches a disk to a running guest by filling one of the spare disks of its profile ('spareDisks'), whose size then changes. Images that "
+        + "'spareImages' of the profile does not list require the role admin. The event device.attached or device.notAttached tells the outcome.",
       parameters: [
         guestParameter,
         ControlParameter(
           "image", "string", required: true, "Absolute path of a raw image or block device, or an NBD address."),
-        ControlParameter("device", "string", required: false, "Which spare; the first empty one otherwise."),
+        ControlParameter(
+          "device", "string", required: false, "Name of the spare disk; by default the first empty one."),
         ControlParameter("limits", "object", required: false, limitsParameter.summary),
       ]
     ) { parameters throws(ControlFault) in
@@ -169,7 +176,7 @@ extension SupervisorControl {
           data: [
             "field": "params.device",
             "remedy":
-              "devices of an HVM guest are fixed when it is created: give it \"spareDisks\" in the profiles, and create it again; others (PV, PVH, all on Arm) take devices over Xenbus: 'vxctl attach --backend DOMAIN' in dom0",
+              "an HVM guest's devices are fixed when it is created: give it \"spareDisks\" in the profiles, and create it again; other guests (PV, PVH, all on Arm) can get devices over Xenbus: 'vxctl attach --backend DOMAIN' in dom0",
           ])
       }
       guard let spare = spares.first(where: { $0.isEmptySpare }) else {
@@ -184,7 +191,7 @@ extension SupervisorControl {
       if parameters["limits"] != nil { limits = try Self.change(RateLimits(), parameters).limits }
       let chosen = limits
       return ControlChange(
-        "\(guest.name)/\(spare.name) becomes \(image), by a change of its size",
+        "\(image) is attached as \(guest.name)/\(spare.name)",
         adminReason: actions.adminReason(image: image, of: guest)
       ) {
         _ = actions.order(spare, .fill(image: image, limits: chosen))
@@ -196,8 +203,8 @@ extension SupervisorControl {
   private static func detach(_ board: StatusBoard, _ actions: Actions) -> ControlMethod {
     ControlMethod(
       change: "device.detach",
-      "Detaches a disk that was attached at run time: its size becomes 0. Waits for requests in flight up to a deadline; the rest then "
-        + "fail. Event device.detached reports the end.",
+      "Detaches a disk that was attached at run time: its size becomes 0. Waits for requests in flight up to a deadline; the remaining ones "
+        + "fail. The event device.detached tells that it is done.",
       parameters: [
         guestParameter, deviceParameter,
         ControlParameter("seconds", "integer", required: false, "The deadline, 0 to 3600; 10 by default."),
@@ -210,15 +217,15 @@ extension SupervisorControl {
           data: [
             "field": "params.device",
             "remedy":
-              "only disks of 'vxctl attach' can be detached; the toolstack's go with their guest (xl destroy, xl shutdown)",
+              "only disks that were attached by 'vxctl attach' can be detached; those of the toolstack are removed with their guest (xl destroy, xl shutdown)",
           ])
       }
-      guard !device.isEmptySpare else { throw wrongState(device, "attached: this spare is empty already") }
+      guard !device.isEmptySpare else { throw wrongState(device, "attached; this spare disk is already empty") }
       let seconds = parameters["seconds"]?.integerValue ?? 10
       guard (0...3600).contains(seconds) else {
         throw .invalidParameters("'seconds' must be from 0 to 3600, not \(seconds)", field: "seconds")
       }
-      return ControlChange("\(device.guestName)/\(device.name) becomes empty within \(seconds) s") {
+      return ControlChange("\(device.guestName)/\(device.name) is detached within \(seconds) s") {
         actions.order(device, .detach(deadline: UInt64(seconds) * 1000))
       }
     }
@@ -230,7 +237,7 @@ extension SupervisorControl {
     [
       ControlMethod(
         change: "config.reload",
-        "Reads the profiles again, for the disks that are opened from now on, and for limits at once.",
+        "Reads the profiles again. Limits and restart policies apply at once, other options to devices that are opened later.",
         role: .admin
       ) { _ throws(ControlFault) in
         let new = try actions.read()
@@ -250,7 +257,7 @@ extension SupervisorControl {
         }
       },
       ControlMethod(
-        change: "log.level", "Changes what is logged.", role: .admin,
+        change: "log.level", "Sets the lowest level that is logged.", role: .admin,
         parameters: [
           ControlParameter("level", "string", required: true, "debug, info, notice, warning, error or critical.")
         ]
@@ -258,7 +265,7 @@ extension SupervisorControl {
         let name = parameters["level"]?.stringValue ?? ""
         guard let level = Logger.Level(rawValue: name), level != .trace else {
           throw .invalidParameters(
-            "'level': '\(name)' expected one of debug, info, notice, warning, error, critical", field: "level")
+            "'level': '\(name)': expected one of debug, info, notice, warning, error, critical", field: "level")
         }
         return ControlChange("lines from \(name) on are logged") {
           LogLevel.current = level
@@ -267,15 +274,15 @@ extension SupervisorControl {
       },
       ControlMethod(
         change: "system.shutdown",
-        "Ends the daemon. By default guests keep their devices and wait for the next vxd; with 'end' devices are ended for good.",
+        "Stops the daemon. Guests keep their devices and wait for the next vxd; with 'end', they lose them.",
         role: .admin,
         parameters: [
-          ControlParameter("end", "boolean", required: false, "End the devices: their guests lose them.")
+          ControlParameter("end", "boolean", required: false, "Remove all devices: running guests get I/O errors.")
         ]
       ) { parameters throws(ControlFault) in
         let ends = parameters["end"]?.boolValue ?? false
         return ControlChange(
-          ends ? "every device is ended, then the daemon" : "the daemon ends, guests wait for the next"
+          ends ? "every device is removed, and the daemon stops" : "the daemon stops; guests wait for the next one"
         ) {
           actions.endDaemon(handsOver: !ends)
           return ["accepted": true]

@@ -10,7 +10,7 @@ extension SupervisorControl {
     [
       ControlMethod(
         change: "device.link",
-        "Pulls the cable of a network device, or plugs it in: the guest's driver sees it. Holds until it is said otherwise.",
+        "Sets the link state of a network device, which the guest sees. It persists until it is changed again.",
         parameters: [
           guestParameter, deviceParameter, ControlParameter("up", "boolean", required: true, "Whether the link is up."),
         ]
@@ -24,10 +24,13 @@ extension SupervisorControl {
         guard device.readings != nil else {
           throw ControlFault(
             code: -32002, message: "'\(device.guestName)/\(device.name)' is \(device.phase.name)",
-            data: ["field": "params.device", "remedy": "the device must be served: see 'vxctl show'"])
+            data: [
+              "field": "params.device",
+              "remedy": "wait until the device is ready or connected; 'vxctl show' gives the reason",
+            ])
         }
         let isUp = parameters["up"]?.boolValue ?? false
-        return ControlChange("the link of \(device.name) goes \(isUp ? "up" : "down")") {
+        return ControlChange("the link of \(device.name) is set \(isUp ? "up" : "down")") {
           var answer = actions.order(device, .adjust(.link(isUp: isUp))).objectValue ?? []
           answer.append(.init(name: "link", value: .string(isUp ? "up" : "down")))
           return .object(answer)
@@ -40,11 +43,13 @@ extension SupervisorControl {
   static func consoleMethod(_ board: StatusBoard) -> ControlMethod {
     ControlMethod(
       "console.find",
-      "The socket of a port of a guest's console, for 'vxctl console': frames as Sources/Backends/ConsoleLink says.",
+      "Finds the socket of a console port, for 'vxctl console'. The data is framed as in Sources/Backends/ConsoleLink.",
       parameters: [
         guestParameter,
-        ControlParameter("port", "string", required: false, "Name or number of the port; the first console otherwise."),
-        ControlParameter("device", "string", required: false, "Which console device; the guest's first otherwise."),
+        ControlParameter(
+          "port", "string", required: false, "Name or number of the port; by default the first console."),
+        ControlParameter(
+          "device", "string", required: false, "Name of the console device; by default the guest's first."),
       ], result: ["type": "object"]
     ) { parameters throws(ControlFault) in
       let guest = try find(parameters["guest"]?.stringValue ?? "", board.current)
@@ -59,7 +64,10 @@ extension SupervisorControl {
       guard let ports = device.readings?.ports, !ports.isEmpty else {
         throw ControlFault(
           code: -32002, message: "'\(guest.name)/\(device.name)' is \(device.phase.name)",
-          data: ["field": "params.guest", "remedy": "the device must be served: see 'vxctl show'"])
+          data: [
+            "field": "params.guest",
+            "remedy": "wait until the device is ready or connected; 'vxctl show' gives the reason",
+          ])
       }
       let name = parameters["port"]?.stringValue
       let index =

@@ -14,7 +14,8 @@ package enum SupervisorControl {
   private static let metricsLimit = 900 << 10
 
   static let guestParameter = ControlParameter(
-    "guest", "string", required: true, "Name or domain number of the guest; name:X or id:N to be sure.")
+    "guest", "string", required: true, "Name or domain number of the guest; name:X or id:N if a word could mean either."
+  )
   static let deviceParameter = ControlParameter(
     "device", "string", required: true, "Name (xvde) or number of the device.")
 
@@ -32,12 +33,14 @@ package enum SupervisorControl {
     let object: JSONValue = ["type": "object"]
     let list: JSONValue = ["type": "array", "items": ["type": "object"]]
     return [
-      ControlMethod("system.info", "The daemon: version, hypervisor, uptime, resources in use.", result: object) {
+      ControlMethod(
+        "system.info", "Describes the daemon: version, hypervisor, uptime, resources in use.", result: object
+      ) {
         _ throws(ControlFault) in info(board.current, started, isSimulated)
       },
       ControlMethod(
         "system.metrics",
-        "What the metrics socket answers, for clients that reach this socket alone: OpenMetrics text.",
+        "Returns the metrics as OpenMetrics text, as on the metrics socket, for clients that can reach only this socket.",
         result: object
       ) { _ throws(ControlFault) in
         let text = Metrics.text(board, started: started, now: EventLoop.now())
@@ -48,12 +51,12 @@ package enum SupervisorControl {
         }
         return ["contentType": .string(Metrics.contentType), "text": .string(text)]
       },
-      ControlMethod("guest.list", "The guests that have devices served here.", result: list) {
+      ControlMethod("guest.list", "Lists the guests that have devices here.", result: list) {
         _ throws(ControlFault) in
         .array(sorted(board.current).map { describe(guest: $0, hasXenDrivers: actions.hasXenDrivers) })
       },
       ControlMethod(
-        "device.list", "The devices, of all guests or of one.",
+        "device.list", "Lists the devices of all guests or of one guest.",
         parameters: [ControlParameter("guest", "string", required: false, guestParameter.summary)], result: list
       ) { parameters throws(ControlFault) in
         let contents = board.current
@@ -63,35 +66,38 @@ package enum SupervisorControl {
         return .array(try find(name, contents).devices.map { describe(device: $0) })
       },
       ControlMethod(
-        "device.get", "One device with its counters, latencies, limits, slot, features and state.",
+        "device.get", "Describes one device: counters, latencies, limits, slot, features and state.",
         parameters: [guestParameter, deviceParameter], result: object
       ) { parameters throws(ControlFault) in
         describe(device: try find(parameters, board.current), counters: true)
       },
-      ControlMethod("pool.stats", "The foreign-mapping pool of each guest; pages have 4096 bytes.", result: list) {
+      ControlMethod(
+        "pool.stats", "Returns statistics of each guest's pool of foreign mappings; a page has 4096 bytes.",
+        result: list
+      ) {
         _ throws(ControlFault) in .array(sorted(board.current).compactMap(describe(poolOf:)))
       },
       ControlMethod(
         "config.check", "Checks profiles; the error names what is wrong.",
-        parameters: [ControlParameter("profiles", "any", required: true, "The contents of a profile file.")],
+        parameters: [ControlParameter("profiles", "any", required: true, "The contents of a profiles file.")],
         result: object
       ) { parameters throws(ControlFault) in
         _ = try Actions.profiles(parameters["profiles"] ?? .null)
         return ["correct": true]
       },
       ControlMethod(
-        "config.diff", "What other profiles would change of the running devices, when those are opened again.",
-        parameters: [ControlParameter("profiles", "any", required: true, "The contents of a profile file.")],
+        "config.diff", "Shows what other profiles would change for the running devices once they are reopened.",
+        parameters: [ControlParameter("profiles", "any", required: true, "The contents of a profiles file.")],
         result: list
       ) { parameters throws(ControlFault) in
         try actions.difference(Actions.profiles(parameters["profiles"] ?? .null), board.current)
       },
       ControlMethod(
         "event.subscribe",
-        "From now on, events of guests and devices come as notifications named 'event' on this connection. They are numbered in "
-          + "each daemon's life (epoch); 'event.dropped' tells a client that was too slow which it missed.",
+        "From now on, sends events of guests and devices on this connection, as notifications named 'event'. They are numbered from the start "
+          + "of the daemon (epoch); 'event.dropped' tells a client that reads too slowly which events it missed.",
         parameters: [
-          ControlParameter("after", "integer", required: false, "Send again what came after this number first.")
+          ControlParameter("after", "integer", required: false, "First send the past events after this number.")
         ], result: object
       ) { _ throws(ControlFault) in ["subscribed": true] },
     ]
@@ -104,8 +110,11 @@ package enum SupervisorControl {
   static func find(_ name: String, _ contents: StatusBoard.Contents) throws(ControlFault) -> StatusBoard.Guest {
     let guests = sorted(contents)
     let domains = guests.map { GuestName.Domain(number: UInt32($0.domain), name: $0.name) }
+    guard let guest = GuestName(argument: name) else {
+      throw .invalidParameters("'\(name)': expected \(GuestName.expected)", field: "guest")
+    }
     do throws(GuestName.Ambiguous) {
-      if let found = try GuestName(argument: name)?.find(in: domains), let index = domains.firstIndex(of: found) {
+      if let found = try guest.find(in: domains), let index = domains.firstIndex(of: found) {
         return guests[index]
       }
     } catch {

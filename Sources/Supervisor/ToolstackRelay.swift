@@ -80,7 +80,7 @@ package final class ToolstackRelay: @unchecked Sendable {
       }
       try connection.watch(Self.requests, token: Self.requests)
     } catch {
-      log.error("no control from dom0: \(error)")
+      log.error("vxd cannot be controlled from dom0: \(error)")
       return disconnect()
     }
     token = xenstore.flatMap { connection in
@@ -104,7 +104,7 @@ package final class ToolstackRelay: @unchecked Sendable {
       let now = EventLoop.now()
       for (identifier, client) in clients
       where client.stream != nil && now &- client.heard > patience * 1_000_000 {
-        finish(identifier, "nothing was heard of the client for \(patience / 1000) s")
+        finish(identifier, "the client was silent for \(patience / 1000) s")
       }
       lookLater()
     }

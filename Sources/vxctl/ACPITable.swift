@@ -5,18 +5,17 @@ import Xen
 /// `vxctl acpi-table`: the SSDT that tells an x86 HVM guest of its virtio-mmio slots.
 struct ACPITable: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "acpi-table", abstract: "Write the ACPI table of the virtio-mmio slots, for acpi_firmware= of xl.",
-    discussion: "vxd must run with the same number of slots (vxd --slots).")
+    commandName: "acpi-table",
+    abstract: "Write the ACPI table of the virtio-mmio slots, for acpi_firmware= in an xl configuration.",
+    discussion: "vxd has to run with the same number of slots (vxd --slots).")
 
-  @Option(help: "Number of slots, 1 to \(SlotTable.maximumCount).")
+  @Option(
+    help: "Number of slots, 1 to \(SlotTable.maximumCount) (default: \(SlotTable.defaultCount)).",
+    transform: Value.number(1...SlotTable.maximumCount))
   var slots = SlotTable.defaultCount
 
-  @Argument(help: "The file to write.")
+  @Argument(help: "The file to write.", transform: Value.path)
   var file: String
-
-  func validate() throws {
-    try check("--slots", slots, 1...SlotTable.maximumCount)
-  }
 
   func run() throws {
     let table = SlotACPITable.compiled(slots: slots)

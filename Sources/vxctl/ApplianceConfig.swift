@@ -6,30 +6,37 @@ import Glibc
 struct ApplianceConfig: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "appliance-config",
-    abstract: "Make the image with which the appliance, a driver domain without a disk, is configured.",
+    abstract: "Make the configuration image for the appliance, a driver domain without a disk.",
     discussion: """
-      The domain reads it as its disk xvdz when it starts. The same options make the same bytes. Profiles are checked for being JSON; \
-      'vxctl config check' checks them in full, also with --domain.
+      Give the image to the domain as its disk xvdz; it reads it when it starts. The same options always give the same image. This command \
+      only checks that the profiles are JSON; 'vxctl config check' checks them fully, also with --domain.
       """)
 
-  @Option(help: "Profiles of guests and devices, as in /etc/vxd/profiles.json.")
+  @Option(help: "Profiles of guests and devices, as in /etc/vxd/profiles.json.", transform: Value.path)
   var profiles: String?
   @Option(
     help:
-      "A bridge and its ports: br0=eth0 or br0=eth0,eth1; br1= has none. Without any, each network device gets a bridge (br0 for eth0)."
+      "A bridge and its ports: br0=eth0 or br0=eth0,eth1; br1= is a bridge without ports. Without this option, each network device gets a bridge (br0 for eth0).",
+    transform: Setting.value
   )
   var bridge: [Setting] = []
-  @Option(help: "An address, for disks that come by NBD: br0=192.0.2.7/24.")
+  @Option(help: "An address of the domain, for disks over NBD: br0=192.0.2.7/24.", transform: Setting.value)
   var address: [Setting] = []
-  @Option(help: "The gateway: 192.0.2.1.")
+  @Option(help: "The domain's gateway: 192.0.2.1.", transform: Value.text("an address such as 192.0.2.1"))
   var gateway: String?
-  @Option(help: "A file system (ext4) with images: xvdb=/srv; xvdb1=/srv,ro only to be read.")
+  @Option(
+    help: "Mount an ext4 file system that holds images: xvdb=/srv, or read-only xvdb1=/srv,ro.",
+    transform: Setting.value)
   var mount: [Setting] = []
-  @Argument(help: "Where the image is written; - for standard output.")
+  @Argument(
+    help: "The image file to write, or - for standard output.",
+    transform: Value.text("a path, or - for standard output"))
   var output: String
 
   /// NAME=VALUE.
-  struct Setting: ExpressibleByArgument, Equatable {
+  struct Setting: CommandValue, Equatable {
+    static let expected = "NAME=VALUE"
+
     let name: String
     let value: String
 

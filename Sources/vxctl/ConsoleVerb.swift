@@ -8,26 +8,30 @@ import Glibc
 /// `vxctl console GUEST [PORT]`: the terminal of a guest.
 struct Console: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "console", abstract: "Attach this terminal to a guest's console, or to another port of it.",
+    commandName: "console",
+    abstract: "Attach this terminal to a guest's console, or to another console port of the guest.",
     discussion: """
-      Recent output (scrollback) is shown on attach. Many can watch; one has the keyboard. Ctrl-] detaches. The guest follows the terminal's \
-      size.
+      Recent output (scrollback) is shown first. Ctrl-] detaches. Any number of users can watch, but only one has the keyboard. The guest \
+      learns the size of the terminal.
       """)
 
   @OptionGroup var connection: ConnectionOptions
-  @Flag(help: "Only watch; leave the keyboard to others.")
+  @Flag(help: "Only watch; do not take the keyboard.")
   var readOnly = false
   @Flag(help: "Take over the keyboard from another user.")
   var take = false
-  @Option(name: .customLong("console"), help: "Which console device; by default the guest's first.")
+  @Option(
+    name: .customLong("console"), help: "Name of the console device (default: the guest's first).",
+    transform: Value.text("the name of a console device, such as console0"))
   var device: String?
-  @Option(help: "For scripts: detach after this many seconds.", transform: Seconds.whole)
+  @Option(help: "For scripts: detach after this many seconds.", transform: Value.seconds)
   var seconds: Int?
-  @Option(help: "For scripts: the size of the terminal, as COLUMNSxROWS.")
+  @Option(help: "For scripts: the terminal size to tell the guest, as COLUMNSxROWS.", transform: WindowSize.value)
   var size: WindowSize?
-  @Argument(help: "Name or domain number of the guest.")
+  @Argument(help: "Name or domain number of the guest.", transform: GuestName.value)
   var guest: GuestName
-  @Argument(help: "Name or number of the port; by default the console.")
+  @Argument(
+    help: "Name or number of the port (default: the console).", transform: Value.text("the name or number of a port"))
   var port: String?
 
   func validate() throws {
@@ -54,7 +58,7 @@ struct Console: ParsableCommand {
       session = ConsoleSession(try UnixSocket.connect(path))
     } catch {
       Output.complain(
-        "cannot connect to '\(path)': \(error)", remedy: "run this as root, in the domain that vxd runs in")
+        "cannot connect to '\(path)': \(error)", remedy: "run this as root, in the domain where vxd runs")
       throw ExitCode(2)
     }
     let outcome = session.run(readOnly: readOnly, takes: take, seconds: seconds, size: size)
@@ -66,7 +70,9 @@ struct Console: ParsableCommand {
 }
 
 /// Columns and rows.
-struct WindowSize: ExpressibleByArgument, Equatable {
+struct WindowSize: CommandValue, Equatable {
+  static let expected = "COLUMNSxROWS, each from 1 to 65535, for instance 80x24"
+
   let columns: UInt16
   let rows: UInt16
 
@@ -207,7 +213,8 @@ private final class ConsoleSession {
         case .mode where frame.bytes.first == 0:
           Output.write(2, "vxctl: another user has the keyboard; --take takes it over\r\n")
         case .mode where frame.bytes.first == 2:
-          return "permission denied: run this as root, or as a member of a group of vxd's --operate-group"
+          return
+            "permission denied: run this as root, or as a member of a group that vxd has been given with --operate-group"
         default: break
         }
       }

@@ -18,7 +18,7 @@ func readText(_ path: String) throws -> [UInt8] {
 /// `vxctl config check|diff|reload`: profiles before and after they are used.
 struct Config: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Check a file of profiles, show what it would change, apply it.",
+    abstract: "Check a profiles file, show what it would change, or apply it.",
     subcommands: [Check.self, Difference.self, Reload.self])
 
   static func value(_ path: String) throws -> JSONValue {
@@ -31,10 +31,12 @@ struct Config: ParsableCommand {
   }
 
   struct Check: ParsableCommand {
-    static let configuration = CommandConfiguration(abstract: "Check a file of profiles, and report the first mistake.")
+    static let configuration = CommandConfiguration(abstract: "Check a profiles file, and report the first mistake.")
 
     @OptionGroup var connection: ConnectionOptions
-    @Argument(help: "The file; - for standard input.")
+    @Argument(
+      help: "The file, or - for standard input (default: /etc/vxd/profiles.json).",
+      transform: Value.text("a path, or - for standard input"))
     var file = "/etc/vxd/profiles.json"
 
     func run() throws {
@@ -49,10 +51,12 @@ struct Config: ParsableCommand {
   struct Difference: ParsableCommand {
     static let configuration = CommandConfiguration(
       commandName: "diff",
-      abstract: "Show what a file of profiles would change for the running devices, once they are opened again.")
+      abstract: "Show what a profiles file would change for the running devices once they are reopened.")
 
     @OptionGroup var connection: ConnectionOptions
-    @Argument(help: "The file; - for standard input.")
+    @Argument(
+      help: "The file, or - for standard input (default: /etc/vxd/profiles.json).",
+      transform: Value.text("a path, or - for standard input"))
     var file = "/etc/vxd/profiles.json"
 
     func run() throws {
@@ -76,7 +80,7 @@ struct Config: ParsableCommand {
 struct Reload: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Read the profiles again: for devices that are opened from now on; limits and restart policies apply immediately."
+      "Read the profiles again. Limits and restart policies apply at once, other options to devices that are opened later."
   )
 
   @OptionGroup var connection: ConnectionOptions
@@ -92,23 +96,28 @@ struct LogLevelVerb: ParsableCommand {
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "The lowest level to log.")
-  var level: String
+  enum Level: String, CommandValue, CaseIterable {
+    case debug, info, notice, warning, error, critical
+  }
+
+  @Argument(
+    help: "The lowest level to log.", completion: .list(Level.allCases.map(\.rawValue)), transform: Level.value)
+  var level: Level
 
   func run() throws {
     try Outcome.change(
-      connection, "log.level", of: .daemon, options, [.init(name: "level", value: .string(level))])
+      connection, "log.level", of: .daemon, options, [.init(name: "level", value: .string(level.rawValue))])
   }
 }
 
 /// `vxctl shutdown`: the end of the daemon.
 struct Shutdown: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Stop vxd: guests keep their devices and wait for the next vxd, or lose them with --end.")
+    abstract: "Stop vxd. Guests keep their devices and wait for the next vxd; with --end, they lose them.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Flag(help: "End the devices for good: running guests get I/O errors.")
+  @Flag(help: "Remove all devices for good: running guests get I/O errors.")
   var end = false
 
   func run() throws {
@@ -119,10 +128,12 @@ struct Shutdown: ParsableCommand {
 /// `vxctl metrics`: what Prometheus reads.
 struct MetricsVerb: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "metrics", abstract: "Print the metrics, as OpenMetrics text.")
+    commandName: "metrics", abstract: "Print the metrics in OpenMetrics format.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "The daemon's metrics socket; not used with --domain or --json.")
+  @Option(
+    help: "The daemon's metrics socket (default: /run/vxd/metrics.sock); not used with --domain or --json.",
+    transform: Value.path)
   var metricsSocket = "/run/vxd/metrics.sock"
 
   func run() throws {

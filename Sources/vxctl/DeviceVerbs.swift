@@ -2,7 +2,10 @@ import ArgumentParser
 import ControlAPI
 
 /// A device as operators name it: GUEST/DEVICE.
-struct DeviceName: ExpressibleByArgument {
+struct DeviceName: CommandValue {
+  static let expected =
+    "GUEST/DEVICE, for instance web1/xvde (GUEST is a name, name:NAME, or id:N without leading zeros)"
+
   let guest: GuestName
   let device: String
 
@@ -27,17 +30,17 @@ struct DeviceName: ExpressibleByArgument {
 /// `vxctl device VERB GUEST/DEVICE`: the same verbs by their full names.
 struct Device: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Verbs on one device.", subcommands: [Show.self, Pause.self, Resume.self, Restart.self, Resize.self])
+    abstract: "Commands for one device.", subcommands: [Show.self, Pause.self, Resume.self, Restart.self, Resize.self])
 }
 
 /// `vxctl resume GUEST/DEVICE`: the end of a hold or a pause.
 struct Resume: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Resume a device that is held or paused; failed requests are executed again.")
+    abstract: "Resume a device that is held or paused; its failed requests are executed again.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws { try Outcome.change(connection, "device.resume", of: .device(device), options) }
@@ -46,11 +49,11 @@ struct Resume: ParsableCommand {
 /// `vxctl pause GUEST/DEVICE`: its requests wait.
 struct Pause: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Pause a device: the guest's requests wait until 'vxctl resume'.")
+    abstract: "Pause a device: the guest's requests wait until you run 'vxctl resume'.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws {
@@ -62,11 +65,11 @@ struct Pause: ParsableCommand {
 /// `vxctl restart GUEST/DEVICE`: a new backend, also out of quarantine.
 struct Restart: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Restart a device's backend (also clears quarantine); the guest only sees a stall.")
+    abstract: "Restart a device's backend, also out of quarantine; the guest only sees a stall.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws {
@@ -81,14 +84,15 @@ struct Restart: ParsableCommand {
 /// `vxctl resize GUEST/DEVICE [BYTES]`: a new size, seen by the running guest.
 struct Resize: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Make a disk follow the size of its image, or grow a regular file first.")
+    abstract: "Give a disk the present size of its image; with SIZE, first grow the image, a regular file.")
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
   @Argument(
-    help: "New size of a regular file in bytes, or with K, M, G or T; without it, the image's present size.")
+    help: "New size of the image in bytes, or with K, M, G or T behind the number.",
+    transform: ByteCount.value)
   var size: ByteCount?
 
   func run() throws {
@@ -100,7 +104,9 @@ struct Resize: ParsableCommand {
 }
 
 /// A number of bytes with an optional binary unit.
-struct ByteCount: ExpressibleByArgument {
+struct ByteCount: CommandValue {
+  static let expected = "a number of bytes from 0 on, as it is or with K, M, G or T behind it"
+
   let bytes: Int64
 
   init?(argument: String) {

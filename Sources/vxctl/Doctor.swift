@@ -6,7 +6,7 @@ import Glibc
 /// `vxctl doctor`: what keeps this host, or a guest on it, from working.
 struct Doctor: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Check this host and the guests' configuration, and report what to do.")
+    abstract: "Check this host and the guests' configuration; report problems and how to fix them.")
 
   @OptionGroup var connection: ConnectionOptions
 
@@ -31,7 +31,7 @@ struct Doctor: ParsableCommand {
       }
     } catch {
       findings = HostFacts.current(nodes: nil).findings
-      findings.append(Finding(.bad, "vxd", error.message))
+      findings.append(Finding(.bad, "vxd", error.message, Trouble(error)))
     }
     if connection.json {
       Output.json(.array(findings.map(\.json)))
@@ -50,7 +50,7 @@ struct Doctor: ParsableCommand {
 }
 
 /// One line of a report.
-struct Finding: Equatable {
+struct Finding {
   enum Verdict: String {
     case good = "ok"
     case bad = "BAD"
@@ -61,11 +61,14 @@ struct Finding: Equatable {
   var verdict: Verdict
   var subject: String
   var text: String
+  /// Where a request to the daemon failed: what every other verb answers with.
+  var trouble: Trouble?
 
-  init(_ verdict: Verdict, _ subject: String, _ text: String) {
+  init(_ verdict: Verdict, _ subject: String, _ text: String, _ trouble: Trouble? = nil) {
     self.verdict = verdict
     self.subject = subject
     self.text = text
+    self.trouble = trouble
   }
 
   var line: String {
@@ -74,10 +77,13 @@ struct Finding: Equatable {
   }
 
   var json: JSONValue {
-    [
-      "ok": .bool(verdict != .bad), "verdict": .string(verdict.rawValue.lowercased()), "subject": .string(subject),
-      "text": .string(text),
+    var members: [JSONValue.Member] = [
+      .init(name: "ok", value: .bool(verdict != .bad)),
+      .init(name: "verdict", value: .string(verdict.rawValue.lowercased())),
+      .init(name: "subject", value: .string(subject)), .init(name: "text", value: .string(text)),
     ]
+    if let trouble { members.append(.init(name: "error", value: trouble.error)) }
+    return .object(members)
   }
 }
 
@@ -129,7 +135,7 @@ struct HostFacts {
     var findings = [
       isXen
         ? Finding(.good, "hypervisor", "this is \(isControlDomain ? "dom0" : "a domain other than dom0") on Xen")
-        : Finding(.bad, "hypervisor", "this system does not run on Xen; 'vxd --simulate' needs none")
+        : Finding(.bad, "hypervisor", "this system does not run on Xen; only 'vxd --simulate' works here")
     ]
     if isXen {
       // A driver domain has no use for privcmd: it has no rights over guests.
@@ -144,7 +150,7 @@ struct HostFacts {
     let subject = "/dev/xen/\(name)"
     switch error {
     case 0: return Finding(.good, subject, "usable")
-    case ENOENT: return Finding(.bad, subject, "missing: modprobe xen-\(name)")
+    case ENOENT: return Finding(.bad, subject, "missing: run 'modprobe xen-\(name)'")
     case EACCES where !isRoot:
       return Finding(.note, subject, "present; only root can check whether it is usable")
     default: return Finding(.bad, subject, "not usable: \(String(cString: strerror(error)))")
@@ -154,8 +160,8 @@ struct HostFacts {
   private var ioUring: Finding {
     switch ring {
     case 0: Finding(.good, "io_uring", "available: disks with \"engine\": \"io_uring\" use it")
-    case EPERM: Finding(.note, "io_uring", "not permitted: all disks use libaio (sysctl kernel.io_uring_disabled)")
-    case ENOSYS, ENOTSUP: Finding(.note, "io_uring", "this kernel has none, or an old one: all disks use libaio")
+    case EPERM: Finding(.note, "io_uring", "not permitted (sysctl kernel.io_uring_disabled); all disks use libaio")
+    case ENOSYS, ENOTSUP: Finding(.note, "io_uring", "not supported by this kernel, or too old; all disks use libaio")
     default: Finding(.note, "io_uring", "not available: \(String(cString: strerror(ring))); all disks use libaio")
     }
   }
@@ -170,9 +176,10 @@ struct HostFacts {
       }
       return Finding(
         .bad, subject,
-        "fs.aio-max-nr is \(limit), enough for \(aioLimit / 256) virtqueues of disks: sysctl fs.aio-max-nr=1048576")
+        "fs.aio-max-nr is \(limit), which is enough for only \(aioLimit / 256) virtqueues of disks: run 'sysctl fs.aio-max-nr=1048576'"
+      )
     case EAGAIN:
-      return Finding(.bad, subject, "fs.aio-max-nr (\(limit)) is used up: sysctl fs.aio-max-nr=1048576")
+      return Finding(.bad, subject, "fs.aio-max-nr (\(limit)) is used up: run 'sysctl fs.aio-max-nr=1048576'")
     case ENOSYS: return Finding(.bad, subject, "this kernel has no asynchronous I/O (CONFIG_AIO), which disks need")
     default: return Finding(.bad, subject, "io_setup fails: \(String(cString: strerror(aio)))")
     }

@@ -7,18 +7,33 @@ import Xen
 struct Explain: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Check every step from the Xenstore entry to the backing storage, and report the first problem and what to do.")
+      "Check every step from the Xenstore entry to the backing storage; report the first problem and how to fix it.")
+
+  struct Target: CommandValue {
+    static let expected = "GUEST or GUEST/DEVICE (GUEST is a name, name:NAME, or id:N without leading zeros)"
+
+    let guest: GuestName
+    let device: DeviceName?
+
+    init?(argument: String) {
+      device = DeviceName(argument: argument)
+      guard let guest = device?.guest ?? GuestName(argument: argument) else { return nil }
+      self.guest = guest
+    }
+  }
 
   @OptionGroup var connection: ConnectionOptions
-  @Argument(help: "GUEST or GUEST/DEVICE.")
-  var target: String
-  @Option(help: .hidden)
+  @Argument(help: "GUEST for all its devices, or GUEST/DEVICE.", transform: Target.value)
+  var target: Target
+  @Option(help: .hidden, transform: Value.path)
   var qemuFolder = QEMUMonitor.folder
 
   /// The first problem.
   private struct Wrong: Error {
     var words: String
     var remedy: String
+    /// Where it is that a request to the daemon failed.
+    var trouble: Trouble?
   }
 
   /// What was found so far, for the end: an array of findings in JSON, or lines that were printed at once.
@@ -28,9 +43,9 @@ struct Explain: ParsableCommand {
 
     init(json: Bool) { asJSON = json }
 
-    func add(_ verdict: Finding.Verdict, _ text: String, remedy: String? = nil) {
+    func add(_ verdict: Finding.Verdict, _ text: String, remedy: String? = nil, _ trouble: Trouble? = nil) {
       guard !asJSON else {
-        return findings.append(Finding(verdict, remedy ?? "", text))
+        return findings.append(Finding(verdict, remedy ?? "", text, trouble))
       }
       Output.line("\(verdict.rawValue.padded(to: 4)) \(Output.printable(text))")
       if let remedy { Output.line("     \(Output.printable(remedy))") }
@@ -47,6 +62,7 @@ struct Explain: ParsableCommand {
               .init(name: "text", value: .string(finding.text)),
             ]
             if !finding.subject.isEmpty { members.append(.init(name: "remedy", value: .string(finding.subject))) }
+            if let trouble = finding.trouble { members.append(.init(name: "error", value: trouble.error)) }
             return .object(members)
           }))
     }
@@ -57,14 +73,10 @@ struct Explain: ParsableCommand {
       throw ValidationError(
         "--domain: explain looks at the domain that it runs in; 'vxctl list --domain' gives reasons too")
     }
-    guard GuestName(argument: target) != nil else {
-      throw ValidationError("'\(target)': expected GUEST or GUEST/DEVICE")
-    }
   }
 
   func run() throws {
-    let name = DeviceName(argument: target)
-    guard let guest = name?.guest ?? GuestName(argument: target) else { return }
+    let (guest, name) = (target.guest, target.device)
     let report = Report(json: connection.json)
     defer { report.end() }
     do throws(Wrong) {
@@ -94,11 +106,12 @@ struct Explain: ParsableCommand {
       }
       if entries > devices.count(where: { ["virtio_disk", "virtio"].contains($0.cell("kind")) }) {
         throw Wrong(
-          words: "Xenstore has \(entries) entries, vxd serves fewer", remedy: "look at vxd's log: journalctl -u vxd")
+          words: "Xenstore has \(entries) entries for the guest, but vxd serves fewer devices",
+          remedy: "look at vxd's log: journalctl -u vxd")
       }
       report.add(.good, "no problem found")
     } catch {
-      report.add(.bad, error.words, remedy: error.remedy)
+      report.add(.bad, error.words, remedy: error.remedy, error.trouble)
       throw ExitCode(1)
     }
   }
@@ -113,7 +126,9 @@ struct Explain: ParsableCommand {
       }
       return client
     } catch {
-      throw Wrong(words: error.message, remedy: "systemctl status vxd; journalctl -u vxd; vxctl doctor")
+      throw Wrong(
+        words: error.message, remedy: "see 'systemctl status vxd', 'journalctl -u vxd' and 'vxctl doctor'",
+        trouble: Trouble(error))
     }
   }
 
@@ -127,7 +142,7 @@ struct Explain: ParsableCommand {
       report.add(.good, "the guest runs as domain \(domain)")
       return domain
     } catch {
-      throw Wrong(words: error.message, remedy: "xl list; is it running?")
+      throw Wrong(words: error.message, remedy: "check with 'xl list' whether it is running")
     }
   }
 
@@ -164,7 +179,7 @@ struct Explain: ParsableCommand {
       let guests = try client.call("guest.list").arrayValue ?? []
       return known.domain.flatMap { domain in guests.first { $0["domain"]?.integerValue == domain } }
     } catch {
-      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
+      throw Wrong(words: error.message, remedy: "see 'journalctl -u vxd' and 'vxctl doctor'", trouble: Trouble(error))
     }
   }
 
@@ -173,7 +188,8 @@ struct Explain: ParsableCommand {
   ) throws(Wrong) -> [JSONValue] {
     guard guest.cell("state") == "running" else {
       throw Wrong(
-        words: "the guest is \(guest.cell("state")): \(guest.cell("reason"))", remedy: "journalctl -u vxd; vxctl doctor"
+        words: "the guest is \(guest.cell("state")): \(guest.cell("reason"))",
+        remedy: "see 'journalctl -u vxd' and 'vxctl doctor'"
       )
     }
     for fact in guest["facts"]?.arrayValue ?? [] {
@@ -182,7 +198,7 @@ struct Explain: ParsableCommand {
     do throws(ControlClient.Failure) {
       return try client.call("device.list", ["guest": .string(guest.cell("name"))]).arrayValue ?? []
     } catch {
-      throw Wrong(words: error.message, remedy: "journalctl -u vxd; vxctl doctor")
+      throw Wrong(words: error.message, remedy: "see 'journalctl -u vxd' and 'vxctl doctor'", trouble: Trouble(error))
     }
   }
 
@@ -204,7 +220,7 @@ struct Explain: ParsableCommand {
     "held": "free space or fix the storage, then 'vxctl resume'",
     "quarantined": "fix the cause, then 'vxctl restart'",
     "paused": "'vxctl resume'", "restarting": "wait, and watch 'vxctl events'",
-    "opening": "the image takes long to open: does its storage or server answer?",
+    "opening": "opening the image takes long: check that its storage or server answers",
   ]
 
   private func explain(
@@ -228,7 +244,7 @@ struct Explain: ParsableCommand {
       if device.cell("kind") == "spare" { return good("\(name): an empty spare, no driver needed") }
       throw Wrong(
         words: "\(name): the guest's driver has not connected (driver status \(full.cell("driverStatus")))",
-        remedy: "is the guest up? It needs \(full["guestNeeds"]?.stringValue ?? guestNeeds)")
+        remedy: "check that the guest is running; it needs \(full["guestNeeds"]?.stringValue ?? guestNeeds)")
     }
     if let stuck = full["stuck"] {
       throw Wrong(

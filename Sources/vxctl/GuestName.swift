@@ -1,8 +1,7 @@
-import ArgumentParser
 import ControlAPI
 import Xen
 
-extension GuestName: ExpressibleByArgument {
+extension GuestName: CommandValue {
   // MARK: Of the daemon
 
   /// A guest as the daemon knows it.

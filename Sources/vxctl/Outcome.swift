@@ -4,10 +4,12 @@ import EventLoop
 
 /// What changes have in common.
 struct ChangeOptions: ParsableArguments {
-  @Flag(help: "Check everything and report what would be done; change nothing.")
+  @Flag(help: "Check everything and report what would be done, without doing it.")
   var dryRun = false
 
-  @Option(help: "A key for this change: repeating it with the same key has no further effect.")
+  @Option(
+    help: "A key for this change, 1 to 128 bytes: repeating the command with the same key has no further effect.",
+    transform: Value.text("a text of 1 to 128 bytes", upTo: 128))
   var idempotencyKey: String?
 
   var members: [JSONValue.Member] {

@@ -88,13 +88,16 @@ struct Trouble: Error {
     }
   }
 
-  var json: JSONValue {
+  var json: JSONValue { ["error": error] }
+
+  /// As the member `error` of an answer, or of a report's row that it is the reason of.
+  var error: JSONValue {
     var members: [JSONValue.Member] = [
       .init(name: "kind", value: .string(kind.rawValue)), .init(name: "message", value: .string(message)),
     ]
     if let code { members.append(.init(name: "code", value: .integer(code))) }
     if data != .null { members.append(.init(name: "data", value: data)) }
-    return ["error": .object(members)]
+    return .object(members)
   }
 
   /// Tells it: as JSON on standard output, where the answer would have been, or in words on standard error.

@@ -4,17 +4,19 @@ import Xen
 
 /// Limits on the command line.
 struct LimitOptions: ParsableArguments {
-  @Option(help: "Reads per second; 0 for no limit.")
+  @Option(help: "Reads per second; 0 for no limit.", transform: Value.number(0...Int64.max))
   var readOps: Int64?
-  @Option(help: "Writes per second; 0 for no limit.")
+  @Option(help: "Writes per second; 0 for no limit.", transform: Value.number(0...Int64.max))
   var writeOps: Int64?
-  @Option(help: "Bytes read per second, also with K, M, G; 0 for no limit.")
+  @Option(help: "Bytes read per second, also with K, M, G or T; 0 for no limit.", transform: ByteCount.value)
   var readBytes: ByteCount?
-  @Option(help: "Bytes written per second, also with K, M, G; 0 for no limit.")
+  @Option(help: "Bytes written per second, also with K, M, G or T; 0 for no limit.", transform: ByteCount.value)
   var writeBytes: ByteCount?
-  @Option(help: "Burst: how many milliseconds of unused rate can accumulate.")
+  @Option(
+    help: "Burst: how many milliseconds of unused rate can accumulate; 0 for the default, 100.",
+    transform: Value.number(0...Int64.max, of: "milliseconds"))
   var burst: Int64?
-  @Option(help: "Requests in progress at a time; 0 for no limit.")
+  @Option(help: "Requests in progress at a time; 0 for no limit.", transform: Value.number(0...Int64.max))
   var inFlight: Int64?
 
   var members: [JSONValue.Member] {
@@ -29,27 +31,45 @@ struct LimitOptions: ParsableArguments {
 /// `vxctl limit WHAT --write-bytes 50M`: of a device, a guest, or all guests together.
 struct Limit: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Change limits at run time (not persistent; use profiles), or show them.")
+    abstract: "Change limits until vxd is restarted or reloads its profiles; without options, show them.")
+
+  enum Target: CommandValue {
+    case daemon
+    case guest(GuestName)
+    case device(DeviceName)
+
+    static let expected = "GUEST/DEVICE, GUEST or daemon (GUEST is a name, name:NAME, or id:N without leading zeros)"
+
+    init?(argument: String) {
+      if argument == "daemon" {
+        self = .daemon
+      } else if let device = DeviceName(argument: argument) {
+        self = .device(device)
+      } else if let guest = GuestName(argument: argument) {
+        self = .guest(guest)
+      } else {
+        return nil
+      }
+    }
+  }
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @OptionGroup var limits: LimitOptions
-  @Argument(help: "GUEST/DEVICE, GUEST, or 'daemon' for all guests together.")
-  var target: String
+  @Argument(help: "GUEST/DEVICE, GUEST, or 'daemon' for all guests together.", transform: Target.value)
+  var target: Target
 
   func run() throws {
     let isQuestion = limits.members.isEmpty
-    let device = DeviceName(argument: target)
-    guard let guest = GuestName(argument: target) else {
-      throw ValidationError("'\(target)': expected GUEST/DEVICE, GUEST or daemon")
-    }
     try connection.run { client throws(ControlClient.Failure) in
       var parameters: [JSONValue.Member] = []
       var method = "daemon.limit"
-      if let device {
+      switch target {
+      case .daemon: break
+      case .device(let device):
         method = "device.limit"
         parameters = try device.parameters(client)
-      } else if target != "daemon" {
+      case .guest(let guest):
         method = "guest.limit"
         parameters.append(.init(name: "guest", value: .string(try guest.known(to: client).parameter)))
       }
@@ -80,12 +100,12 @@ struct Attach: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Attach a disk, a network device, a console or an entropy device to a running guest.",
     discussion: """
-      HVM guests: fills one of the spare disks that the guest's profile declares. PV and PVH guests, in dom0: with --backend, writes the \
-      device to Xenstore for the vxd of that domain, and the guest's virtio_xenbus module finds it.
+      For an HVM guest, this fills one of the spare disks that the guest's profile declares. For a PV or PVH guest, run it in dom0 with \
+      --backend: it writes the device to Xenstore, for the vxd in that domain and the guest's virtio_xenbus module.
       """)
 
   /// A disk, or a device of libxl's generic kind.
-  struct Kind: ExpressibleByArgument {
+  struct Kind: CommandValue {
     /// What it is in Xenstore, when it is not a disk.
     let generic: VirtioType?
 
@@ -96,33 +116,42 @@ struct Attach: ParsableCommand {
 
     var name: String { (generic ?? .disk).name }
 
-    static var allValueStrings: [String] { [VirtioType.disk.name] + VirtioType.generic.map(\.name) }
+    static var names: [String] { [VirtioType.disk.name] + VirtioType.generic.map(\.name) }
+    static var expected: String { names.alternatives }
   }
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
   @OptionGroup var limits: LimitOptions
-  @Argument(help: "Name or domain number of the guest.")
+  @Argument(help: "Name or domain number of the guest.", transform: GuestName.value)
   var guest: GuestName
-  @Argument(help: "What to attach: disk; with --backend also network, console or entropy.")
+  @Argument(
+    help: "What to attach: disk; with --backend also network, console or entropy.", completion: .list(Kind.names),
+    transform: Kind.value)
   var kind: Kind
-  @Option(help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.")
+  @Option(
+    help: "Absolute path of a raw image or block device, or an NBD address, as the backend's domain sees it.",
+    transform: Value.text("a path or an NBD address"))
   var image: String?
   @Option(
     name: .customLong("options"),
     help:
-      "With --backend: options of a network, console or entropy device as in profiles, JSON: '{\"bridge\": \"br0\"}'.")
+      "With --backend: options of a network, console or entropy device as in profiles, as a JSON object: '{\"bridge\": \"br0\"}'.",
+    transform: Value.text("a JSON object"))
   var deviceOptions: String?
   @Option(
     help:
-      "Which spare disk (spare0, spare1, ...), or with --backend which name (xvda to xvdp, net0, console0, rng0); by default the first free one."
+      "Name of the spare disk (spare0, spare1, ...), or with --backend of the new device (xvda to xvdp, net0, console0, rng0); default: the first free one.",
+    transform: Value.text("the name of a device")
   )
   var device: String?
-  @Option(help: "Name or number of the domain whose vxd serves the device, over Xenbus.")
+  @Option(
+    help: "Attach over Xenbus: name or number of the domain whose vxd serves the device.", transform: GuestName.value)
   var backend: GuestName?
-  @Flag(help: "With --backend: the guest may only read.")
+  @Flag(help: "With --backend: make the disk read-only.")
   var readOnly = false
-  @Option(help: "With --backend: seconds to wait for the guest's driver.", transform: Seconds.whole)
+  @Option(
+    help: "With --backend: seconds to wait for the guest's driver to connect (default: 30).", transform: Value.seconds)
   var wait = 30
 
   func run() throws {
@@ -146,18 +175,18 @@ struct Attach: ParsableCommand {
 struct Detach: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Detach a device: waits for its requests up to a deadline, then aborts them. Unmount it in the guest first.",
+      "Detach a device. Unmount it in the guest first: requests that have not ended by the deadline are aborted.",
     discussion:
-      "HVM guests: empties a spare disk. PV and PVH guests, in dom0: with --xenbus, removes a device of any backend domain."
+      "For an HVM guest, this empties a spare disk. For a PV or PVH guest, run it in dom0 with --xenbus: it removes the device, whatever its backend domain."
   )
 
   @OptionGroup var connection: ConnectionOptions
   @OptionGroup var options: ChangeOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/spare0.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/spare0.", transform: DeviceName.value)
   var device: DeviceName
-  @Option(help: "Seconds to wait for requests in flight.", transform: Seconds.whole)
+  @Option(help: "Seconds to wait for requests in flight (default: 10).", transform: Value.seconds)
   var deadline = 10
-  @Flag(help: "The device is one over Xenbus (xvda to xvdp, net0, console0, rng0).")
+  @Flag(help: "The device is a Xenbus device (xvda to xvdp, net0, console0, rng0).")
   var xenbus = false
 
   func run() throws {

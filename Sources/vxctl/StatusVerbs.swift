@@ -49,7 +49,7 @@ struct List: ParsableCommand {
   static let configuration = CommandConfiguration(abstract: "List the devices of all guests, or of one.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Argument(help: "Only this guest's: its name or domain number.")
+  @Argument(help: "List only the devices of this guest (name or domain number).", transform: GuestName.value)
   var guest: GuestName?
 
   func run() throws {
@@ -81,7 +81,7 @@ struct Show: ParsableCommand {
     abstract: "Show one device with its counters, latencies and limits.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.")
+  @Argument(help: "GUEST/DEVICE, for instance web1/xvde.", transform: DeviceName.value)
   var device: DeviceName
 
   func run() throws {
@@ -111,17 +111,12 @@ struct Events: ParsableCommand {
   static let configuration = CommandConfiguration(abstract: "Print events of guests and devices as they happen.")
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "End after this many events.")
+  @Option(help: "Exit after this many events.", transform: Value.number(1...Int.max))
   var count: Int?
-  @Option(help: "First print the events after this number.")
+  @Option(help: "First print the past events after this event number.", transform: Value.number(0...Int64.max))
   var after: Int64?
   @Flag(name: .shortAndLong, help: "Accepted for compatibility; events are always followed.")
   var follow = false
-
-  func validate() throws {
-    try check("--count", count, 1...Int.max)
-    try check("--after", after, 0...Int64.max)
-  }
 
   func run() throws {
     try connection.run { client throws(ControlClient.Failure) in

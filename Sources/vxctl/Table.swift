@@ -28,7 +28,7 @@ extension JSONValue {
     case .string(let text): Output.printable(text)
     case .integer(let number): "\(number)"
     case .number(let number): "\(number)"
-    case .exact(let text): text
+    case .exact(let text), .verbatim(let text): text
     case .bool(let flag): flag ? "yes" : "no"
     case nil, .null, .array, .object: "-"
     }

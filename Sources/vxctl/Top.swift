@@ -5,24 +5,29 @@ import Glibc
 /// `vxctl top`: what the devices do, refreshed all the time, on the whole screen.
 struct Top: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Live view of what the devices do.",
+    abstract: "Show a live view of the activity of all devices.",
     discussion:
-      "Keys: q quits; r, w, b, f, n sort by reads, writes, bytes, in flight, name; space refreshes immediately.")
+      "Keys: q quits; r, w, b, f and n sort by reads, writes, bytes, requests in flight and name; space refreshes immediately."
+  )
 
-  enum Order: String, ExpressibleByArgument, CaseIterable {
+  enum Order: String, CommandValue, CaseIterable {
     case reads, writes, bytes, inflight, name
   }
 
   @OptionGroup var connection: ConnectionOptions
-  @Option(help: "Seconds between refreshes, 0.1 to 3600.", transform: Seconds.pause)
+  @Option(help: "Seconds between refreshes, 0.1 to 3600 (default: 2).", transform: Value.pause)
   var interval = 2.0
-  @Option(help: "What to sort by.")
+  @Option(
+    help: "What to sort by: \(Order.expected) (default: bytes).", completion: .list(Order.allCases.map(\.rawValue)),
+    transform: Order.value)
   var sort = Order.bytes
-  @Option(help: "Number of refreshes (default: 1 if standard output is not a terminal).")
+  @Option(
+    help: "Exit after this many refreshes (default: 1 if standard output is not a terminal).",
+    transform: Value.number(1...Int.max)
+  )
   var count: Int?
 
   func validate() throws {
-    try check("--count", count, 1...Int.max)
     guard !connection.json else { throw ValidationError("--json: 'top' has no JSON form; use 'vxctl list --json'") }
   }
 

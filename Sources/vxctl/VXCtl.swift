@@ -8,8 +8,8 @@ struct VXCtl: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "vxctl", abstract: "Inspect and control vxd, the virtio daemon for Xen guests.",
     discussion: """
-      GUEST is a name or a domain number; 'name:web1' or 'id:7' where it could be either. DEVICE is a name such as xvde or net0.
-      Exit status: 0 success; 1 vxd refused, or a problem was found; 2 vxd cannot be reached; 64 wrong usage.
+      GUEST is a name or a domain number; write 'name:web1' or 'id:7' if a word could mean either. DEVICE is a name such as xvde or net0.
+      Exit status: 0 success; 1 vxd refused the request, or a problem was found; 2 vxd cannot be reached; 64 wrong usage.
       With --json, errors are JSON too: {"error": {"kind": ..., "message": ..., "data": ...}} on standard output.
       Completions: vxctl --generate-completion-script bash (or zsh, fish).
       """,
@@ -29,25 +29,44 @@ struct VXCtl: ParsableCommand {
       try command.run()
     } catch {
       let isUsage = exitCode(for: error) == .validationFailure
-      guard isUsage, CommandLine.arguments.contains("--json") else { exit(withError: error) }
-      Trouble(.usage, message(for: error)).report(json: true)
+      let asJSON = CommandLine.arguments.contains("--json")
+      // The parser takes a verb that it does not know for an argument, and complains of the first option behind it.
+      let unknown = isUsage ? unknownVerb(Array(CommandLine.arguments.dropFirst())) : nil
+      guard isUsage, asJSON || unknown != nil else { exit(withError: error) }
+      Trouble(.usage, unknown ?? message(for: error)).report(json: asJSON)
       Glibc.exit(Trouble.Kind.usage.exitCode)
     }
+  }
+
+  /// What is wrong with the verb of a command line that is not understood; nil when the verb is known or missing.
+  private static func unknownVerb(_ arguments: [String]) -> String? {
+    var command: any ParsableCommand.Type = VXCtl.self
+    for word in arguments where !word.hasPrefix("-") {
+      let verbs = command.configuration.subcommands
+      guard !verbs.isEmpty, word != "help" else { return nil }
+      guard let next = verbs.first(where: { $0._commandName == word }) else {
+        return "unknown verb '\(word)': expected one of \(verbs.map { $0._commandName }.joined(separator: ", "))"
+      }
+      command = next
+    }
+    return nil
   }
 }
 
 /// Options that every verb on the socket has.
 struct ConnectionOptions: ParsableArguments {
-  @Option(name: .shortAndLong, help: "The daemon's control socket.")
+  @Option(
+    name: .shortAndLong, help: "The daemon's control socket (default: /run/vxd/control.sock).", transform: Value.path)
   var socket = "/run/vxd/control.sock"
 
   @Option(
     help:
-      "In dom0: speak to the vxd of this driver domain (name or number) instead, through Xenstore; no network is needed."
+      "In dom0: talk to the vxd in this driver domain (name or number), through Xenstore, instead of to the socket.",
+    transform: GuestName.value
   )
   var domain: GuestName?
 
-  @Flag(help: "Print the answer as JSON; errors too.")
+  @Flag(help: "Print the answer, and any error, as JSON.")
   var json = false
 
   /// Connects and runs `body`; failures are reported and become exit codes.
@@ -64,10 +83,4 @@ struct ConnectionOptions: ParsableArguments {
       throw ExitCode(trouble.kind.exitCode)
     }
   }
-}
-
-/// Refuses a number outside its range, before anything is computed with it.
-func check<Number: Comparable>(_ option: String, _ value: Number?, _ range: ClosedRange<Number>) throws {
-  guard let value, !range.contains(value) else { return }
-  throw ValidationError("\(option): \(value): expected a number from \(range.lowerBound) to \(range.upperBound)")
 }

@@ -116,19 +116,19 @@ extension Detach {
 struct Reattach: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract:
-      "Reconnect devices whose driver domain is gone to a new one: after a reboot of the driver domain, in dom0.",
+      "In dom0, after a driver domain was rebooted or replaced: connect its devices to the new domain.",
     discussion: """
-      A domain that reboots gets another number, and its guests' entries name the old one. In-flight requests fail with an I/O error; the \
-      devices reappear under the same names.
+      A driver domain that reboots gets a new domain number, but its guests' entries still name the old one. In-flight requests fail with an \
+      I/O error; the devices reappear under the same names.
       """)
 
-  @Flag(help: "Print the answer as JSON; errors too.")
+  @Flag(help: "Print the answer, and any error, as JSON.")
   var json = false
-  @Option(help: "Name or number of the domain that serves the devices from now on.")
+  @Option(help: "Name or number of the domain that is to serve the devices.", transform: GuestName.value)
   var backend: GuestName
-  @Option(help: "Seconds to wait for the guests' drivers.", transform: Seconds.whole)
+  @Option(help: "Seconds to wait for the guests' drivers to connect (default: 60).", transform: Value.seconds)
   var wait = 60
-  @Argument(help: "Only this guest's devices: its name or number.")
+  @Argument(help: "Reattach only the devices of this guest (name or domain number).", transform: GuestName.value)
   var guest: GuestName?
 
   func run() throws {
@@ -157,16 +157,16 @@ struct Reattach: ParsableCommand {
 /// `vxctl identify`: tells driver domains who their guests are.
 struct Identify: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Tell driver domains the UUIDs of their guests, so that profiles there apply; in dom0.",
+    abstract: "In dom0: tell driver domains the UUIDs of their guests, so that their profiles apply.",
     discussion: """
-      A driver domain cannot read names and UUIDs of guests, and domain numbers are reassigned after a reboot. 'vxctl attach' and 'vxctl reattach' do \
-      this for their devices; devices of a guest's xl configuration need it once after each start of the guest. Limits and \
-      restart policies apply at once, other options to devices that are opened later.
+      A driver domain cannot read the names and UUIDs of guests, and domain numbers are reassigned after a reboot. 'vxctl attach' and \
+      'vxctl reattach' tell it the UUID for the devices they write. For devices from an xl configuration, run this command each time the \
+      guest has started. Limits and restart policies then apply at once, other options to devices that are opened later.
       """)
 
-  @Flag(help: "Print the answer as JSON; errors too.")
+  @Flag(help: "Print the answer, and any error, as JSON.")
   var json = false
-  @Argument(help: "Only this guest: its name or number.")
+  @Argument(help: "Only for this guest (name or domain number).", transform: GuestName.value)
   var guest: GuestName?
 
   func run() throws {

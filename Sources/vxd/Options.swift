@@ -29,26 +29,27 @@ struct Options {
   static let usage = """
     usage: vxd [OPTION...]
 
-    Provides virtio devices to the guests of this Xen host: watches Xenstore and runs a backend for each device whose
-    backend is this domain.
+    Provides virtio devices to the guests of this Xen host. vxd watches Xenstore, and serves each device whose entry names
+    this domain as its backend.
 
       -s, --socket=PATH          control socket (default /run/vxd/control.sock)
       -p, --profiles=PATH        profiles of guests and devices (default /etc/vxd/profiles.json)
           --slots=N              virtio-mmio slots of an x86 guest, 1 to 32 (default 8); see vxctl acpi-table
-          --mapping-budget=MIB   limit of guest memory kept mapped, for each guest, 4 to 1048576 (default 1024)
-          --grant-budget=MIB     limit of granted memory kept mapped, of all guests together, 16 to 65536 (default 512)
-          --grant-share=MIB      what one guest may have of it, 1 to 65536 (default a quarter); the rest is copied
-          --state=PATH           state of running devices, from which the next vxd resumes (default: 'state' beside
-                                 the control socket; empty: none, and devices end with the daemon)
-          --metrics-socket=PATH  metrics over HTTP (default: 'metrics.sock' beside the control socket; empty: none)
-          --metrics-port=N       the same on 127.0.0.1
+          --mapping-budget=MIB   how much memory of each guest may stay mapped, 4 to 1048576 (default 1024)
+          --grant-budget=MIB     how much granted memory of all guests together may stay mapped, 16 to 65536 (default 512)
+          --grant-share=MIB      how much of that one guest may use, 1 to 65536 (default a quarter); the rest is copied
+          --state=PATH           folder for the state that the next vxd needs to resume devices (default: 'state' beside
+                                 the control socket; empty: save no state; devices then end with the daemon)
+          --metrics-socket=PATH  serve metrics over HTTP on this socket (default: 'metrics.sock' beside the control
+                                 socket; empty: do not serve them)
+          --metrics-port=N       also serve metrics on port N of 127.0.0.1
           --operate-group=GROUP  members may change devices (vxctl attach, limit, restart, ...)
-          --admin-group=GROUP    members may also change the daemon; root always may; anyone who can connect has
-                                 read-only access
+          --admin-group=GROUP    members may also change the daemon, as root always may; anyone else who can connect
+                                 has read-only access
           --describe-api         print the control socket's methods as OpenRPC, and exit
-          --describe-options     print the tables of options of docs/profiles.md, and exit
+          --describe-options     print the tables of options in docs/profiles.md, and exit
           --buffered             do not use O_DIRECT
-          --simulate             run on a simulated Xen with a guest that does I/O; no Xen is needed
+          --simulate             run on a simulated Xen, with a guest that does I/O
       -v, --verbose              log more
       -V, --version              print the version, and exit
       -h, --help                 print this text, and exit
@@ -123,6 +124,10 @@ struct Options {
         let shown = found.refused == 0 || word.hasPrefix("--") ? word : short ?? word
         if letter == ":" { throw OptionFault("\(shown): expected a value") }
         if found.refused >= first { throw OptionFault("\(word): this option takes no value") }
+        let near = word.hasPrefix("--") ? candidates(word) : []
+        guard near.count < 2 else {
+          throw OptionFault("'\(word)' is ambiguous: expected one of \(near.joined(separator: ", "))")
+        }
         throw OptionFault("unknown option '\(shown)' (see vxd --help)")
       }
       let known = found.value >= first ? names[Int(found.value - first)] : names.first { $0.letter == letter }
@@ -134,6 +139,12 @@ struct Options {
       throw OptionFault("unexpected argument '\(String(cString: word))' (see vxd --help)")
     }
     return result
+  }
+
+  /// The options whose names begin as a word does.
+  private static func candidates(_ word: String) -> [String] {
+    let beginning = word.prefix { $0 != "=" }
+    return Name.allCases.map { "--\($0.rawValue)" }.filter { $0.hasPrefix(beginning) }.sorted()
   }
 
   /// - Returns: nil when the options ask for nothing but a text, which is printed.

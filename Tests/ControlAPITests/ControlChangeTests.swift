@@ -77,7 +77,7 @@ import Testing
     #expect(ask(methods, "look", [:], role: .view) == 0)
     let refused = ask(methods, "add", ["number": 1], role: .view)
     #expect(refused["code"] == -32005)
-    #expect(refused["message"] == "permission denied: 'add' requires role operate; you have view")
+    #expect(refused["message"] == "permission denied: 'add' requires the role operate, and yours is view")
     #expect(ask(methods, "add", ["number": 1], role: .operate) == ["total": 1])
     #expect(ask(methods, "end", [:], role: .operate)["code"] == -32005)
     #expect(ask(methods, "end", [:], role: .admin) == ["accepted": true])

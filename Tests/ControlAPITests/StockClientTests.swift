@@ -152,6 +152,47 @@ import Testing
     #expect(JSONText.text(echoed) == #"{"jsonrpc":"2.0","result":[\#(id)],"id":1}"#)
   }
 
+  /// Also in forms that mean the same as another: byte by byte, as clients compare them that keep the text.
+  @Test(arguments: [
+    "-0", "-0.0", "0.0", "1E+02", #""\ud800""#, #""\udc00x""#, #""\ud83d\ude00""#, #""\u0041\/\b""#, "\"\u{9b}\u{7f}\"",
+    "123456789012345678901234567890", #""\u0000""#,
+  ])
+  func idComesBackByteByByte(id: String) throws {
+    for (request, expected) in [
+      (#"{"jsonrpc":"2.0","id":\#(id),"method":"echo"}"#, #"{"jsonrpc":"2.0","result":"nothing","id":\#(id)}"#),
+      // Its name may be written in another form, its value stand anywhere, and the last of several counts.
+      (
+        #"{"method":"echo","params":{"text":{"id":[8]}},"id":1, "\u0069d" : \#(id) ,"jsonrpc":"2.0"}"#,
+        #"{"jsonrpc":"2.0","result":{"id":[8]},"id":\#(id)}"#
+      ),
+      (
+        #"[{"jsonrpc":"2.0","method":"echo","id":1},{"jsonrpc":"2.0","id":\#(id),"method":"echo","params":{"text":[1,2]}}]"#,
+        #"[{"jsonrpc":"2.0","result":"nothing","id":1},{"jsonrpc":"2.0","result":[1,2],"id":\#(id)}]"#
+      ),
+    ] {
+      #expect(JSONText.text(try #require(answer(request))) == expected)
+    }
+    let refused = JSONText.text(try #require(answer(#"{"jsonrpc":"2.0","id":\#(id),"method":"nosuch"}"#)))
+    #expect(refused.hasSuffix(#","id":\#(id)}"#), "\(refused)")
+  }
+
+  /// It is put into each answer, and is bounded.
+  @Test func longIDIsRefused() throws {
+    func ask(_ bytes: Int) -> JSONValue? {
+      answer(#"{"jsonrpc":"2.0","id":"\#(String(repeating: "x", count: bytes - 2))","method":"echo"}"#)
+    }
+    #expect(ask(1024)?["result"] == "nothing")
+    let before = count.total
+    for bytes in [1025, 100_000] {
+      let refused = try #require(ask(bytes))
+      #expect(refused["error"]?["code"] == -32600)
+      #expect(refused["error"]?["data"]?["field"] == "id")
+      #expect(refused["error"]?["message"] == .string("'id' has \(bytes) bytes; expected at most 1024"))
+      #expect(refused["id"] == .null)
+    }
+    #expect(count.total == before)
+  }
+
   /// RFC 8259, section 6, and what json-c would take otherwise.
   @Test(arguments: [
     "NaN", "Infinity", "-Infinity", "-NaN", "1e999", "-1e999", "1.", ".5", "+1", "01", "-", "1e", "0x10", "True", "nul",

@@ -141,7 +141,7 @@ import Testing
     harness.submit(.read, tag: 0, offset: 0, bytes: 512)
     #expect(harness.collectUntilLost().isEmpty)
     let words = try #require(harness.notices.list.first ?? nil)
-    #expect(words.contains("up to 3 answered writes") == !durable)
+    #expect(words.contains("up to 3 acknowledged writes") == !durable)
     harness.engine.abandon()
   }
 

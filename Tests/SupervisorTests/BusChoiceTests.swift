@@ -267,7 +267,7 @@ import Xen
     _ = try arm(world)
     try world.toolstack.attach(disk: "xvde", image: world.image("a"), to: 5, changes: SimulatedToolstack.armDisk)
     try world.toolstack.attach(disk: "xvdf", image: world.image("b"), to: 5)
-    #expect(eventually { reason(world, "xvde").contains("at 0x2000000 of the guest's device tree") })
+    #expect(eventually { reason(world, "xvde").contains("at 0x2000000 in the guest's device tree") })
     #expect(eventually { reason(world, "xvdf").contains("has this device over Xenbus") })
     #expect(reason(world, "xvde").hasPrefix("transport: ") && reason(world, "xvdf").hasPrefix("transport: "))
     #expect(throws: SettingFault.self) {

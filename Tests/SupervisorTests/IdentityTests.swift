@@ -44,6 +44,20 @@ import Xen
     #expect(world.call("guest.list").arrayValue?.first?["uuid"]?.stringValue == Self.uuid)
   }
 
+  /// A domain number has one form, and what is none is no guest that might come.
+  @Test(arguments: ["id:05", "id:x", "id:", "id:+5", "name:", ""]) func wordThatCanBeNoGuestIsRefused(word: String)
+    throws
+  {
+    let world = try world(#"{"version": 1}"#)
+    defer { world.end() }
+    #expect(world.call("device.list", ["guest": "id:5"]).arrayValue?.count == 1)
+    let refused = world.call("device.list", ["guest": .string(word)])
+    #expect(refused["code"] == -32602)
+    #expect(refused["data"]?["field"] == "params.guest")
+    #expect(refused["message"]?.stringValue?.hasPrefix("'\(word)': expected a guest: ") == true)
+    #expect(world.call("device.list", ["guest": "05"])["code"] == -32001)
+  }
+
   /// Devices of an xl configuration are there before dom0 can say whose they are.
   @Test func guestThatIsIdentifiedLaterGetsItsProfile() throws {
     let world = try world(
@@ -88,6 +102,30 @@ import Xen
       #expect(eventually { world.state("domain-5", disk) == "ready" })
       #expect(world.device("domain-5", disk)["queues"] == 3)
     }
+  }
+
+  /// An address that is derived from the number would be another guest's after a reboot of the host.
+  @Test func networkDeviceOfAGuestThatNobodyNamedNeedsAnAddress() throws {
+    let world = try world(
+      #"{"version": 1, "guests": [{"guest": "*", "devices": [{"type": "network", "create": false, "tap": "vx-none"}]}]}"#
+    )
+    defer { world.end() }
+    func reason(_ device: String) -> String { world.device("domain-5", device)["reason"]?.stringValue ?? "" }
+    // With its options from the profile, and from its entry.
+    try world.toolstack.attachGeneric(type: "virtio,device1", device: 0, to: 5)
+    try world.toolstack.attachGeneric(type: "virtio,device1", device: 7, to: 5, options: #"{"tap": "vx-none"}"#)
+    for device in ["net0", "net7"] {
+      #expect(eventually { world.state("domain-5", device) == "failed" })
+      #expect(reason(device).contains("vx-options.mac: not given"), "\(reason(device))")
+      #expect(reason(device).contains("run 'vxctl identify' in dom0"), "\(reason(device))")
+    }
+    // One with an address comes as far as its interface, which does not exist.
+    try world.toolstack.attachGeneric(
+      type: "virtio,device1", device: 8, to: 5, options: #"{"tap": "vx-none", "mac": "00:16:3e:01:02:03"}"#)
+    #expect(eventually { reason("net8").contains("vx-none") }, "\(reason("net8"))")
+    // Dom0 says who the guest is: the others are tried again at once.
+    try world.toolstack.set("vx-uuid", Self.uuid, disk: "xvde", of: 5)
+    for device in ["net0", "net7"] { #expect(eventually { reason(device).contains("vx-none") }, "\(reason(device))") }
   }
 
   /// What dom0 writes, as `vxctl attach` and `vxctl identify` do.

@@ -11,8 +11,9 @@ import Testing
     (["--verbose=3"], "--verbose=3: this option takes no value"), (["start"], "unexpected argument 'start'"),
     (["--socket="], "--socket: expected a path"),
     (["--admin-group", "no such group"], "'no such group': no such group"),
-    // Could be two.
-    (["--s", "/x"], "unknown option '--s'"),
+    (["--metr=1"], "'--metr=1' is ambiguous: expected one of --metrics-port, --metrics-socket"),
+    (["--gr", "5"], "'--gr' is ambiguous: expected one of --grant-budget, --grant-share"),
+    (["-v", "--metric", "x"], "'--metric' is ambiguous"),
   ])
   func wrongOptionsAreNamed(options: [String], words: String) {
     let outcome = ProgramRun(ProgramRun.path("vxd"), options)

@@ -32,7 +32,7 @@ import Xen
     #expect(world.device("web1", "xvde")["addressBesideQEMU"] == "00:10.0")
     let waiting = explain(world)
     #expect(waiting.status == 1 && waiting.output.contains("the guest's driver has not connected"), "\(waiting.output)")
-    #expect(waiting.output.contains("It needs virtio_pci"), "\(waiting.output)")
+    #expect(waiting.output.contains("it needs virtio_pci"), "\(waiting.output)")
     let path = world.folder.path + "/qmp-libxenstat-5"
     let other = #"{"bus": 0, "slot": 3, "function": 0, "class_info": {"class": 512}, "irq": 11}"#
     let same = #"{"bus": 0, "slot": 16, "function": 0, "class_info": {"class": 512}, "irq": 11}"#

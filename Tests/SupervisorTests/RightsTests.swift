@@ -70,7 +70,7 @@ import Xen
     #expect(refused["code"] == -32005)
     #expect(
       refused["message"]?.stringValue
-        == "permission denied: '\(outside)' is not in 'spareImages' of guest 'web1' in the profiles; this requires role admin, you have operate"
+        == "permission denied: '\(outside)' is not in 'spareImages' of guest 'web1' in the profiles; this requires the role admin, and yours is operate"
     )
     #expect(refused["data"]?["remedy"]?.stringValue?.contains("--admin-group") == true)
     for image in [inside, one, "nbd://store1/web/disk1"] { #expect(attach(image)["dryRun"] == true, "\(image)") }
@@ -164,7 +164,7 @@ import Xen
     #expect(name("web1") == 5)
     #expect(name("6") == 6)
     #expect(name("name:6") == -32001)
-    #expect(name("id:x") == -32001)
+    #expect(name("id:x") == -32602)
   }
 
   // MARK: Who asked

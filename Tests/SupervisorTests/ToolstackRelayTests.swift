@@ -116,7 +116,7 @@ import Xen
     #expect(eventually { stage.end("d")?.contains("limit") == true })
     #expect(
       eventually {
-        (0..<ToolstackRelay.limit).allSatisfy { stage.end("c\($0)")?.contains("nothing was heard") == true }
+        (0..<ToolstackRelay.limit).allSatisfy { stage.end("c\($0)")?.contains("the client was silent") == true }
       })
     // The next client clears away what the dead ones have left, and has a place.
     let run = stage.vxctl("list", "--domain", "0", "--json")

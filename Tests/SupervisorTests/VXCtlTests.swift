@@ -175,6 +175,94 @@ import Testing
     #expect(run.status == 64, "\(run.errors)")
   }
 
+  /// Where the daemon is asked only among other things: what was found stays as it was, and says why.
+  @Test(arguments: [["doctor"], ["explain", "a"]]) func reportsSayInJSONThatTheDaemonIsNotReached(verb: [String]) throws
+  {
+    let run = ProgramRun(ProgramRun.path("vxctl"), verb + ["--json", "--socket", "/nowhere"])
+    #expect(run.status == 1)
+    let rows = try #require(try JSONText.parse(Array(run.output.utf8)).arrayValue)
+    let row = try #require(rows.last)
+    #expect(row["ok"] == false)
+    #expect(row["error"]?["kind"] == "unreachable")
+    #expect(row["error"]?["message"] == row["text"])
+    #expect(rows.dropLast().allSatisfy { $0["error"] == nil })
+  }
+
+  @Test func unknownVerbIsNamed() throws {
+    for words in [
+      ["frobnicate"], ["frobnicate", "web1", "--force"], ["config", "frobnicate"], ["device", "frobnicate", "a/b"],
+    ] {
+      let plain = ProgramRun(ProgramRun.path("vxctl"), words)
+      #expect(plain.status == 64)
+      #expect(plain.errors.contains("unknown verb 'frobnicate': expected one of "), "\(plain.errors)")
+      for arguments in [words + ["--json"], ["--json"] + words] {
+        let run = ProgramRun(ProgramRun.path("vxctl"), arguments)
+        #expect(run.status == 64)
+        #expect(run.errors == "")
+        let error = try JSONText.parse(Array(run.output.utf8))["error"]
+        #expect(error?["kind"] == "usage")
+        let message = error?["message"]?.stringValue ?? ""
+        #expect(message.contains("unknown verb 'frobnicate': expected one of "), "\(message)")
+        #expect(
+          message.contains(words[0] == "config" ? "diff" : words[0] == "device" ? "pause" : "status"), "\(message)")
+      }
+    }
+    // What is wrong with a known verb is still said.
+    #expect(ProgramRun.vxctl("list", "--frob").errors.contains("--frob"))
+  }
+
+  /// Every value on the command line: one that is refused is refused with what was expected. Nothing may be empty.
+  @Test func everyValueThatIsRefusedSaysWhatWasExpected() throws {
+    let valid = [
+      "guest": "a", "device": "a/b", "kind": "disk", "target": "a", "file": "/nowhere", "direction": "up",
+      "level": "info",
+      "output": "/nowhere", "size": "1G", "port": "0",
+    ]
+    var count = 0
+    func try_(_ words: [String], _ what: String) {
+      count += 1
+      let run = ProgramRun(ProgramRun.path("vxctl"), words)
+      #expect(run.status == 64, "\(what): \(run.errors)")
+      #expect(run.errors.contains("expected "), "\(what): \(run.errors)")
+    }
+    func walk(_ command: JSONValue, _ path: [String]) throws {
+      for other in command["subcommands"]?.arrayValue ?? [] {
+        guard let name = other["commandName"]?.stringValue, name != "help" else { continue }
+        try walk(other, path + [name])
+      }
+      var before: [String] = []
+      for argument in command["arguments"]?.arrayValue ?? [] {
+        let value = argument["valueName"]?.stringValue ?? ""
+        switch argument["kind"]?.stringValue {
+        case "option":
+          let name = argument["preferredName"]
+          let option = (name?["kind"] == "long" ? "--" : "-") + (name?["name"]?.stringValue ?? "")
+          try_(path + [option, ""], "\(path) \(option)")
+        case "positional":
+          try_(path + before + [""], "\(path) \(value)")
+          before.append(try #require(valid[value], "\(path): no valid value for \(value) in this test"))
+        default: break
+        }
+      }
+    }
+    let help = ProgramRun.vxctl("--experimental-dump-help")
+    try walk(try #require(try JSONText.parse(Array(help.output.utf8))["command"]), [])
+    #expect(count > 100, "\(count) values")
+    for (words, expected) in [
+      (["limit", "a", "--read-ops", "5x"], "expected a number from 0"),
+      (["limit", "id:9999999999999999999/xvde"], "expected"),
+      (["show", "demo/"], "expected GUEST/DEVICE"), (["list", "id:01"], "without leading zeros"),
+      (["link", "a/b", "sideways"], "expected up or down"),
+      (["console", "a", "--size", "80"], "expected COLUMNSxROWS"),
+      (["attach", "a", "floppy", "--image", "/x"], "expected disk, network, console, entropy"),
+      (["resize", "a/b", "5X"], "expected a number of bytes"), (["log-level", "loud"], "expected debug"),
+    ] {
+      let run = ProgramRun(ProgramRun.path("vxctl"), words)
+      #expect(run.status == 64, "\(words)")
+      #expect(run.errors.contains(expected), "\(words): \(run.errors)")
+    }
+  }
+
   // MARK: Names
 
   @Test func aWordThatCouldBeTwoGuestsIsRefused() throws {
@@ -194,7 +282,10 @@ import Testing
     #expect(try find("99") == nil)
     #expect(try find("name:7") == nil)
     for text in ["3", "twin", "name:twin"] { #expect(throws: GuestName.Ambiguous.self, "\(text)") { try find(text) } }
-    for text in ["", "id:", "id:x", "id:-1", "id:+1", "name:", "id:4294967296"] {
+    // A number has one form, and a word of another is a name.
+    #expect(try find("07") == nil)
+    #expect(try find("id:0") == nil)
+    for text in ["", "id:", "id:x", "id:-1", "id:+1", "id:07", "id:00", "name:", "id:4294967296"] {
       #expect(GuestName(argument: text) == nil)
     }
     #expect(DeviceName(argument: "a/b/xvde")?.guest.plain == "a/b")
@@ -288,7 +379,7 @@ import Testing
     var facts = HostFacts()
     #expect(verdict(facts, "io_uring")?.0 == .good)
     for (failure, words) in [
-      (EPERM, "kernel.io_uring_disabled"), (ENOSYS, "this kernel has none"), (ENOMEM, "Cannot allocate memory"),
+      (EPERM, "kernel.io_uring_disabled"), (ENOSYS, "not supported by this kernel"), (ENOMEM, "Cannot allocate memory"),
     ] {
       facts.ring = failure
       #expect(verdict(facts, "io_uring")?.0 == .note)

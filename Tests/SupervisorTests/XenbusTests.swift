@@ -319,7 +319,7 @@ import Xen
     let setup = domain.memory.pointer(UInt64(domain.memory.pageCount - 1) << 12)
     setup.storeBytes(of: 2 << 20, toByteOffset: 0x110, as: UInt64.self)
     try world.start { $0.stateFolder = folder }
-    #expect(eventually { registers.acknowledgement.contains("not what it was") })
+    #expect(eventually { registers.acknowledgement.contains("has changed since") })
     #expect(eventually { world.state("web1", "xvde") == "faulted" })
     #expect(registers.backendStatus & 0x40 != 0)
     guest.driver.reset()

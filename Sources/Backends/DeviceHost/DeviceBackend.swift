@@ -267,7 +267,7 @@ package class DeviceBackend: VirtioDevice, @unchecked Sendable {
   ///
   /// - Parameter completion: called on any thread, once.
   package func adjust(_ adjustment: Adjustment, completion: @escaping @Sendable (Adjustment.Outcome) -> Void) {
-    completion(.failed("a device of this type has nothing of the kind"))
+    completion(.failed("devices of this type do not support this change"))
   }
 
   /// Limits of the device, for requests from now on.

@@ -79,17 +79,17 @@ extension DeviceSettings {
 
 /// For whom a device is made.
 package struct DeviceOwner: Sendable {
-  package var guest: String
-  package var uuid: String?
+  /// What is the guest's for good, and what outlives it may be derived from: its UUID, or its name where that alone is known. nil where only
+  /// the domain's number is known, as in a driver domain until dom0 has written the UUID: after a reboot of the host that is another guest's.
+  package var identity: String?
   package var domain: DomainID
   /// The device's name.
   package var device: String
   /// Tells what is made for it from what is made for the guest's other devices.
   package var suffix: String
 
-  package init(guest: String, uuid: String?, domain: DomainID, device: String, suffix: String) {
-    self.guest = guest
-    self.uuid = uuid
+  package init(identity: String?, domain: DomainID, device: String, suffix: String) {
+    self.identity = identity
     self.domain = domain
     self.device = device
     self.suffix = suffix

@@ -220,7 +220,9 @@ package final class DeviceState: PCITransportState, @unchecked Sendable {
     Layout, DevicePlace
   ) {
     func word(_ offset: Int) -> UInt32 { memory.load(fromByteOffset: offset, as: UInt32.self) }
-    guard memory.load(as: UInt64.self) == magic else { throw .damaged("it does not begin as such a file does") }
+    guard memory.load(as: UInt64.self) == magic else {
+      throw .damaged("it does not start with the header of such a file")
+    }
     guard [version, xenbusVersion, pciVersion].contains(word(8)) else { throw .version(word(8)) }
     let (queues, slots, chains) = (Int(word(20)), Int(word(24)), Int(word(28)))
     guard (1...queueLimit).contains(queues), (1...32768).contains(slots), (1...32768).contains(chains) else {

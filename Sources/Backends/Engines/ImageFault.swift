@@ -20,12 +20,12 @@ package enum ImageFault: Error {
     switch self {
     case .cannotOpen(let path, let errno): "cannot open '\(path)': \(errno)"
     case .cannotFollow(let path, let reason): "cannot open '\(path)': \(reason)"
-    case .busy(let path, let holder?): "'\(path)' is in use by \(holder); two writers would destroy it"
+    case .busy(let path, let holder?): "'\(path)' is in use by \(holder); two writers would corrupt it"
     case .busy(let path, nil):
-      "'\(path)' is in use on this host: mounted, part of a volume group or RAID, swap, or open elsewhere (see lsblk); two writers would destroy it"
+      "'\(path)' is in use on this host: mounted, part of a volume group or RAID, swap, or open elsewhere (see lsblk); two writers would corrupt it"
     case .notAnImage(let path): "'\(path)' is neither a regular file nor a block device"
     case .tooSmall(let path, let bytes): "'\(path)' has \(bytes) bytes; a disk needs at least 512"
-    case .locked(let path, let holder): "'\(path)' is in use by \(holder); two writers would destroy it"
+    case .locked(let path, let holder): "'\(path)' is in use by \(holder); two writers would corrupt it"
     case .cannotResize(let path, let reason): "cannot resize '\(path)': \(reason)"
     case .badAddress(let address, let reason): "'\(address)' is not a valid NBD address: \(reason)"
     case .nbd(let address, let reason): "cannot use '\(address)': \(reason)"

@@ -72,7 +72,7 @@ enum ImageLock {
     // Locks of an open file description have no pid: look who has the file open.
     let openers = openers(identity)
     return openers.isEmpty
-      ? "another process, or by requests that one left behind when it was killed"
+      ? "another process, or by requests that a killed process left behind"
       : openers.map(describe(process:)).joined(separator: " and ")
   }
 

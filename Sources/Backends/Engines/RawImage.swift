@@ -154,7 +154,10 @@ package final class RawImage: @unchecked Sendable {
   package func resize(to bytes: UInt64?) throws(ImageFault) -> UInt64 {
     var present: UInt64 = 0
     if isBlockDevice {
-      guard bytes == nil else { throw .cannotResize(path: path, "a block device is grown by its own tools first") }
+      guard bytes == nil else {
+        throw .cannotResize(
+          path: path, "only regular files can be grown here; grow a block device with its own tools first")
+      }
       let failure = clinux_block_device_size(descriptor, &present)
       guard failure == 0 else { throw .host(what: "cannot read the size of '\(path)'", Errno(failure)) }
     } else {
@@ -163,7 +166,8 @@ package final class RawImage: @unchecked Sendable {
       present = UInt64(clamping: status.st_size)
       if let bytes {
         guard bytes >= present else {
-          throw .cannotResize(path: path, "\(bytes) bytes are less than its \(present): what is cut off would be lost")
+          throw .cannotResize(
+            path: path, "\(bytes) bytes are less than its present \(present); shrinking would lose data")
         }
         guard let length = off_t(exactly: bytes), ftruncate(descriptor, length) == 0 else {
           throw .host(what: "cannot grow '\(path)'", Errno.last)

@@ -89,7 +89,7 @@ extension XenbusSetup {
     guard word(0x10) == offer.epoch else { throw SetupFault("the setup page answers another offer") }
     let accepted = FeatureBits(rawValue: long(8))
     let offered = XenbusOffer.features(offer.identity.offeredFeatures)
-    guard accepted.isSubset(of: offered) else { throw SetupFault("features are accepted that are not offered") }
+    guard accepted.isSubset(of: offered) else { throw SetupFault("features were accepted that were not offered") }
     guard accepted.isSuperset(of: [.version1, .accessPlatform]) else {
       throw SetupFault("VIRTIO_F_VERSION_1 and VIRTIO_F_ACCESS_PLATFORM must be accepted")
     }

@@ -58,12 +58,12 @@ package struct ToolstackDevice {
     let domains = (xenstore.list("/local/domain") ?? []).compactMap { DomainID($0) }
     if let number = DomainID(word) {
       guard domains.contains(number) else {
-        throw Fault("there is no domain \(number)", remedy: "'xl list' names them")
+        throw Fault("there is no domain \(number)", remedy: "'xl list' lists them")
       }
       return number
     }
     let named = domains.filter { xenstore.read("/local/domain/\($0)/name") == word }
-    guard let first = named.first else { throw Fault("there is no domain '\(word)'", remedy: "'xl list' names them") }
+    guard let first = named.first else { throw Fault("there is no domain '\(word)'", remedy: "'xl list' lists them") }
     guard named.count == 1 else {
       throw Fault("\(named.count) domains are called '\(word)'", remedy: "use the number of one of them")
     }
@@ -89,7 +89,7 @@ package struct ToolstackDevice {
     let taken = Set(
       ["virtio_disk", "vbd"].flatMap { xenstore.list("/libxl/\(guest)/device/\($0)") ?? [] }.compactMap { UInt32($0) })
     guard let free = (0..<16).map({ 202 << 8 | UInt32($0) << 4 }).first(where: { !taken.contains($0) }) else {
-      throw Fault("the guest has all of xvda to xvdp")
+      throw Fault("all names from xvda to xvdp are in use")
     }
     return free
   }
@@ -98,7 +98,7 @@ package struct ToolstackDevice {
   package static func freeGeneric(_ xenstore: XenStore, guest: DomainID) throws(Fault) -> UInt32 {
     let taken = Set((xenstore.list("/libxl/\(guest)/device/virtio") ?? []).compactMap { UInt32($0) })
     guard let free = (0..<64).first(where: { !taken.contains($0) }) else {
-      throw Fault("the guest has 64 generic virtio devices already")
+      throw Fault("the guest already has 64 generic virtio devices")
     }
     return free
   }
@@ -133,13 +133,13 @@ package struct ToolstackDevice {
   /// - Parameter target: what the backend's domain calls the image.
   package func create(backend domain: DomainID, target: String, readOnly: Bool) throws(Fault) {
     guard !exists else {
-      throw Fault("domain \(guest) has a disk \(name) already", remedy: "name another one by --vdev")
+      throw Fault("domain \(guest) already has a disk \(name)", remedy: "choose another name with --device")
     }
     let plain = xenstore.list("/libxl/\(guest)/device/vbd") ?? []
     guard plain.isEmpty else {
       throw Fault(
         "domain \(guest) has plain Xen disks; libxl loses all disks of a guest with both kinds when it reboots",
-        remedy: "give the guest virtio disks only")
+        remedy: "give the guest only virtio disks")
     }
     let keys = [
       ("frontend", frontend), ("frontend-id", "\(guest)"), ("online", "1"), ("state", "1"), ("params", target),
@@ -155,7 +155,7 @@ package struct ToolstackDevice {
   /// - Parameter options: what libxl has no room for: options as in profiles, JSON.
   package func create(backend domain: DomainID, type: VirtioType, options: String?) throws(Fault) {
     guard !exists else {
-      throw Fault("domain \(guest) has a generic device \(device) already", remedy: "name another one by --device")
+      throw Fault("domain \(guest) already has a generic device \(device)", remedy: "choose another name with --device")
     }
     var keys = [
       ("frontend", frontend), ("frontend-id", "\(guest)"), ("online", "1"), ("state", "1"),

@@ -7,6 +7,8 @@ package enum JSONValue: Equatable, Sendable {
   /// A number in the words of its sender, where neither an Int64 nor a Double's own text is the same: `18446744073709551615`, `1e3`. So that an
   /// id comes back as it was.
   case exact(String)
+  /// The text of a JSON value, which is written as it is; no text is ever read as one.
+  case verbatim(String)
   case string(String)
   case array([JSONValue])
   case object([Member])
@@ -47,6 +49,7 @@ package enum JSONValue: Equatable, Sendable {
     case .string: "string"
     case .array: "array"
     case .object: "object"
+    case .verbatim: "JSON"
     }
   }
 }
@@ -76,6 +79,7 @@ extension JSONValue {
       text.utf8.count <= 80 && !text.unicodeScalars.contains { $0.value < 32 } ? "\"\(text)\"" : "a longer text"
     case .array: "an array"
     case .object: "an object"
+    case .verbatim: "a text of JSON"
     }
   }
 }

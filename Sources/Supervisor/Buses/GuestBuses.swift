@@ -50,7 +50,7 @@ final class GuestBuses {
       return XenError("no transport serves the device", Errno(95) /* EOPNOTSUPP */)
     }
     return XenError(
-      "virtio-mmio of a driver domain, which may not map its guests' memory: leave the line out of the guest's configuration, and use "
+      "a driver domain cannot serve virtio-mmio devices, because it may not map its guests' memory: remove the line from the guest's configuration, and use "
         + "'vxctl attach'", Errno(95) /* EOPNOTSUPP */)
   }
 

@@ -78,7 +78,7 @@ final class MMIOBus: RegisterBus {
     if let wanted = entry.settings.transport, wanted != .mmio, entry.base != 0 {
       throw EntryFault(
         "transport",
-        "expected none, not '\(wanted)': the toolstack has put the device at 0x\(String(entry.base, radix: 16)) of the guest's device tree"
+        "expected none, not '\(wanted)': the toolstack has put the device at 0x\(String(entry.base, radix: 16)) in the guest's device tree"
       )
     }
     let count = host.settings.slots

@@ -74,7 +74,7 @@ final class RegisterServer: @unchecked Sendable {
     present: .note(
       "xl save and xl restore keep these devices; xl migrate corrupts the guest's memory: shut it down instead"),
     absent: .warning(
-      "xl save and xl migrate lose the state of these devices: the guest has no Xen drivers, with which it would reset them first; shut it down instead"
+      "xl save and xl migrate lose the state of these devices: the guest has no Xen drivers that would reset them first; shut it down instead"
     ),
     unknown: .note(
       "xl save and xl restore keep these devices only if the guest has Xen drivers, as Linux has; xl migrate corrupts the guest's memory: shut it down instead"
@@ -100,7 +100,7 @@ final class RegisterServer: @unchecked Sendable {
     guard !guest.isParavirtual, key.kind == .disk, let index = DeviceEntry.diskIndex(key.device), index < 4 else {
       return nil
     }
-    return "vdev xvda to xvdd of an HVM guest is an IDE drive of QEMU's as well, a second writer on the image: "
+    return "QEMU has disks xvda to xvdd of an HVM guest too, as IDE drives, and is a second writer on the image: "
       + "use vdev=xvde or later, or name the backend (backend=Domain-0)"
   }
 
@@ -137,7 +137,7 @@ final class RegisterServer: @unchecked Sendable {
     } catch {
       giveUp()
       return .serverFailed(
-        "cannot create an ioreq server for the guest (\(error)); it needs dom0, an HVM guest or one on Arm, and there a Xen that is built with CONFIG_IOREQ_SERVER"
+        "cannot create an ioreq server for the guest (\(error)); this requires dom0, and an HVM guest or a guest on Arm, where Xen must be built with CONFIG_IOREQ_SERVER"
       )
     }
   }

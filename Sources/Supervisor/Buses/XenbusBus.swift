@@ -102,8 +102,8 @@ final class XenbusBus: GuestBus {
       throw EntryFault(
         key.kind == .spare ? "spareDisks" : "devices",
         """
-        this guest has no slots that it could find the device in (only HVM guests have); use 'vxctl attach' while it runs, or on Arm a \
-        line in its configuration: \(key.kind == .spare ? "disk = [ ... ]" : "virtio = [ ... ]" + #" and "create": false here"#)
+        this guest has no slots in which it could find the device (only HVM guests have them); use 'vxctl attach' while it runs, or on Arm \
+        add a line to its configuration: \(key.kind == .spare ? "disk = [ ... ]" : "virtio = [ ... ]" + #" and "create": false here"#)
         """)
     }
     let seat = seat(of: key)
@@ -113,7 +113,7 @@ final class XenbusBus: GuestBus {
     do throws(XenError) {
       try openGrants()
     } catch {
-      throw EntryFault("frontend-id", "grants of the guest cannot be had: \(error)")
+      throw EntryFault("frontend-id", "the guest's grants cannot be used: \(error)")
     }
     // Nothing is there of a device whose entry names another frontend than before: it could not be served.
     if seat?.frontend != entry.frontend, seat?.transport == nil {
@@ -201,11 +201,11 @@ final class XenbusBus: GuestBus {
     let (setup, doorbells) = try XenbusConnection.open(grants, setup: reference, offer: offer, pool: seat.pool)
     if adopts, let saved = seat.registers, !Self.fits(saved, setup) {
       seat.pool.detach()
-      throw .setup("the setup page is not what it was when the device was connected")
+      throw .setup("the setup page has changed since the device was connected")
     }
     guard transport.accepts(setup.features) else {
       seat.pool.detach()
-      throw .setup("the features that are accepted make no sense together")
+      throw .setup("the accepted features contradict each other")
     }
     transport.connect(setup, epoch: seat.epoch, doorbells: doorbells, adopts: adopts)
   }

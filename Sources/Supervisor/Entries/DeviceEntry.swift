@@ -90,7 +90,8 @@ package struct DeviceEntry: Sendable {
   private static func plain(
     _ type: any DeviceSettings.Type, _ key: DeviceKey, _ name: String
   ) throws(EntryFault) -> any DeviceSettings {
-    let owner = DeviceOwner(guest: "", uuid: nil, domain: key.domain, device: name, suffix: "")
+    // It gets its options, and what is derived for the guest, by `EntryMaker`.
+    let owner = DeviceOwner(identity: "", domain: key.domain, device: name, suffix: "")
     do throws(SettingFault) {
       return try type.init(options: [], for: owner, "")
     } catch {

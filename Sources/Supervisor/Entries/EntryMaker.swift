@@ -127,8 +127,9 @@ struct EntryMaker {
   private func made(
     _ device: ProfileDevice, _ field: String, _ suffix: String, _ guest: Guest
   ) throws(EntryFault) -> any DeviceSettings {
+    let name = guest.profileName
     let owner = DeviceOwner(
-      guest: guest.name, uuid: guest.uuid, domain: guest.domain, device: device.name, suffix: suffix)
+      identity: guest.uuid ?? (name.isEmpty ? nil : name), domain: guest.domain, device: device.name, suffix: suffix)
     do throws(SettingFault) {
       return try device.settings(owner, field)
     } catch {
@@ -147,7 +148,8 @@ struct EntryMaker {
     if let known, known.type != type {
       throw EntryFault(
         "type",
-        "this is of type \(type.type.name), and the profile has a \(known.type.type.name) device in its place")
+        "this is a device of type \(type.type.name), but the profile has a \(known.type.type.name) device at its place in the list"
+      )
     }
     var device = known ?? ProfileDevice(type, number: key.device, options: [])
     if let text = nodes["vx-options"] {

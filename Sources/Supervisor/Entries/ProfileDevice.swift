@@ -53,11 +53,11 @@ struct ProfileDevice: Sendable {
       throw SettingFault(
         field: field,
         reason:
-          "\(other.name) would be the name of two devices, one of vxd's and one of the toolstack's; expected a name for one device only"
+          "\(other.name) would be the name of two devices, one created by vxd and one by the toolstack; expected different names"
       )
     }
     // For a guest of no meaning, so that a mistake shows now and not when a guest comes.
-    _ = try settings(DeviceOwner(guest: "", uuid: nil, domain: 0, device: name, suffix: "0"), field)
+    _ = try settings(DeviceOwner(identity: "", domain: 0, device: name, suffix: "0"), field)
   }
 
   /// Of a device that the toolstack made, with the options that its entry carries.

@@ -45,13 +45,14 @@ package struct Profiles: Equatable, Sendable {
           try guest.limits.change(given.value, given.field)
         },
         .number(
-          "spareDisks", 0...16, \.spareDisks, "placeholder disks of size 0 that vxctl attach fills (HVM guests)"),
+          "spareDisks", 0...16, \.spareDisks,
+          "number of placeholder disks of size 0, to be filled by `vxctl attach` (HVM guests)"),
         .choice(
           "transport", \.transport,
-          "how an HVM guest finds its devices that say nothing else: `mmio` (slots of an ACPI table) or `pci` (functions on its PCI bus); kept for the guest's life"
+          "how an HVM guest finds its devices: `mmio` (slots in an ACPI table) or `pci` (functions on its PCI bus); a device's own `transport` overrides it. It does not change while the guest exists"
         ),
         OptionRow(
-          "spareImages", .array, "images that operators (role operate) may attach there and grow; see below",
+          "spareImages", .array, "images that the role operate may attach to the guest and grow; see below",
           default: "none", read: { _ in "" }
         ) { (guest: inout GuestOptions, given) throws(SettingFault) in
           guest.spareImages = try SpareImages(given.value.arrayValue ?? [], given.field)

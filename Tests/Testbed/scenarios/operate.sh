@@ -19,7 +19,7 @@ check "the guest has the disk" wait_console alpha "GUEST FIRST vda 65536" 300
 check "and an empty spare" wait_console alpha "GUEST SPARE vdb 0" 60
 
 step "a disk is attached while the guest runs"
-check "vxctl attach tells its way in a dry run" sh -c "vxctl attach alpha disk --image /disks/added.img --dry-run | grep -q 'would do: alpha/spare0 becomes /disks/added.img'"
+check "vxctl attach tells its way in a dry run" sh -c "vxctl attach alpha disk --image /disks/added.img --dry-run | grep -q 'would do: /disks/added.img is attached as alpha/spare0'"
 check "a missing image is refused in words" sh -c "! vxctl attach alpha disk --image /disks/nothing.img 2>/tmp/attach.err && grep -q nothing.img /tmp/attach.err"
 check "vxctl attach succeeds" vxctl attach alpha disk --image /disks/added.img
 check "the guest's kernel sees its size" wait_console alpha "GUEST ATTACHED vdb 49152" 60

@@ -41,19 +41,21 @@ extension ConsoleSettings {
       }
     ) { (port: inout ConsolePortSettings, given) throws(SettingFault) in port.socket = try readSocket(given) },
     OptionRow(
-      "pty", .path(limit: 4095), "path of a link to a pty", default: "", read: { $0.pty ?? "none" }
+      "pty", .path(limit: 4095), "create a pty, and a symbolic link to it at this path", default: "",
+      read: { $0.pty ?? "none" }
     ) { port, given in port.pty = given.text },
     OptionRow(
       "log", .object, "a file; see Log files", default: "",
       read: { port in port.log.map { log in logOptions.text(log) } ?? "none" }
     ) { (port: inout ConsolePortSettings, given) throws(SettingFault) in port.log = try readLog(given) },
     .flag(
-      "logLines", \.logsLines, "write complete lines to vxd's log, and so to the journal: at most 1000 in 30 seconds"),
+      "logLines", \.logsLines, "write complete lines to vxd's log, and so to the journal; at most 1000 in 30 seconds"),
     .number(
       "historyBytes", 0...16_777_216, \.historyBytes, "scrollback that is shown on attach, in bytes",
       default: "65536 for a console, 0 otherwise"),
     .choice(
-      "overflow", \.overflow, "when the reader is too slow: `drop` (counted) or `wait` (back-pressure on the guest)",
+      "overflow", \.overflow,
+      "what happens to output that its reader does not take in time: `drop` (dropped and counted) or `wait` (the guest has to wait)",
       default: "drop for a console, otherwise wait"),
   ])
 
@@ -70,24 +72,24 @@ extension ConsoleSettings {
   package static let socketOptions = OptionTable<SocketChoice>([
     OptionRow(
       "listen", socketPath,
-      "path of a socket that vxd makes, for one client at a time, who must be root or in the operate or admin group",
+      "path of a socket that vxd creates; one client at a time can connect, as root or a member of the operate or admin group",
       default: "", read: { $0.listen ?? "none" }
     ) { $0.listen = $1.text },
     OptionRow(
-      "connect", socketPath, "path of another program's socket, to which vxd connects, and again each second",
+      "connect", socketPath, "path of another program's socket, to which vxd connects; it retries every second",
       default: "", read: { $0.connect ?? "none" }
     ) { $0.connect = $1.text },
     .flag(
       "whenOpen", \.whenOpen,
-      "with `connect`: connected while a program in the guest has the port open, and not otherwise"),
+      "with `connect`: connect only while a program in the guest has the port open"),
   ])
 
   package static let logOptions = OptionTable<ConsoleLogSettings>([
     OptionRow("path", .path(limit: 4095), "the file's path; required", default: "", read: { $0.path }) { log, given in
       log.path = given.text
     },
-    .number("maxBytes", 4096...(1 << 40), \.bytesLimit, "size at which a new file is begun"),
-    .number("keep", 0...100, \.kept, "older files that are kept"),
+    .number("maxBytes", 4096...(1 << 40), \.bytesLimit, "size at which a new file is started"),
+    .number("keep", 0...100, \.kept, "how many older files are kept"),
     .flag("timestamps", \.hasTimestamps, "begin each line with the time"),
   ])
 

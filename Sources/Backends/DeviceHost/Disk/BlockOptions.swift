@@ -5,28 +5,29 @@ import Engines
 extension BlockSettings {
   package static let options = OptionTable<BlockSettings>(
     [
-      .number("queues", 1...64, \.queues, "virtqueues"),
-      .number("threads", 1...64, \.threads, "threads that serve them"),
+      .number("queues", 1...64, \.queues, "number of virtqueues"),
+      .number("threads", 1...64, \.threads, "number of threads that serve the virtqueues"),
       .number(
         "queueSize", 1...32768, \.queueSize,
-        "maximum entries of each queue; a power of two, unless `packed` is true; 1024 over Xenbus when it is not given"),
+        "maximum number of entries of each queue; a power of two unless `packed` is true; over Xenbus, the default is 1024"
+      ),
       .flag("packed", \.packed, "offer the packed ring format (not over Xenbus)"),
-      .flag("inOrder", \.inOrder, "offer in-order use of buffers"),
-      .flag("direct", \.direct, "try O_DIRECT"),
+      .flag("inOrder", \.inOrder, "offer in-order use of buffers (VIRTIO_F_IN_ORDER)"),
+      .flag("direct", \.direct, "use O_DIRECT if the image allows it"),
       .choice(
         "engine", \.engine,
-        "how requests get to the kernel: `auto`, which is `libaio` in this version; or `io_uring`, which is an experiment: try it with "
-          + "your load first. Where the kernel permits no io_uring, libaio is used; `vxctl show` has the engine and the reason"
+        "kernel interface for I/O: `auto` means `libaio` in this version; `io_uring` is experimental, so test it with your load first. If the "
+          + "kernel does not permit io_uring, libaio is used; `vxctl show` gives the engine and the reason"
       ),
       OptionRow(
         "blockSize", .powerOfTwo(512...4096),
-        "logical block size of the disk in bytes; smaller than direct I/O on the image needs, it makes I/O buffered",
+        "logical block size of the disk in bytes; if direct I/O on the image needs a larger one, I/O is buffered",
         default: "what direct I/O on the image needs", read: { $0.blockSize.map { "\($0)" } ?? "not set" }
       ) { settings, given in settings.blockSize = UInt32(clamping: given.number) },
       .choice(
         "cache", \.cache,
-        "`writeback`: durable on flush, and the guest may switch to write-through; `writethrough`: every write is durable when it "
-          + "completes; `unsafe`: flushes do nothing"),
+        "`writeback`: writes are durable after a flush, and the guest may switch to write-through; `writethrough`: every write is durable when "
+          + "it completes; `unsafe`: flushes do nothing"),
       action(
         "onError", \.onError,
         "action on I/O errors other than ENOSPC: `report` to the guest, `retry` for up to `retrySeconds`, or `hold` the device until "
@@ -37,7 +38,8 @@ extension BlockSettings {
         read: { "\($0.retryMilliseconds / 1000)" }
       ) { settings, given in settings.retryMilliseconds = given.number * 1000 },
       .number(
-        "stuckSeconds", 1...86_400, \.stuckMilliseconds, unit: 1000, "age from which the watchdog reports a request"),
+        "stuckSeconds", 1...86_400, \.stuckMilliseconds, unit: 1000, "age of a request at which the watchdog reports it"
+      ),
       // libxl wants a target that exists: it names a file then, and the address stands here.
       OptionRow(
         "nbd", .text,
@@ -56,7 +58,7 @@ extension BlockSettings {
         "reconnectSeconds", 0...86_400, \.reconnectMilliseconds, unit: 1000,
         "how long requests wait for a lost NBD server before they fail"),
       OptionRow(
-        "bounceMiB", .number(1...256), "memory for data in flight, for each queue, in MiB",
+        "bounceMiB", .number(1...256), "memory for data in flight, in MiB for each queue",
         read: { "\($0.bounceBytes >> 20)" }
       ) { settings, given in settings.bounceBytes = Int(given.number) << 20 },
     ] + commonRows)

@@ -18,7 +18,8 @@ extension NetSettings {
         "macvtap", "use this existing macvtap instead of creating a tap", default: "", { .macvtap($0) },
         { if case .macvtap(let name) = $0 { name } else { nil } }),
       OptionRow(
-        "mac", .text, "the guest's MAC address; unicast", default: "derived from the guest's UUID",
+        "mac", .text, "the guest's MAC address, a unicast address",
+        default: "derived from the guest's UUID; required in a driver domain that does not know the UUID",
         read: { $0.mac.text }
       ) { (settings: inout NetSettings, given) throws(SettingFault) in
         guard let mac = MACAddress(given.text), !mac.isGroup, mac.value != 0 else {
@@ -30,38 +31,39 @@ extension NetSettings {
         "mtu", .number(68...65_521), "MTU; also announced to the guest", default: "the bridge's",
         read: { $0.mtu.map { "\($0)" } ?? "the bridge's" }
       ) { settings, given in settings.mtu = UInt16(clamping: given.number) },
-      .number("queues", 1...16, \.pairs, "queue pairs, each with a thread"),
+      .number("queues", 1...16, \.pairs, "number of queue pairs; each has its own thread"),
       OptionRow(
-        "queueSize", .powerOfTwo(64...1024), "entries of each queue", read: { "\($0.queueSize)" }
+        "queueSize", .powerOfTwo(64...1024), "number of entries of each queue", read: { "\($0.queueSize)" }
       ) { settings, given in settings.queueSize = UInt16(clamping: given.number) },
       OptionRow(
-        "link", .choice(["up", "down"]), "`up` or `down` at the start; later with vxctl link",
+        "link", .choice(["up", "down"]), "initial link state, `up` or `down`; `vxctl link` changes it later",
         read: { $0.isLinkUp ? "up" : "down" }
       ) { settings, given in settings.isLinkUp = given.text == "up" },
       OptionRow(
-        "speed", .number(1...1_000_000), "speed that the guest is told, in Mbit/s, full duplex; it limits nothing",
+        "speed", .number(1...1_000_000),
+        "link speed in Mbit/s that is reported to the guest (as full duplex); it does not limit anything",
         default: "the bridge's or the interface's, if known", read: { $0.speed.map { "\($0)" } ?? "the bridge's" }
       ) { settings, given in settings.speed = UInt32(clamping: given.number) },
-      .flag("macLock", \.locksMAC, "drop packets with another source MAC address"),
+      .flag("macLock", \.locksMAC, "drop packets from the guest with another source MAC address"),
       OptionRow(
         "addresses", .array,
-        "drop packets with a source IP address that is not in this list; also in ARP and neighbour discovery",
+        "drop packets from the guest with a source IP address that is not in this list, also in ARP and neighbour discovery",
         default: "any", read: { $0.addresses.map { "\($0.count) addresses" } ?? "any" }
       ) { (settings: inout NetSettings, given) throws(SettingFault) in
         settings.addresses = try readAddresses(given)
       },
       OptionRow(
-        "vlans", .array, "VLANs whose tags the guest may send, 1 to 4094; packets with other tags are dropped",
+        "vlans", .array, "VLAN tags that the guest may send, 1 to 4094; packets with other tags are dropped",
         default: "none", read: { $0.vlans.isEmpty ? "none" : "\($0.vlans.count) VLANs" }
       ) { (settings: inout NetSettings, given) throws(SettingFault) in
         settings.vlans = try readVLANs(given)
       },
       .flag(
-        "router", \.mayServe, "the guest may send router advertisements, redirects, and answers of a DHCP server"),
+        "router", \.mayServe, "allow the guest to send router advertisements, redirects, and answers of a DHCP server"),
       offload("checksum", .checksum, "offer checksum offload, in both directions; the other offloads need it"),
       offload("tso", .tso, "offer TCP segmentation offload"),
       offload("ufo", .ufo, "offer UDP fragmentation offload"),
-      offload("uso", .uso, "offer UDP segmentation offload, where the kernel has it (Linux 6.2)"),
+      offload("uso", .uso, "offer UDP segmentation offload, if the host's kernel supports it (Linux 6.2)"),
       offload("mergeable", .mergeable, "offer mergeable receive buffers"),
     ] + commonRows)
 

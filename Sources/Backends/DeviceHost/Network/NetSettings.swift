@@ -58,9 +58,15 @@ package struct NetSettings: DeviceSettings {
   package static let type = VirtioType.network
 
   package init(options members: [JSONValue.Member], for owner: DeviceOwner, _ field: String) throws(SettingFault) {
-    self.init(
-      attachment: .created(bridge: nil), tapName: "vx\(owner.domain).\(owner.suffix)",
-      mac: MACAddress(of: owner.uuid ?? owner.guest, owner.device))
+    let derived = owner.identity.map { MACAddress(of: $0, owner.device) }
+    guard let mac = derived ?? (members.contains { $0.name == "mac" } ? MACAddress(value: 0) : nil) else {
+      throw SettingFault(
+        field: "\(field).mac",
+        reason:
+          "not given, and the guest's UUID is not known here; expected an address, or the UUID to derive one from: "
+          + "run 'vxctl identify' in dom0, or give the device a 'mac'")
+    }
+    self.init(attachment: .created(bridge: nil), tapName: "vx\(owner.domain).\(owner.suffix)", mac: mac)
     try Self.checkAttachments(members, field)
     try Self.options.apply(members, to: &self, field)
   }

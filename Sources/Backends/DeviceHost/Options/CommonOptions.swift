@@ -14,19 +14,21 @@ extension DeviceSettings {
       },
       OptionRow.choice(
         "restart", \.restart.mode,
-        "when a failed backend is restarted: `never`, `on-failure` (the storage is gone), `always` (also when the guest broke a queue)"
+        "when a failed backend is restarted: `never`; `on-failure`: when its storage has disappeared; `always`: also when the guest broke a virtqueue"
       ),
       OptionRow.number(
-        "restartLimit", 1...1000, \.restart.limit, "restarts within the window; one more, and the device is quarantined"
+        "restartLimit", 1...1000, \.restart.limit,
+        "how many restarts are allowed within `restartWindowSeconds`; after that, the device is quarantined"
       ),
-      OptionRow.number("restartWindowSeconds", 1...86_400, \.restart.windowSeconds, "the window"),
+      OptionRow.number(
+        "restartWindowSeconds", 1...86_400, \.restart.windowSeconds, "the period in which restarts are counted"),
       OptionRow(
         "slot", .number(3...31), "device number on the guest's PCI bus; only with the transport `pci`",
         default: "chosen by vxd", read: { $0.slot.map { "\($0)" } ?? "chosen by vxd" }
       ) { settings, given in settings.slot = UInt8(clamping: given.number) },
       OptionRow(
         "transport", .choice(RegisterTransport.allCases.map(\.rawValue)),
-        "how an HVM guest finds this device, `mmio` or `pci`; see the guest's", default: "the guest's",
+        "how an HVM guest finds this device: `mmio` or `pci`, as for the guest", default: "the guest's",
         read: { $0.transport?.rawValue ?? "the guest's" }
       ) { $0.transport = RegisterTransport(rawValue: $1.text) },
     ]

@@ -68,7 +68,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
         settings.historyBytes > 0
         ? try ConsoleHistory(path: place.historyPath, capacity: settings.historyBytes) : nil
     } catch {
-      throw ConsoleFault(message: "historyBytes: no memory for what is remembered: \(error)")
+      throw ConsoleFault(message: "historyBytes: no memory for the scrollback: \(error)")
     }
     if let path = settings.pty { try openPTY(path) }
     switch settings.socket {
@@ -85,7 +85,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
     do throws(ConsoleFault) {
       viewers = try ConsoleViewers(path: path, loop: place.loop, port: self, mayAttach: place.mayAttach)
     } catch {
-      throw ConsoleFault(message: "cannot make the socket for 'vxctl console', '\(path)': \(error.message)")
+      throw ConsoleFault(message: "cannot create the socket for 'vxctl console', '\(path)': \(error.message)")
     }
   }
 
@@ -271,7 +271,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
   private func openPTY(_ link: String) throws(ConsoleFault) {
     var name = [CChar](repeating: 0, count: 64)
     let master = clinux_open_pty(&name, 64)
-    guard master >= 0 else { throw ConsoleFault(message: "pty: cannot make one: \(Errno(-master))") }
+    guard master >= 0 else { throw ConsoleFault(message: "pty: cannot create one: \(Errno(-master))") }
     // One open other side: else the master is at its end whenever nobody has it open.
     ptySlave = open(name, O_RDWR | O_NOCTTY | O_CLOEXEC)
     var raw = termios()
@@ -288,7 +288,7 @@ package final class ConsolePort: ConsoleChannel, @unchecked Sendable {
       Glibc.close(ptySlave)
       ptySlave = -1
       Glibc.close(master)
-      throw ConsoleFault(message: "pty: cannot make the link '\(link)': \(failure)")
+      throw ConsoleFault(message: "pty: cannot create the link '\(link)': \(failure)")
     }
     pty = try? makeStream(master) { [weak self] _ in self?.pty = nil }
   }

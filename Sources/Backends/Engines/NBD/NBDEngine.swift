@@ -86,7 +86,7 @@ package final class NBDEngine: BlockEngine {
     let connection = try NBDConnection(address, NBDPatience(milliseconds: handshakeMilliseconds))
     flags = NBDProtocol.ExportFlags(rawValue: connection.flags)
     guard readOnly || !flags.contains(.readOnly) else {
-      throw .nbd(address.text, "the export is read-only and the disk is not (mode 'r' would do)")
+      throw .nbd(address.text, "the export is read-only, but the disk is not (use mode 'r')")
     }
     guard connection.minimumBlock <= 4096, connection.minimumBlock.nonzeroBitCount == 1 else {
       throw .nbd(
@@ -314,7 +314,7 @@ package final class NBDEngine: BlockEngine {
     onNotice(
       atRisk == 0
         ? reason
-        : "\(reason); if the server died, up to \(atRisk) answered writes may be lost that no flush followed (cache: writethrough keeps them)"
+        : "\(reason); if the server died, up to \(atRisk) acknowledged writes that were not flushed may be lost (\"cache\": \"writethrough\" prevents this)"
     )
     connector.start(limit: reconnectLimit)
   }

@@ -68,7 +68,7 @@ package final class TapDevice: Sendable {
         throw fail("the tap cannot be opened: \(why)")
       }
       let header = clinux_tap_header(descriptor, Int32(NetConfiguration.headerBytes))
-      guard header == 0 else { throw fail("the kernel has no virtio-net headers for it: \(Errno(header))") }
+      guard header == 0 else { throw fail("the kernel does not support virtio-net headers on it: \(Errno(header))") }
     }
     let segmentsUDP =
       clinux_tap_offloads(descriptors[0], Offload.checksum | Offload.tso4 | Offload.tso6 | Offload.uso) == 0
@@ -116,7 +116,7 @@ package final class TapDevice: Sendable {
       throw TapFault(message: "bridge: there is no bridge '\(bridge)'")
     }
     let persists = clinux_tap_persist(descriptor, 1)
-    guard persists == 0 else { throw TapFault(message: "the tap cannot be kept: \(Errno(persists))") }
+    guard persists == 0 else { throw TapFault(message: "the tap cannot be made persistent: \(Errno(persists))") }
     // The highest address that is there: the bridge takes the lowest of its members as its own.
     _ = clinux_interface_address(name, [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff])
     let size = mtu ?? bridge.flatMap { NetworkInterface.number("mtu", of: $0) } ?? 1500
@@ -124,7 +124,7 @@ package final class TapDevice: Sendable {
     guard resized == 0 else { throw TapFault(message: "mtu: \(size) cannot be set: \(Errno(resized))") }
     if let bridge { try NetworkInterface.add(name, to: bridge) }
     let up = clinux_interface_up(name, 1)
-    guard up == 0 else { throw TapFault(message: "the tap cannot be switched on: \(Errno(up))") }
+    guard up == 0 else { throw TapFault(message: "the tap cannot be brought up: \(Errno(up))") }
   }
 
   /// The largest packet's bytes without its link header.
