@@ -324,7 +324,10 @@ extension DeviceMachine {
 
   /// What comes when there is no backend.
   private mutating func perform(_ next: Next) {
-    if owesForgetting { forgetPlace() }
+    if owesForgetting {
+      owesForgetting = false
+      effects.append(.forgetState)
+    }
     switch next {
     case .again(let occasion, let pause): startLater(occasion, after: pause)
     case .bus(let occasion): service = .waiting(.bus(occasion))
@@ -333,10 +336,10 @@ extension DeviceMachine {
     }
   }
 
-  /// Its place is another's, and there is no backend any more: no later daemon puts it there.
+  /// Its place is another's: no later daemon puts it there, whenever that comes. A backend that is being opened may save it once more.
   mutating func forgetPlace() {
-    owesForgetting = false
     effects.append(.forgetState)
+    owesForgetting = backend != nil
   }
 
   // MARK: The bus

@@ -63,6 +63,7 @@ extension DeviceMachine {
 
   mutating func obey(_ command: DeviceEvent.Command, _ now: Moment) {
     if case .end(let departure) = command { return end(departure) }
+    if case .displace = command, isEnding { return displaceAtTheEnd() }
     guard !isEnding else { return }
     switch command {
     case .restart:
@@ -110,16 +111,16 @@ extension DeviceMachine {
     case .absent, .leaveDue, .leaving, .xenbus: break
     }
     earlier = .nothing
-    owesForgetting = true
+    forgetPlace()
     dropWhatIsBeingOpened()
     if case .proving = spare { giveBack(reason) }
-    if isQuarantined {
-      if case .waiting = service { forgetPlace() }
-      return
-    }
+    if isQuarantined { return }
     refuse(reason)
     proceed(.rest(.displaced(reason)))
   }
+
+  /// The guest does not find the device any more, which was to be left to the next daemon.
+  private mutating func displaceAtTheEnd() { if departure == .handedOver { forgetPlace() } }
 
   private var isDisplaced: Bool {
     switch service {

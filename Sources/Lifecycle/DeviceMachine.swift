@@ -143,7 +143,7 @@ package struct DeviceMachine: Hashable, Sendable {
   package internal(set) var spare: Spare?
   /// The entry has changed since the last start, or what else it was started by: what is being opened is not used.
   package internal(set) var isEntryNewer = false
-  /// Its saved state speaks of a place that is another's: it is forgotten as soon as no backend may write to it, whatever comes next.
+  /// A backend may have saved a place that is another's: that is forgotten again as soon as it has ended, whatever comes next.
   package internal(set) var owesForgetting = false
   /// A detach waits for the device's requests, under this number.
   package internal(set) var drain: BackendID?

@@ -124,7 +124,11 @@ final class EffectRunner {
   }
 
   /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
-  func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) { guest.buses.thread.run(bus.remove(key)) }
+  func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) {
+    let job = bus.remove(key)
+    bus.forget(key)
+    guest.buses.thread.run(job)
+  }
 
   /// Lets a guest look through its PCI bus, without devices that are in places of QEMU's; nil as for `GuestBus.answerScan`.
   func answerScan(of guest: Guest, without absent: [Displacement]?, for supervisor: Supervisor) {
@@ -178,6 +182,8 @@ final class EffectRunner {
       // A driver that is at work keeps the device, and waits for a better entry.
       return [.startFailed(id, error.message, isFinal: true)]
     }
+    // It is being taken out of its place, and has not left it yet: it gets another.
+    if guest.machine[device.key]?.connection == .leaving { device.bus.vacate(device.key) }
     do throws(EntryFault) {
       try device.bus.admit(device.key, entry)
     } catch {
@@ -217,7 +223,11 @@ final class EffectRunner {
 
   /// Whether the guest has found the device.
   private func isKnown(_ device: Device, _ guest: Guest) -> Bool {
-    guest.machine[device.key].map { $0.connection != .absent } ?? false
+    switch guest.machine[device.key]?.connection {
+    case .inserting, .inserted, .xenbus: true
+    // What is being taken away is not found any more.
+    case nil, .absent, .leaveDue, .leaving: false
+    }
   }
 
   /// Over Xenbus a device that an earlier daemon left has no connection before its first backend is there.
@@ -289,8 +299,9 @@ final class EffectRunner {
   private func join(_ id: BackendID, _ device: Device, of guest: Guest) {
     for thread in device.running?.threads ?? [] { thread.stopAndJoin() }
     device.running = nil
-    // What the guest does not know takes nobody else's place.
-    if guest.machine[device.key]?.connection == .absent { device.bus.vacate(device.key) }
+    // What the guest does not know takes nobody else's place; that of one that ends is its own for as long as its saved state names it.
+    guard let machine = guest.machine[device.key], machine.connection == .absent, !machine.isEnding else { return }
+    device.bus.vacate(device.key)
   }
 
   /// Gives a device its saved state with its first backend, on the data thread: that of the earlier daemon, or a new one.

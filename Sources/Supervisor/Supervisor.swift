@@ -106,7 +106,7 @@ package actor Supervisor {
   /// A bus has something to say.
   func heard(_ report: BusReport) {
     if case .scan(let domain) = report, let guest = table.guests[domain], !askQEMU(of: guest) {
-      guest.buses.learnNothing()
+      guest.buses.learnNothing(isGone: false)
       table.runner.answerScan(of: guest, without: nil, for: self)
     }
     guard let event = table.event(for: report) else { return }
@@ -191,7 +191,7 @@ package actor Supervisor {
     guard !asked.contains(domain) else { return true }
     let folder = settings.qemuFolder
     guard QEMUMonitor.isThere(of: domain, folder: folder) else {
-      guest.buses.learnNothing()
+      guest.buses.learnNothing(isGone: true)
       return false
     }
     let isAsked = table.runner.aside("vxd-qemu-\(domain)", for: self) { [self] in
@@ -207,7 +207,7 @@ package actor Supervisor {
     guard let guest = table.guests[domain] else { return }
     // One that does not answer is asked again, but for a guest that waits.
     guard let found else {
-      guest.buses.learnNothing()
+      guest.buses.learnNothing(isGone: false)
       return table.runner.answerScan(of: guest, without: nil, for: self)
     }
     let disputed = guest.buses.learn(Set(found.map { PCIAddress(device: $0.device, function: $0.function) }))
@@ -220,9 +220,17 @@ package actor Supervisor {
 
   /// A device is not in its place, which is QEMU's; unless it has another by now.
   func displace(_ device: Displacement) {
-    guard let known = table.known(device.key)?.1, known.bus.place(of: device.key) == .pci(device: device.place.device)
+    let (key, place) = (device.key, DevicePlace.pci(device: device.place.device))
+    if let known = table.known(key)?.1 {
+      guard known.bus.place(of: key) == place else { return }
+      return handle(.device(key, .command(.displace(device.reason))), of: key.domain)
+    }
+    // One of an earlier daemon, which nobody has asked for so far: it begins anew when somebody does.
+    guard let guest = table.guests[key.domain],
+      let bus = guest.buses.unclaimed.first(where: { $0.key == key && $0.bus.place(of: key) == place })?.bus
     else { return }
-    handle(.device(device.key, .command(.displace(device.reason))), of: device.key.domain)
+    settings.stateFolder?.forget(key)
+    guest.buses.thread.run(bus.remove(key))
   }
 
   /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.

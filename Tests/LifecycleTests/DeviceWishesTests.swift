@@ -39,15 +39,15 @@ private let displaced: [DeviceEffect] = [
     Row(
       "makes way where its place is another's", .after(DeviceMachine.served), .command(.displace("QEMU's")),
       .stopping(id(1), .rest(.displaced("QEMU's"))), .leaving,
-      [.remove] + displaced + [.stop(id(1))], "failed"),
+      [.remove, .forgetState] + displaced + [.stop(id(1))], "failed"),
     Row(
       "makes way before it is put there",
       .after([DeviceMachine.begin, .started(id(1), objection: nil)], bus: .pending),
       .command(.displace("QEMU's")), .stopping(id(1), .rest(.displaced("QEMU's"))), .absent,
-      displaced + [.stop(id(1))], "failed"),
+      [.forgetState] + displaced + [.stop(id(1))], "failed"),
     Row(
       "makes way while it is being opened", .after([DeviceMachine.begin]), .command(.displace("QEMU's")),
-      .starting(id(1), .next(.rest(.displaced("QEMU's")))), .absent, displaced, "failed"),
+      .starting(id(1), .next(.rest(.displaced("QEMU's")))), .absent, [.forgetState] + displaced, "failed"),
     Row(
       "makes way although the bus failed and is there again",
       .after([DeviceMachine.begin, .command(.displace("QEMU's")), .busFailed("no server")]), .busReady,
@@ -63,7 +63,7 @@ private let displaced: [DeviceEffect] = [
     Row(
       "makes way at once while it is being stopped", .after(DeviceMachine.served + [.command(.restart)]),
       .command(.displace("QEMU's")), .stopping(id(1), .rest(.displaced("QEMU's"))), .leaving,
-      [.remove] + displaced, "failed"),
+      [.remove, .forgetState] + displaced, "failed"),
     Row(
       "has another place when it is restarted before it has stopped",
       .after(DeviceMachine.served + [.command(.displace("QEMU's")), .command(.restart)]), .stopped(id(1)),
@@ -78,6 +78,10 @@ private let displaced: [DeviceEffect] = [
       "is not left in another's place to the next daemon",
       .after(DeviceMachine.served + [.command(.displace("QEMU's")), .command(.end(.handedOver))]), .stopped(id(1)),
       .ended(.handedOver), .leaving, [.join(id(1)), .forgetState], "closing"),
+    Row(
+      "is not left in another's place that it has lost already",
+      .after(DeviceMachine.served + [.command(.end(.handedOver))]), .command(.displace("QEMU's")),
+      .stopping(id(1), .end(.handedOver)), .leaveDue, [.forgetState], "closing"),
     Row(
       "is not left in another's place when it goes into quarantine meanwhile",
       .after(

@@ -255,8 +255,10 @@ struct PlayedGuest: Hashable {
       device.isFilling = false
       device.image = nil
     case .forgetState:
-      require(device.backends.isEmpty, "forgotten with \(device.backends)")
-      (device.hasState, device.hasLostState) = (false, false)
+      // One whose backend may save it again is forgotten again.
+      let isAgain = machine[key]?.owesForgetting == true
+      require(device.backends.isEmpty || isAgain, "forgotten with \(device.backends)")
+      if !isAgain { (device.hasState, device.hasLostState) = (false, false) }
     case .removeTraces:
       require(device.backends.isEmpty && !device.isMapped, "traces are removed while there is \(device)")
       queue.append(.removeTraces(key))

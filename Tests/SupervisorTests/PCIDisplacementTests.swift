@@ -44,8 +44,10 @@ extension PCIScanTests {
     #expect(disputed.map(\.key) == [key] && disputed.allSatisfy(\.isPresent))
     let done = Latch()
     let (made, server) = (buses.made, try #require(buses.server))
+    let jobs = made.map { $0.remove(key) }
     buses.thread.run { here in
       #expect(made.flatMap { $0.answerScan(without: disputed, here) }.map(\.key) == [key])
+      for job in jobs { job(here) }
       #expect(server.start(uuid: nil, here) == .serverStarted)
       done.open()
     }
@@ -65,9 +67,11 @@ extension PCIScanTests {
     let disputed = whatQEMUHas(buses)
     let done = Latch()
     let (made, server) = (buses.made, try #require(buses.server))
+    let jobs = made.map { $0.remove(key) }
     buses.thread.run { here in
       #expect(server.start(uuid: nil, here) == .serverStarted)
       _ = made.map { $0.answerScan(without: disputed, here) }
+      for job in jobs { job(here) }
       done.open()
     }
     done.wait()
@@ -152,5 +156,59 @@ extension PCIScanTests {
     #expect(domain.claimedFunctions == [Self.disputed, Self.ours])
     unlink(path)
     hung?.end()
+  }
+
+  /// A place may be in two files when a daemon dies: of a device that was just taken away, and of one that got its place.
+  @Test func ofTwoFilesOfAPlaceTheOneInUseHolds() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    let folder = try StateFolder(path: world.folder.path + "/state")
+    let keys = [51_792, 51_808].map { DeviceKey(kind: .disk, domain: 5, device: $0) }
+    let (used, other) = (folder.devicePath(keys[0]), folder.devicePath(keys[1]))
+    // As it was before a driver came.
+    #expect(try ChildProcess.run("/bin/cp", [used, used + ".unused"]).status == 0)
+    let registers = try PCIFunctionRegisters(
+      domain: domain, function: Self.disputed, base: 0xf300_0000, interrupts: .messages)
+    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
+      wanted: [.eventIndex], queueSize: 64)
+    #expect(eventually { world.state("web1", "xvdf") == "connected" })
+    world.stop()
+    rename(used + ".unused", other)
+    let (buses, _, key) = try restored(world)
+    #expect(key.device == 51_792)
+    #expect(buses.unclaimed.filter { $0.bus.place(of: $0.key) == .pci(device: 5) }.count == 1)
+    #expect(access(other, F_OK) != 0 && access(used, F_OK) == 0)
+    buses.thread.stopAndJoin()
+  }
+
+  /// A device without a backend is restarted before the guest's thread has taken it out of QEMU's place.
+  @Test func deviceGetsAnotherPlaceBeforeItHasLeftTheFirst() throws {
+    let world = try World()
+    defer { world.end() }
+    let domain = try start(world)
+    _ = world.call("device.pause", ["guest": "web1", "device": "xvde"])
+    #expect(eventually { world.state("web1", "xvde") == "paused" })
+    world.settle()
+    let goesOn = Latch()
+    world.withSupervisor { supervisor in
+      guard let guest = supervisor.table.guests[5] else { return }
+      guest.buses.thread.run { _ in goesOn.wait() }
+      for device in guest.buses.learn([PCIScanTests.ours]) {
+        #expect(device.isPresent)
+        supervisor.displace(device)
+      }
+    }
+    #expect(world.state("web1", "xvde") == "failed")
+    _ = world.call("device.restart", ["guest": "web1", "device": "xvde"])
+    #expect(eventually { world.state("web1", "xvde") == "restarting" })
+    goesOn.open()
+    #expect(eventually { world.state("web1", "xvde") == "ready" })
+    #expect(domain.claimedFunctions == [Self.disputed, PCIAddress(device: 17)])
+    // The next daemon puts it where it is.
+    world.stop()
+    try start(world, by: Self.profile)
+    #expect(eventually { world.state("web1", "xvde") == "ready" && world.state("web1", "xvdf") == "ready" })
+    #expect(domain.claimedFunctions == [Self.disputed, PCIAddress(device: 17)])
   }
 }

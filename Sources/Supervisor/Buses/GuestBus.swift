@@ -179,7 +179,8 @@ protocol GuestBus: AnyObject, Sendable {
   func insert(
     _ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, needsReset: Bool, _ here: OnGuestThread
   ) -> BusEvent
-  /// Gives a device's place up; also that of a restored device that nobody asked for. From now on it has none, and may be given another.
+  /// Takes a device out of the place that it has now, also a restored one that nobody asked for. The place stays its own until it is given
+  /// another, or back.
   ///
   /// - Returns: what takes it away from the guest; what is behind its transport is reset first.
   func remove(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void
@@ -192,8 +193,8 @@ protocol GuestBus: AnyObject, Sendable {
   ///
   /// - Returns: devices that are not to be served, since QEMU has their places too and no driver has found them so far.
   func learn(_ functions: Set<PCIAddress>) -> [Displacement]
-  /// It has not answered, or is not there any more: what it said before holds no longer.
-  func learnNothing()
+  /// It has not answered, or is not there any more: what it said before holds no longer, or not for long.
+  func learnNothing(isGone: Bool)
   /// Lets the guest look through its bus.
   ///
   /// - Parameter absent: devices that it is not to find there, unless a driver has found them already. nil where nobody says what QEMU
@@ -229,7 +230,7 @@ extension GuestBus {
   var unclaimed: [DeviceKey] { [] }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [Displacement] { [] }
-  func learnNothing() {}
+  func learnNothing(isGone: Bool) {}
   func answerScan(without absent: [Displacement]?, _ here: OnGuestThread) -> [Displacement] { [] }
 }
 
@@ -247,9 +248,11 @@ extension GuestBus {
 
   /// Puts a new backend behind a device's transport.
   func plug(_ key: DeviceKey, _ id: BackendID, _ backend: DeviceBackend, _ here: OnGuestThread) -> BusEvent {
-    let transport = transport(of: key)
-    transport?.plug(backend)
-    return .device(key, .plugged(id, transport.map { Driver($0.currentStatus) } ?? .absent))
+    guard let transport = transport(of: key) else {
+      return .device(key, .insertFailed(id, "the device is not in its place any more"))
+    }
+    transport.plug(backend)
+    return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
   /// Takes the backend from behind a device's transport; the driver's requests wait for the next.

@@ -113,7 +113,7 @@ final class GuestBuses {
   ///
   /// - Returns: devices that are in a place of QEMU's.
   func learn(_ functions: Set<PCIAddress>) -> [Displacement] { made.flatMap { $0.learn(functions) } }
-  func learnNothing() { for bus in made { bus.learnNothing() } }
+  func learnNothing(isGone: Bool) { for bus in made { bus.learnNothing(isGone: isGone) } }
 
   // MARK: For the status board
 

@@ -39,14 +39,15 @@ final class PCIBus: RegisterBus {
     case unknown
     /// The guest has not looked through its bus: until it does, QEMU may be given more (libxl passes devices through when QEMU runs).
     case early
-    /// `isOld`: it may be another by now, and is asked for again.
-    case known(Set<PCIAddress>, isOld: Bool)
+    /// `unanswered`: nil, or it may be another by now and is asked for again, which QEMU has not answered so many times.
+    case known(Set<PCIAddress>, unanswered: Int?)
 
     var functions: Set<PCIAddress>? { if case .known(let functions, _) = self { functions } else { nil } }
     var asks: Bool {
       switch self {
-      case .unknown, .known(_, isOld: true): true
-      case .early, .known(_, isOld: false): false
+      case .unknown: true
+      case .early: false
+      case .known(_, let unanswered): unanswered != nil
       }
     }
   }
@@ -138,7 +139,7 @@ final class PCIBus: RegisterBus {
 
   /// What is known may be old: QEMU is asked once more, soon.
   private func askAgain() {
-    knowledge.withLock { if let functions = $0.functions { $0 = .known(functions, isOld: true) } }
+    knowledge.withLock { if case .known(let functions, nil) = $0 { $0 = .known(functions, unanswered: 0) } }
   }
 
   private func checkCollision(_ device: UInt8) throws(EntryFault) {
@@ -172,7 +173,7 @@ final class PCIBus: RegisterBus {
   var asksQEMU: Bool { knowledge.withLock(\.asks) }
 
   func learn(_ functions: Set<PCIAddress>) -> [Displacement] {
-    knowledge.withLock { $0 = .known(functions, isOld: false) }
+    knowledge.withLock { $0 = .known(functions, unanswered: nil) }
     let theirs = Set(functions.map(\.device))
     return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.map { key, place in
       Displacement(
@@ -181,22 +182,25 @@ final class PCIBus: RegisterBus {
     }
   }
 
-  func learnNothing() {
+  /// Questions without an answer after which what a silent QEMU said last holds no longer: else it would refuse its places for ever.
+  private static let patience = 3
+
+  func learnNothing(isGone: Bool) {
     knowledge.withLock { knowledge in
       switch knowledge {
-      case .early, .known(_, isOld: true): knowledge = .unknown
-      case .unknown, .known(_, isOld: false): break
+      case .early: knowledge = .unknown
+      case .known(let functions, let unanswered?):
+        let count = unanswered + 1
+        knowledge = isGone || count >= Self.patience ? .unknown : .known(functions, unanswered: count)
+      case .unknown, .known(_, nil): break
       }
     }
   }
 
   func answerScan(without absent: [Displacement]?, _ here: OnGuestThread) -> [Displacement] {
     let kept = Set(server.answerScan(without: absent?.map(\.place), here))
-    let hasServer = (try? server.server(here)) != nil
-    // One that has another place by now, or none, has left this one by itself.
-    let gone = (absent ?? []).filter { seats.place(of: $0.key) == $0.place && !kept.contains($0.place) }
-    for device in gone { if hasServer { seats.leave(device.key) } else { seats.leaveLater(device.key) } }
-    return gone
+    // Their seats are emptied when the supervisor has heard of it, which alone knows what else is under way with them.
+    return (absent ?? []).filter { !kept.contains($0.place) }
   }
 
   /// The device number for a device; nil when all are taken.

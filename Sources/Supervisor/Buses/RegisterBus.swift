@@ -8,7 +8,7 @@ import Xen
 /// A bus whose devices have trapped registers: the guest's ioreq server answers for them. What the buses of this kind do alike is here; each says
 /// what a place on it is, makes its transports, and tells the server of them.
 protocol RegisterBus: GuestBus {
-  associatedtype Place: Sendable
+  associatedtype Place: Equatable, Sendable
   associatedtype Transport: DeviceTransport
   var host: BusHost { get }
   var server: RegisterServer { get }
@@ -38,7 +38,16 @@ extension RegisterBus {
     server.setPin(Self.pin(place), of: key)
   }
 
+  /// Of two files that name one place, the one whose device a driver uses holds, or else the first: the other is of a device that was not there
+  /// when the daemon ended.
   func restore(_ key: DeviceKey, _ place: Place, _ transport: Transport, _ state: DeviceState) {
+    if let other = seats.places.first(where: { $0.value == place })?.key {
+      let isOther = seats.transport(of: other)?.currentStatus.isEmpty == false || transport.currentStatus.isEmpty
+      host.settings.stateFolder?.forget(isOther ? key : other)
+      if isOther { return }
+      seats.drop(other)
+      server.setPin(nil, of: other)
+    }
     seats.restore(key, place, transport, state)
     server.setPin(Self.pin(place), of: key)
   }
@@ -82,29 +91,33 @@ extension RegisterBus {
   ) -> BusEvent {
     guard let place = seats.place(of: key) else { return .device(key, .insertFailed(id, "the device has no place")) }
     let transport = makeTransport(key, place, backend, needsReset: needsReset)
+    let server: IOReqServer
     do throws(XenError) {
-      try attach(transport, place, try server.server(preparedFor: self, here), here)
+      server = try self.server.server(preparedFor: self, here)
+      try attach(transport, place, server, here)
     } catch {
       return .device(key, .insertFailed(id, "\(Self.name(place)): \(error)"))
     }
-    seats.fill(key, transport)
+    guard seats.fill(key, place, transport) else {
+      detach(place, server)
+      return .device(key, .insertFailed(id, "\(Self.name(place)): the device has another place by now"))
+    }
     if needsReset { transport.interruptForConfiguration() }
     return .device(key, .plugged(id, Driver(transport.currentStatus)))
   }
 
   func remove(_ key: DeviceKey) -> @Sendable (OnGuestThread) -> Void {
-    let place = seats.place(of: key)
-    forget(key)
+    guard let place = seats.place(of: key) else { return { _ in } }
     return { [self] here in
-      guard let server = try? server.server(here) else { return seats.leaveLater(key) }
-      seats.leave(key)
-      if let place { detach(place, server) }
+      guard let server = try? server.server(here) else { return seats.leaveLater(key, place) }
+      seats.leave(key, place)
+      detach(place, server)
     }
   }
 }
 
 /// Where a bus has its devices, and with what the guest's thread answers for them. The supervisor gives places, the guest's thread fills them.
-final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable {
+final class RegisterSeats<Place: Equatable & Sendable, Transport: DeviceTransport>: Sendable {
   private struct Seat {
     var place: Place
     var transport: Transport?
@@ -118,6 +131,13 @@ final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable
     var restored: [DeviceKey: (place: Place, transport: Transport)] = [:]
     /// Of those, what was taken out while there was no server.
     var left: [(Place, Transport)] = []
+
+    /// - Returns: what a restored device was put there with.
+    mutating func leave(_ key: DeviceKey, _ place: Place) -> Transport? {
+      if seats[key]?.place == place { seats[key]?.transport = nil }
+      guard restored[key]?.place == place else { return nil }
+      return restored.removeValue(forKey: key)?.transport
+    }
   }
 
   private let content = Mutex(Content())
@@ -131,19 +151,28 @@ final class RegisterSeats<Place: Sendable, Transport: DeviceTransport>: Sendable
     }
   }
 
-  func fill(_ key: DeviceKey, _ transport: Transport) { content.withLock { $0.seats[key]?.transport = transport } }
-  func forget(_ key: DeviceKey) { content.withLock { $0.seats[key] = nil } }
-  func leave(_ key: DeviceKey) {
-    content.withLock {
-      $0.restored[key] = nil
-      $0.seats[key]?.transport = nil
+  /// - Returns: false where the device has another place by now, or none.
+  func fill(_ key: DeviceKey, _ place: Place, _ transport: Transport) -> Bool {
+    content.withLock { content in
+      guard content.seats[key]?.place == place else { return false }
+      content.seats[key]?.transport = transport
+      return true
     }
   }
+  func forget(_ key: DeviceKey) { content.withLock { $0.seats[key] = nil } }
+  /// A restored device is not what is in its place.
+  func drop(_ key: DeviceKey) {
+    content.withLock {
+      $0.seats[key] = nil
+      $0.restored[key] = nil
+    }
+  }
+  /// The device is not there any more. It may have another place by now, which it keeps.
+  func leave(_ key: DeviceKey, _ place: Place) { content.withLock { _ = $0.leave(key, place) } }
   /// The same where there is no server to take the device out of.
-  func leaveLater(_ key: DeviceKey) {
+  func leaveLater(_ key: DeviceKey, _ place: Place) {
     content.withLock { content in
-      if let restored = content.restored.removeValue(forKey: key) { content.left.append(restored) }
-      content.seats[key]?.transport = nil
+      if let transport = content.leave(key, place) { content.left.append((place, transport)) }
     }
   }
   var left: [(Place, Transport)] { content.withLock { $0.left } }
