@@ -226,4 +226,30 @@ import Virtqueue
       #expect(fixture.driver.takeUsed() == nil)
     }
   }
+
+  /// The last completion of the old life comes while the pump is at work, behind its look at the ring: nobody wakes it for that request again.
+  @Test(arguments: 0...3) func requestBehindAnEarlierLifeIsServedWheneverThatEnds(looks: Int) throws {
+    let fixture = try fixture()
+    defer { fixture.stop() }
+    for _ in 0..<4 {
+      plan.isHolding = true
+      for slot in 0..<8 { _ = start(fixture, type: UInt32(slot & 1), sector: UInt64(slot) * 8, slot: slot) }
+      #expect(eventually { fixture.backend.counters[0].inFlight.load(ordering: .relaxed) == 8 })
+      fixture.driver.reset()
+      try fixture.driver.start(wanted: [.eventIndex])
+      let address = start(fixture, type: 0, sector: 0, slot: 20)
+      fixture.settle()
+      plan.late = looks
+      plan.isHolding = false
+      // One run, which is all that there may be: completions that are there already wake nobody.
+      fixture.backend.resume()
+      if looks > 1 {
+        fixture.settle()
+        fixture.backend.resume()
+      }
+      _ = try fixture.guest.waitForUsed()
+      #expect(status(fixture, address) == 0)
+      plan.late = 0
+    }
+  }
 }

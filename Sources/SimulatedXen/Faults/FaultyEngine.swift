@@ -23,6 +23,7 @@ package final class FaultPlan: Sendable {
   private struct State {
     var faults: [Fault] = []
     var isHolding = false
+    var late = 0
     var injected = 0
   }
 
@@ -40,6 +41,21 @@ package final class FaultPlan: Sendable {
   package var isHolding: Bool {
     get { state.withLock { $0.isHolding } }
     set { state.withLock { $0.isHolding = newValue } }
+  }
+
+  /// Looks for completions that find none yet, once nothing is held any more.
+  package var late: Int {
+    get { state.withLock { $0.late } }
+    set { state.withLock { $0.late = newValue } }
+  }
+
+  /// Whether a look for completions finds none.
+  func hidesCompletions() -> Bool {
+    state.withLock { state in
+      guard !state.isHolding, state.late > 0 else { return state.isHolding }
+      state.late -= 1
+      return true
+    }
   }
 
   /// Operations that were hit.
@@ -86,7 +102,7 @@ package final class FaultyEngine: EngineDecorator {
     for index in 0..<count { held.append(completions[index]) }
     held += failed
     failed = []
-    guard !plan.isHolding else { return 0 }
+    guard !plan.hidesCompletions() else { return 0 }
     let given = min(capacity, held.count)
     for index in 0..<given { completions[index] = held[index] }
     held.removeFirst(given)

@@ -286,7 +286,7 @@ package struct BlockPump: ~Copyable {
       while true {
         queue.disableNotifications()
         let hasRoom = try serve(signals)
-        if self.budget.isSpent || isStalled { return .more }
+        if self.budget.isSpent || isStalled(hasRoom: hasRoom) { return .more }
         // Without room the queue waits for completions, and notifications stay off.
         guard hasRoom else { return .idle }
         if pollForMore() { continue }
@@ -301,11 +301,11 @@ package struct BlockPump: ~Copyable {
     }
   }
 
-  /// Requests wait for their next step, and nothing is under way that would bring the pump back to them.
-  private var isStalled: Bool {
-    mutating get {
-      !unfinished.isEmpty && inFlight == 0 && waitingCount == 0 && heldResult == 0 && orphans == 0
-    }
+  /// Requests wait for their next step, or chains for room, and nothing is under way that would bring the pump back to them: what they waited
+  /// for has come since they were looked at.
+  private mutating func isStalled(hasRoom: Bool) -> Bool {
+    guard inFlight == 0, waitingCount == 0, heldResult == 0, orphans == 0 else { return false }
+    return !unfinished.isEmpty || !hasRoom && throttledUntil == 0
   }
 
   /// Takes what is there, group by group, and publishes what is done.
