@@ -123,11 +123,13 @@ final class EffectRunner {
     }
   }
 
-  /// Takes a device that an earlier daemon left, and that nobody asked for, out of its place.
+  /// Takes a device that an earlier daemon left, and that nobody has asked for, out of its place.
+  func takeOut(_ key: DeviceKey, of bus: any GuestBus, _ guest: Guest) { guest.buses.thread.run(bus.remove(key)) }
+
+  /// The same where nobody will.
   func discard(_ key: DeviceKey, on bus: any GuestBus, of guest: Guest) {
-    let job = bus.remove(key)
+    takeOut(key, of: bus, guest)
     bus.forget(key)
-    guest.buses.thread.run(job)
   }
 
   /// Lets a guest look through its PCI bus, without devices that are in places of QEMU's; nil as for `GuestBus.answerScan`.

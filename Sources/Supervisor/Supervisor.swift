@@ -230,7 +230,7 @@ package actor Supervisor {
       let bus = guest.buses.unclaimed.first(where: { $0.key == key && $0.bus.place(of: key) == place })?.bus
     else { return }
     settings.stateFolder?.forget(key)
-    guest.buses.thread.run(bus.remove(key))
+    table.runner.takeOut(key, of: bus, guest)
   }
 
   /// Ends every device in good order; `completion` runs when nothing is left, on the loop's thread.
