@@ -153,11 +153,9 @@ package struct ControlMethods: Sendable {
     subscribe: (JSONValue) throws(ControlFault) -> JSONValue
   ) -> JSONValue? {
     let value: JSONValue
-    var ids = [String?](repeating: nil, count: 1)
+    var text: JSONScanner?
     do throws(JSONText.Fault) {
-      value = try JSONText.parse(message) { text in
-        ids = (0..<Self.batchLimit).map(text.id(ofRequest:))
-      }
+      value = try JSONText.parse(message) { text = $0 }
     } catch {
       let fault: ControlFault =
         switch error {
@@ -167,7 +165,7 @@ package struct ControlMethods: Sendable {
         }
       return Self.reply(error: fault, id: .null)
     }
-    guard case .array(let requests) = value else { return one(value, ids[0], caller, subscribe) }
+    guard case .array(let requests) = value else { return one(value, text?.id(ofRequest: 0), caller, subscribe) }
     guard !requests.isEmpty, requests.count <= Self.batchLimit else {
       return Self.reply(
         error: .invalidRequest(
@@ -176,7 +174,8 @@ package struct ControlMethods: Sendable {
     }
     var answers: [JSONValue] = []
     var bytes = 0
-    for (request, id) in zip(requests, ids) {
+    for (place, request) in requests.enumerated() {
+      let id = text?.id(ofRequest: place)
       let answer =
         bytes < Self.batchBytes
         ? one(request, id, caller, subscribe)

@@ -66,8 +66,6 @@ package struct DeviceMachine: Hashable, Sendable {
     case bus(Occasion)
     case rest(Rest)
     case end(Departure)
-
-    var isEnd: Bool { if case .end = self { true } else { false } }
   }
 
   /// Why a backend is started.

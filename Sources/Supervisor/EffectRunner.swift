@@ -312,9 +312,9 @@ final class EffectRunner {
   ) -> @Sendable (DeviceState.Layout) throws(StartFault) -> DeviceState {
     // Unless the device is in its place, a state of another one is not where a later daemon would have to put it.
     let isPresent = device.bus.transport(of: device.key) != nil
-    let known = isPresent || device.state?.place == device.bus.place(of: device.key) ? device.state : nil
-    let path = settings.stateFolder?.devicePath(device.key)
     let place = device.bus.place(of: device.key)
+    let known = isPresent || device.state?.place == place ? device.state : nil
+    let path = settings.stateFolder?.devicePath(device.key)
     let (logLine, guestName, deviceName) = (logLine, guest.name, device.name)
     return { layout throws(StartFault) in
       if let known {

@@ -8,8 +8,8 @@ import Xen
 /// What the supervisor publishes for others to read: the control socket answers from it without waiting for anybody.
 ///
 /// Invariant: it holds values, and where a number is read as it is at the moment, the object that counts it alone (`Gauge`, `PoolGauges`,
-/// `QueueCounters`, `QueueLatencies`, `IOReqServer.Counters`: atomic words, which refer to nothing else). No function, transport, pool, bus or backend is
-/// reached from here, so whoever reads can change no device, and keeps nothing alive of a guest that has gone. `StatusBoardTests` looks through a board.
+/// `QueueCounters`, `QueueLatencies`, `IOReqServer.Counters`: atomic words, which refer to nothing else). No function, transport, pool, bus or backend can
+/// be reached from here, so a reader cannot change a device, and does not keep any part of a guest alive that has ended. `StatusBoardTests` checks this.
 package final class StatusBoard: Sendable {
   struct Device: Sendable {
     var key: DeviceKey

@@ -220,14 +220,14 @@ package actor Supervisor {
 
   /// A device is not in its place, which is QEMU's; unless it has another by now.
   func displace(_ device: Displacement) {
-    let (key, place) = (device.key, DevicePlace.pci(device: device.place.device))
+    let key = device.key
     if let known = table.known(key)?.1 {
-      guard known.bus.place(of: key) == place else { return }
+      guard known.bus.isAt(device) else { return }
       return handle(.device(key, .command(.displace(device.reason))), of: key.domain)
     }
     // One of an earlier daemon, which nobody has asked for so far: it begins anew when somebody does.
     guard let guest = table.guests[key.domain],
-      let bus = guest.buses.unclaimed.first(where: { $0.key == key && $0.bus.place(of: key) == place })?.bus
+      let bus = guest.buses.unclaimed.first(where: { $0.key == key && $0.bus.isAt(device) })?.bus
     else { return }
     settings.stateFolder?.forget(key)
     table.runner.takeOut(key, of: bus, guest)

@@ -397,3 +397,8 @@ import Virtqueue
     #expect(seen.contains([1, 0, 0, 0, 6, 0, 0, 0]))
   }
 }
+
+extension ConsolePortBoard {
+  func isGuestOpen(_ port: Int) -> Bool { Self.bit(guest.value, port) }
+  func isHostOpen(_ port: Int) -> Bool { Self.bit(host.value, port) }
+}

@@ -204,16 +204,21 @@ import Virtqueue
     _ = try fixture.guest.waitForUsed()
   }
 
+  /// The driver begins again while the store keeps eight of its requests.
+  private func resetWithRequestsInTheStore(_ fixture: BlockFixture) throws {
+    plan.isHolding = true
+    for slot in 0..<8 { _ = start(fixture, type: UInt32(slot & 1), sector: UInt64(slot) * 8, slot: slot) }
+    #expect(eventually { fixture.backend.counters[0].inFlight.load(ordering: .relaxed) == 8 })
+    fixture.driver.reset()
+    try fixture.driver.start(wanted: [.eventIndex])
+  }
+
   /// 2.4: a completion of the old life never reaches the new one.
   @Test func completionOfAnEarlierLifeIsDropped() throws {
     let fixture = try fixture()
     defer { fixture.stop() }
     for _ in 0..<20 {
-      plan.isHolding = true
-      for slot in 0..<8 { _ = start(fixture, type: UInt32(slot & 1), sector: UInt64(slot) * 8, slot: slot) }
-      #expect(eventually { fixture.backend.counters[0].inFlight.load(ordering: .relaxed) == 8 })
-      fixture.driver.reset()
-      try fixture.driver.start(wanted: [.eventIndex])
+      try resetWithRequestsInTheStore(fixture)
       let address = start(fixture, type: 4, sector: 0, slot: 20)
       fixture.settle()
       #expect(fixture.driver.takeUsed() == nil)
@@ -232,11 +237,7 @@ import Virtqueue
     let fixture = try fixture()
     defer { fixture.stop() }
     for _ in 0..<4 {
-      plan.isHolding = true
-      for slot in 0..<8 { _ = start(fixture, type: UInt32(slot & 1), sector: UInt64(slot) * 8, slot: slot) }
-      #expect(eventually { fixture.backend.counters[0].inFlight.load(ordering: .relaxed) == 8 })
-      fixture.driver.reset()
-      try fixture.driver.start(wanted: [.eventIndex])
+      try resetWithRequestsInTheStore(fixture)
       let address = start(fixture, type: 0, sector: 0, slot: 20)
       fixture.settle()
       plan.late = looks

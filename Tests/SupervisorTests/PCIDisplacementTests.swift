@@ -168,11 +168,7 @@ extension PCIScanTests {
     let (used, other) = (folder.devicePath(keys[0]), folder.devicePath(keys[1]))
     // As it was before a driver came.
     #expect(try ChildProcess.run("/bin/cp", [used, used + ".unused"]).status == 0)
-    let registers = try PCIFunctionRegisters(
-      domain: domain, function: Self.disputed, base: 0xf300_0000, interrupts: .messages)
-    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
-      wanted: [.eventIndex], queueSize: 64)
-    #expect(eventually { world.state("web1", "xvdf") == "connected" })
+    try drive(domain, Self.disputed, disk: "xvdf", world)
     world.stop()
     rename(used + ".unused", other)
     let (buses, _, key) = try restored(world)

@@ -49,6 +49,15 @@ import Xen
     domain.configurationAccess(vcpu: 0, function, register: 0, size: 4) & 0xffff_ffff
   }
 
+  /// Has a driver take a function's disk into use.
+  func drive(_ domain: SimulatedDomain, _ function: PCIAddress, disk: String, _ world: World) throws {
+    let registers = try PCIFunctionRegisters(
+      domain: domain, function: function, base: 0xf300_0000, interrupts: .messages)
+    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
+      wanted: [.eventIndex], queueSize: 64)
+    #expect(eventually { world.state("web1", disk) == "connected" })
+  }
+
   @Test(arguments: [true, false]) func placeOfQEMUsIsEmptyForTheFirstLook(atThatPlace: Bool) throws {
     let world = try World()
     defer { world.end() }
@@ -113,11 +122,7 @@ import Xen
     #expect(identity(domain, Self.disputed) == 0xffff_ffff && identity(domain, Self.ours) == Self.block)
     #expect(eventually { world.state("web1", "xvdf") == "failed" })
     // The next daemon does not put it back, although a driver is at work with the other.
-    let registers = try PCIFunctionRegisters(
-      domain: domain, function: Self.ours, base: 0xf300_0000, interrupts: .messages)
-    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
-      wanted: [.eventIndex], queueSize: 64)
-    #expect(eventually { world.state("web1", "xvde") == "connected" })
+    try drive(domain, Self.ours, disk: "xvde", world)
     unlink(world.folder.path + "/qmp-libxenstat-5")
     world.stop()
     let last = try self.monitor(world, slot: 5)
@@ -207,11 +212,7 @@ import Xen
     let world = try World()
     defer { world.end() }
     let domain = try start(world)
-    let registers = try PCIFunctionRegisters(
-      domain: domain, function: Self.disputed, base: 0xf300_0000, interrupts: .messages)
-    try SimulatedDriver(registers: registers, memory: domain.memory, area: 1 << 20).start(
-      wanted: [.eventIndex], queueSize: 64)
-    #expect(eventually { world.state("web1", "xvdf") == "connected" })
+    try drive(domain, Self.disputed, disk: "xvdf", world)
     world.stop()
     let monitor = try monitor(world, slot: 5)
     try start(world, by: Self.profile, tick: 50)

@@ -1,3 +1,4 @@
+import Devices
 import Engines
 package import JSON
 package import Transport
@@ -41,7 +42,7 @@ package enum Reading: Sendable {
     case .value(let value): value
     case .count(let gauge): .count(gauge.value)
     case .address(let gauge): .string("0x" + String(gauge.value, radix: 16))
-    case .flag(let gauge, let bit): .bool(gauge.value >> UInt64(bit & 63) & 1 == 1)
+    case .flag(let gauge, let bit): .bool(ConsolePortBoard.bit(gauge.value, bit))
     case .choice(let gauge, let readings): readings[min(Int(clamping: gauge.value), readings.count - 1)].json
     case .text(let readings): .string(readings.map(\.words).joined())
     case .mtu(let interface): .count(TapDevice.mtu(of: interface))

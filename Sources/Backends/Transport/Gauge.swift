@@ -1,9 +1,10 @@
 import Synchronization
 
-/// A number that changes, for other threads to read whenever they like.
+/// A number that changes, and that other threads may read at any time. Several threads may change it; `Counter` is for the numbers of a data path, which
+/// one thread counts without a read-modify-write.
 ///
-/// Invariant: one atomic word and nothing else. It refers to nothing, so who has it can neither keep alive what the number is of, a transport, a pool,
-/// a backend, nor call into it. Whoever counts has a gauge, and gives it away to be read.
+/// Invariant: one atomic word and nothing else. A gauge refers to nothing, so a reader that has one neither keeps alive what it counts for (a transport, a
+/// pool, a backend) nor can call into it.
 package final class Gauge: Sendable {
   private let word: Atomic<UInt64>
 

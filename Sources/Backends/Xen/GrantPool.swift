@@ -94,7 +94,7 @@ package final class GrantPool: GuestMemorySource, @unchecked Sendable {
   package var mode: Mode { Mode.allCases[Int(clamping: gauges.mode.value)] }
   /// Mappings stay until `detach`, which is called when no queue is to be served any more.
   package var isStable: Bool { mode == .mapped }
-  /// Bytes that went by grant copy, for want of room.
+  /// Bytes that were copied by grant copy, because there was no room to map their pages.
   package var copied: UInt64 { gauges.copiedBytes.value }
 
   package var statistics: PoolStatistics { gauges.pages.statistics }

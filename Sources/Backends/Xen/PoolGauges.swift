@@ -50,6 +50,6 @@ package struct GrantGauges: Sendable {
   package let pages = PoolGauges()
   /// How the guest's memory is reached: the place of a `GrantPool.Mode` among all.
   package let mode = Gauge()
-  /// Bytes that went by grant copy, for want of room.
+  /// Bytes that were copied by grant copy, because there was no room to map their pages.
   package let copiedBytes = Gauge()
 }

@@ -193,6 +193,8 @@ protocol GuestBus: AnyObject, Sendable {
   ///
   /// - Returns: devices that are not to be served, since QEMU has their places too and no driver has found them so far.
   func learn(_ functions: Set<PCIAddress>) -> [Displacement]
+  /// Whether a device is still in the place that it is to leave, or wanted it last.
+  func isAt(_ device: Displacement) -> Bool
   /// It has not answered, or is not there any more: what it said before holds no longer, or not for long.
   func learnNothing(isGone: Bool)
   /// Lets the guest look through its bus.
@@ -230,6 +232,7 @@ extension GuestBus {
   var unclaimed: [DeviceKey] { [] }
   var asksQEMU: Bool { false }
   func learn(_ functions: Set<PCIAddress>) -> [Displacement] { [] }
+  func isAt(_ device: Displacement) -> Bool { false }
   func learnNothing(isGone: Bool) {}
   func answerScan(without absent: [Displacement]?, _ here: OnGuestThread) -> [Displacement] { [] }
 }

@@ -39,7 +39,8 @@ final class PCIBus: RegisterBus {
     case unknown
     /// The guest has not looked through its bus: until it does, QEMU may be given more (libxl passes devices through when QEMU runs).
     case early
-    /// `unanswered`: nil, or it may be another by now and is asked for again, which QEMU has not answered so many times.
+    /// `unanswered` is nil while this is taken to be true. Otherwise it may have changed, and QEMU is asked again: it counts the questions that
+    /// QEMU has not answered since.
     case known(Set<PCIAddress>, unanswered: Int?)
 
     var functions: Set<PCIAddress>? { if case .known(let functions, _) = self { functions } else { nil } }
@@ -167,20 +168,21 @@ final class PCIBus: RegisterBus {
   // refused later, unless a driver is at work with it by then. What QEMU gets while the guest runs (PCI hot-plug) is
   // looked for when a device is put on the bus or has been refused.
 
-  /// Whether a driver has found the device: it is then the guest's, whatever QEMU has in its place.
-  private func isInUse(_ key: DeviceKey) -> Bool { seats.transport(of: key)?.currentStatus.isEmpty == false }
-
   var asksQEMU: Bool { knowledge.withLock(\.asks) }
 
   func learn(_ functions: Set<PCIAddress>) -> [Displacement] {
     knowledge.withLock { $0 = .known(functions, unanswered: nil) }
     let theirs = Set(functions.map(\.device))
-    return seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }.map { key, place in
+    // A device that a driver has found is the guest's, whatever QEMU has in its place.
+    let disputed = seats.places.filter { theirs.contains($0.value.device) && !isInUse($0.key) }
+    return disputed.sorted { $0.key.device < $1.key.device }.map { key, place in
       Displacement(
         key: key, place: place, reason: "slot: " + Self.collision(place.device),
         isPresent: seats.transport(of: key) != nil)
     }
   }
+
+  func isAt(_ device: Displacement) -> Bool { seats.place(of: device.key) == device.place }
 
   /// Questions without an answer after which what a silent QEMU said last holds no longer: else it would refuse its places for ever.
   private static let patience = 3
@@ -216,8 +218,7 @@ final class PCIBus: RegisterBus {
   }
 
   func place(of key: DeviceKey) -> DevicePlace {
-    // Device 0 is QEMU's host bridge, where none of ours can be.
-    .pci(device: seats.place(of: key)?.device ?? 0)
+    .pci(device: seats.place(of: key)?.device ?? Self.devices.lowerBound)
   }
 
   func facts(of key: DeviceKey) -> DeviceFacts {

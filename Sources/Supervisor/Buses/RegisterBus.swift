@@ -42,15 +42,18 @@ extension RegisterBus {
   /// when the daemon ended.
   func restore(_ key: DeviceKey, _ place: Place, _ transport: Transport, _ state: DeviceState) {
     if let other = seats.places.first(where: { $0.value == place })?.key {
-      let isOther = seats.transport(of: other)?.currentStatus.isEmpty == false || transport.currentStatus.isEmpty
-      host.settings.stateFolder?.forget(isOther ? key : other)
-      if isOther { return }
+      let staysOther = isInUse(other) || transport.currentStatus.isEmpty
+      host.settings.stateFolder?.forget(staysOther ? key : other)
+      if staysOther { return }
       seats.drop(other)
       server.setPin(nil, of: other)
     }
     seats.restore(key, place, transport, state)
     server.setPin(Self.pin(place), of: key)
   }
+
+  /// Whether a driver has found the device.
+  func isInUse(_ key: DeviceKey) -> Bool { seats.transport(of: key)?.currentStatus.isEmpty == false }
 
   var unclaimed: [DeviceKey] { seats.unclaimed }
 

@@ -2,15 +2,12 @@ package import Transport
 
 /// Which ports of a console device are open, for other threads to read. Bit n is port n.
 package final class ConsolePortBoard: Sendable {
+  /// What a program in the guest has open.
   package let guest = Gauge()
+  /// What somebody on this host has open, or takes what comes.
   package let host = Gauge()
 
   package init() {}
-
-  /// What a program in the guest has open.
-  package func isGuestOpen(_ port: Int) -> Bool { Self.bit(guest.value, port) }
-  /// What somebody on this host has open, or takes what comes.
-  package func isHostOpen(_ port: Int) -> Bool { Self.bit(host.value, port) }
 
   func set(guest mask: UInt64) { guest.set(mask) }
   func set(host mask: UInt64) { host.set(mask) }
